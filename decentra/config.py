@@ -1,0 +1,255 @@
+"""The two configurations: Manifest (hashed, shared by every peer of a run) and PeerConfig (local). They never mix. No environment reads."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import tomllib
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from decentra.errors import ConfigError
+from decentra.ids import Digest, FragmentId, RunId, digest_of
+
+MAX_CONFIG_BYTES = 1 << 20
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings", allow_inf_nan=False)
+
+
+class ModelSpec(_Frozen):
+    """Shape of the mixture-of-experts decoder; names follow Qwen3-MoE's config with units where they help."""
+
+    code: str = Field("decoder", description="'decoder', or sha256:<hex> of a local file given with --model-code")
+    vocab_size: int = Field(256, ge=2, le=1_000_000)
+    hidden_size: int = Field(128, ge=8, le=65536)
+    num_layers: int = Field(4, ge=1, le=512)
+    num_heads: int = Field(4, ge=1, le=512)
+    num_kv_heads: int = Field(2, ge=1, le=512)
+    head_dim: int = Field(32, ge=2, le=1024)
+    expert_hidden_size: int = Field(96, ge=1, le=1_000_000)
+    num_experts: int = Field(8, ge=1, le=4096)
+    num_experts_per_token: int = Field(2, ge=1, le=256)
+    norm_topk_prob: bool = True
+    rope_theta: float = Field(10_000.0, gt=0)
+    rms_norm_eps: float = Field(1e-6, gt=0)
+    max_seq_len: int = Field(1024, ge=2, le=1 << 20)
+    aux_loss_weight: float = Field(0.01, ge=0, description="Switch load-balancing loss, eq. 4-6 of arXiv 2101.03961")
+    z_loss_weight: float = Field(0.001, ge=0, description="router z-loss, eq. 5 of arXiv 2202.08906")
+
+    @model_validator(mode="after")
+    def _check(self) -> ModelSpec:
+        if self.num_experts_per_token > self.num_experts:
+            raise ValueError(f"num_experts_per_token {self.num_experts_per_token} is more than num_experts {self.num_experts}")
+        if self.num_experts_per_token == 1 and self.norm_topk_prob and self.num_experts > 1:
+            raise ValueError(
+                "num_experts_per_token = 1 with norm_topk_prob = true gives the router a constant weight of 1 and no gradient;"
+                " use 2 experts per token or norm_topk_prob = false"
+            )
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_heads {self.num_heads} is no multiple of num_kv_heads {self.num_kv_heads}")
+        return self
+
+
+class DataSpec(_Frozen):
+    """What text the run is about. Training text stays with its peer; only held-out digests are shared."""
+
+    seq_len: int = Field(128, ge=2, le=1 << 20)
+    domains: tuple[str, ...] = Field(("code", "prose", "headers", "math"), description="names of the embedded domains, or free names")
+    bytes_per_domain: int = Field(400_000, ge=1024)
+    held_out_bytes: int = Field(32_768, ge=1024, description="tail of each domain that nobody trains on")
+    shared_fraction: float = Field(0.3, ge=0, le=1, description="share of a peer's windows drawn from all domains")
+    held_out: dict[str, Digest] = Field(default_factory=dict, description="domain -> sha256 of its held-out bytes")
+
+
+class TrainSpec(_Frozen):
+    """The inner loop: AdamW on every peer."""
+
+    batch_size: int = Field(8, ge=1, le=65536)
+    lr: float = Field(2e-3, gt=0, le=10)
+    warmup_steps: int = Field(20, ge=0)
+    weight_decay: float = Field(0.1, ge=0, le=10)
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.95, ge=0, lt=1)
+    grad_clip: float = Field(1.0, gt=0)
+
+
+class RoundSpec(_Frozen):
+    """The outer loop's timing. Times are seconds."""
+
+    inner_steps: int = Field(10, ge=1, le=100_000, description="H: inner steps between two outer steps of a fragment")
+    cut_off_s: float = Field(60.0, gt=0, description="a round settles with its quorum at this age until arrivals are known")
+    grace_s: float = Field(60.0, gt=0, description="without a quorum the round is abandoned this long after the cut-off")
+    attest_s: float = Field(30.0, gt=0, description="a settled round nobody attests is voided after this")
+    heartbeat_s: float = Field(5.0, gt=0)
+    lease_s: float = Field(15.0, gt=0, description="a member silent for this long is suspected")
+    rollback_s: float = Field(60.0, gt=0, description="an anchor nobody present holds is given up after this")
+    trunk_fragments: int = Field(1, ge=1, le=1024)
+
+
+class OuterSpec(_Frozen):
+    """The outer optimizer (DiLoCo, arXiv 2311.08105, alg. 1)."""
+
+    rule: Literal["average", "nesterov"] = "average"
+    lr: float = Field(1.0, gt=0, le=10)
+    momentum: float = Field(0.9, ge=0, lt=1, description="used by nesterov only")
+
+
+class CodecSpec(_Frozen):
+    name: Literal["fp32", "bf16", "int8"] = "int8"
+    error_feedback: float = Field(1.0, ge=0, le=1, description="beta: share of the residual carried into the next round")
+
+
+class PlacementSpec(_Frozen):
+    holders: int = Field(2, ge=1, le=1024, description="wanted number of holders of every expert")
+    experts_per_peer: int = Field(4, ge=1, le=4096)
+    mode: Literal["mirror"] = "mirror"
+
+
+class AdmissionSpec(_Frozen):
+    mode: Literal["open", "invited"] = "invited"
+    max_members: int = Field(64, ge=1, le=4096)
+
+
+class StopSpec(_Frozen):
+    """The run ends at whichever comes first; peers then drain and leave."""
+
+    rounds: int | None = Field(None, ge=1, description="confirmed rounds of the trunk")
+    tokens: int | None = Field(None, ge=1)
+    date: float | None = Field(None, description="Unix time in seconds")
+
+
+class Manifest(_Frozen):
+    """The frozen contract of a run. Its digest is the run id."""
+
+    format: Literal[1] = 1
+    name: str = Field(min_length=1, max_length=64)
+    description: str = Field("", max_length=1000)
+    licence: str = Field("Apache-2.0", max_length=100)
+    organiser: str = Field("", max_length=200)
+    seed: int = Field(0, ge=0, lt=1 << 63)
+    model: ModelSpec = ModelSpec()
+    data: DataSpec = DataSpec()
+    train: TrainSpec = TrainSpec()
+    rounds: RoundSpec = RoundSpec()
+    outer: OuterSpec = OuterSpec()
+    codec: CodecSpec = CodecSpec()
+    placement: PlacementSpec = PlacementSpec()
+    admission: AdmissionSpec = AdmissionSpec()
+    stop: StopSpec = StopSpec()
+    genesis: dict[FragmentId, Digest] = Field(default_factory=dict, description="fragment -> digest of its first anchor")
+
+    @model_validator(mode="after")
+    def _check(self) -> Manifest:
+        if self.data.seq_len > self.model.max_seq_len:
+            raise ValueError(f"data.seq_len {self.data.seq_len} is more than model.max_seq_len {self.model.max_seq_len}")
+        return self
+
+    def canonical_bytes(self) -> bytes:
+        """UTF-8 JSON with sorted keys and no spaces: equal manifests give equal bytes."""
+        return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+    def run_id(self) -> RunId:
+        return RunId(digest_of(self.canonical_bytes()))
+
+
+class PeerConfig(_Frozen):
+    """What one machine brings: identity, place on disk, data, device and addresses. Never shared."""
+
+    name: str = Field("peer", pattern=r"^[A-Za-z0-9._-]{1,64}$")
+    dir: Path | None = Field(None, description="state directory; default: the user state directory by run and name")
+    role: Literal["trainer", "keeper", "watcher"] = "trainer"
+    device: str = "auto"
+    threads: int = Field(1, ge=1, le=1024, description="torch threads of the trainer")
+    experts: tuple[int, ...] | None = Field(None, description="experts this peer insists on; default: placed")
+    num_experts: int | None = Field(None, ge=0, description="how many experts to hold; default: the manifest's")
+    data: tuple[str, ...] = Field((), description="files or folders of text or JSONL; empty: embedded domains")
+    domain: str | None = Field(None, description="embedded domain this peer trains on; default: all of them")
+    shared_fraction: float | None = Field(None, ge=0, le=1, description="overrides the manifest's share of common text")
+    text_field: str = "text"
+    model_code: Path | None = Field(None, description="local file with the model's code; its hash must be the manifest's")
+    listen: tuple[str, ...] = Field(("/ip4/0.0.0.0/tcp/0",), description="p2p listen addresses; empty: outbound only")
+    announce: tuple[str, ...] = ()
+    max_steps: int | None = Field(None, ge=1, description="stop training after this many inner steps")
+    blob_budget_bytes: int = Field(8 << 30, ge=1 << 20)
+
+
+M = TypeVar("M", bound=BaseModel)
+
+
+def parse_config(cls: type[M], raw: dict[str, Any], where: str) -> M:
+    """Validate ``raw`` as ``cls``; every problem becomes one line that names the key, what was expected and a near miss."""
+    try:
+        return cls.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError(f"{where}: " + "; ".join(_explain(cls, e) for e in error.errors())) from None
+
+
+def load_toml(cls: type[M], path: Path) -> M:
+    """Read a TOML file as ``cls``. Raises ConfigError."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); give the path of a TOML file") from None
+    if len(data) > MAX_CONFIG_BYTES:
+        raise ConfigError(f"{path}: {len(data)} bytes, a configuration has at most {MAX_CONFIG_BYTES}")
+    try:
+        raw = tomllib.loads(data.decode())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not TOML: {error}") from None
+    return parse_config(cls, raw, str(path))
+
+
+def manifest_from_bytes(data: bytes, where: str = "manifest") -> Manifest:
+    """Parse canonical manifest bytes that came from outside. Raises ConfigError."""
+    if len(data) > MAX_CONFIG_BYTES:
+        raise ConfigError(f"{where}: {len(data)} bytes, a manifest has at most {MAX_CONFIG_BYTES}")
+    try:
+        raw = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{where}: not JSON: {error}") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{where}: expected a JSON object, got {type(raw).__name__}")
+    return parse_config(Manifest, raw, where)
+
+
+def differing_keys(ours: Manifest, theirs: Manifest) -> tuple[str, ...]:
+    """Dotted names of the entries in which two manifests differ, in order."""
+    a, b = _flatten(ours.model_dump(mode="json")), _flatten(theirs.model_dump(mode="json"))
+    return tuple(sorted(key for key in a.keys() | b.keys() if a.get(key) != b.get(key)))
+
+
+def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix: value}
+    flat: dict[str, Any] = {}
+    for key, inner in value.items():
+        flat.update(_flatten(inner, f"{prefix}.{key}" if prefix else str(key)))
+    return flat
+
+
+def _explain(cls: type[BaseModel], error: Any) -> str:
+    path = [str(part) for part in error["loc"]]
+    key = ".".join(path)
+    if error["type"] == "extra_forbidden":
+        known = _known_keys(cls, path[:-1])
+        near = difflib.get_close_matches(path[-1], known, n=1)
+        hint = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(sorted(known))}"
+        return f"unknown key '{key}'; {hint}"
+    return f"'{key}': {error['msg']}, got {str(error.get('input'))[:80]!r}" if key else str(error["msg"])
+
+
+def _known_keys(cls: type[BaseModel], path: list[str]) -> list[str]:
+    current: Any = cls
+    for part in path:
+        field = current.model_fields.get(part) if hasattr(current, "model_fields") else None
+        if field is None:
+            return []
+        options = [field.annotation, *get_args(field.annotation)]
+        current = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)
+        if current is None:
+            return []
+    return list(current.model_fields)

@@ -1,0 +1,224 @@
+"""The words the members and the averaging service say to each other, as frozen values. No I/O, no clock, no randomness.
+
+Members send facts (Hello, Offer, Receipt, Attestation, Holding, Heartbeat, Goodbye). The service answers with views: the whole state of one
+fragment, newest version wins. A member acts on the difference between the view and its own state, so a lost, repeated or late message, a
+restart and a newcomer are all the same case.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from decentra.ids import Digest, FragmentId, PeerId
+
+
+class Role(StrEnum):
+    TRAINER = "trainer"
+    KEEPER = "keeper"
+    WATCHER = "watcher"
+
+
+class Phase(StrEnum):
+    IDLE = "idle"  # no round is open
+    OPEN = "open"
+    SETTLED = "settled"  # the set of offers is frozen
+    TENTATIVE = "tentative"  # somebody attested the result
+    CONFIRMED = "confirmed"
+    ABANDONED = "abandoned"  # given up before settling
+    VOID = "void"  # given up before confirming
+
+
+# ---------------------------------------------------------------- member -> service
+
+
+@dataclass(frozen=True, slots=True)
+class Holding:
+    """``peer`` has the anchor with this digest on disk."""
+
+    peer: PeerId
+    fragment: FragmentId
+    anchor: Digest
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """First message of a member's stream. ``nonce`` differs per process, so a copied identity shows."""
+
+    peer: PeerId
+    role: Role
+    name: str
+    nonce: str
+    addresses: tuple[str, ...] = ()
+    experts: tuple[int, ...] | None = None  # experts the peer insists on
+    num_experts: int | None = None  # how many it can hold
+    holdings: tuple[Holding, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """Header of one packet. One (peer, fragment, round) has one digest for ever. ``proof`` is the signed form, opaque here."""
+
+    fragment: FragmentId
+    round: int
+    peer: PeerId
+    base: Digest  # the anchor the delta was taken from
+    packet: Digest
+    num_bytes: int
+    num_tokens: int  # weight: tokens trained (expert: tokens routed to it)
+    num_steps: int
+    proof: bytes = field(default=b"", compare=False, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """``peer`` holds ``sender``'s packet and it passed the screen."""
+
+    fragment: FragmentId
+    round: int
+    peer: PeerId
+    sender: PeerId
+    packet: Digest
+
+
+@dataclass(frozen=True, slots=True)
+class Attestation:
+    """``peer`` applied the settlement, has the result on disk, and its digest is ``anchor``."""
+
+    fragment: FragmentId
+    round: int
+    peer: PeerId
+    anchor: Digest
+    proof: bytes = field(default=b"", compare=False, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Counters:
+    """What a member did since it joined the run, as it says itself."""
+
+    num_steps: int = 0
+    num_tokens: int = 0
+    tx_bytes: int = 0
+    rx_bytes: int = 0
+    loss: float | None = None
+    tokens_per_s: float = 0.0
+    skipped_rounds: int = 0
+    state: str = ""  # in words: "training", "recovering trunk/0", ...
+    expert_tokens: tuple[tuple[int, int], ...] = ()  # (expert, tokens routed to it)
+
+
+@dataclass(frozen=True, slots=True)
+class Heartbeat:
+    peer: PeerId
+    seq: int
+    counters: Counters
+
+
+@dataclass(frozen=True, slots=True)
+class Goodbye:
+    """The member leaves on purpose."""
+
+    peer: PeerId
+    why: str
+
+
+MemberMessage = Hello | Offer | Receipt | Attestation | Holding | Heartbeat | Goodbye
+
+
+# ---------------------------------------------------------------- service -> member
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One offer inside a settlement; ``weight_bits`` are float32 bits of its share, computed once by the service."""
+
+    peer: PeerId
+    packet: Digest
+    num_bytes: int
+    num_tokens: int
+    weight_bits: int
+
+
+@dataclass(frozen=True, slots=True)
+class Settlement:
+    """The frozen set of offers of a round with every scalar of the outer step, as float32 bits. Entries are sorted by peer id."""
+
+    fragment: FragmentId
+    round: int
+    height: int  # of the anchor it leads to; genesis has height 0
+    base: Digest
+    entries: tuple[Entry, ...]
+    lr_bits: int
+    momentum_bits: int
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a round ended."""
+
+    round: int
+    phase: Phase  # CONFIRMED, ABANDONED or VOID
+    why: str
+    settlement: Settlement | None = None
+    anchor: Digest | None = None
+    thin: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class FragmentView:
+    """All a member needs to know about one fragment. A view with a higher (round, version) replaces an older one."""
+
+    fragment: FragmentId
+    version: int
+    height: int
+    anchor: Digest  # the last confirmed anchor
+    round: int  # the newest round, whatever its phase; 0 before the first
+    phase: Phase
+    why: str  # in words: what the round waits for
+    holders: tuple[PeerId, ...] = ()  # roster: may offer
+    keepers: tuple[PeerId, ...] = ()  # roster: receipt and attest only
+    quorum: int = 0
+    cut_off_in_s: float = 0.0
+    offers: tuple[Offer, ...] = ()
+    receipts: tuple[tuple[PeerId, PeerId], ...] = ()  # (sender, who has the packet)
+    settlement: Settlement | None = None
+    attesters: tuple[PeerId, ...] = ()
+    ready: tuple[PeerId, ...] = ()  # present peers that hold ``anchor``
+    recent: tuple[Outcome, ...] = ()  # newest last
+
+
+@dataclass(frozen=True, slots=True)
+class MemberView:
+    """One member as the service sees it."""
+
+    peer: PeerId
+    name: str
+    role: Role
+    is_live: bool
+    addresses: tuple[str, ...]
+    experts: tuple[int, ...]
+    counters: Counters
+
+
+@dataclass(frozen=True, slots=True)
+class SwarmView:
+    """Who is in, where they are, who holds which expert, and whether the run is ending."""
+
+    version: int
+    members: tuple[MemberView, ...]
+    is_stopping: bool = False
+    is_stopped: bool = False
+    why: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """The service refused one message of this member."""
+
+    peer: PeerId
+    reason: str
+    detail: str
+
+
+ServiceMessage = FragmentView | SwarmView | Rejected

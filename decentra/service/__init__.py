@@ -1,0 +1,1 @@
+"""The averaging service over ports: driver, mailbox, recovery. No grpc."""
