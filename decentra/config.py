@@ -84,6 +84,7 @@ class RoundSpec(_Frozen):
     cut_off_s: float = Field(60.0, gt=0, description="a round settles with its quorum at this age until arrivals are known")
     grace_s: float = Field(60.0, gt=0, description="without a quorum the round is abandoned this long after the cut-off")
     attest_s: float = Field(30.0, gt=0, description="a settled round nobody attests is voided after this")
+    gather_s: float = Field(5.0, ge=0, description="the next round opens after this even if some of the last roster are not ready")
     heartbeat_s: float = Field(5.0, gt=0)
     lease_s: float = Field(15.0, gt=0, description="a member silent for this long is suspected")
     rollback_s: float = Field(60.0, gt=0, description="an anchor nobody present holds is given up after this")

@@ -82,6 +82,16 @@ class Receipt:
 
 
 @dataclass(frozen=True, slots=True)
+class Abstention:
+    """``peer`` has nothing to offer in this round (its loss was not finite, say); nobody should wait for it."""
+
+    fragment: FragmentId
+    round: int
+    peer: PeerId
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
 class Attestation:
     """``peer`` applied the settlement, has the result on disk, and its digest is ``anchor``."""
 
@@ -122,7 +132,7 @@ class Goodbye:
     why: str
 
 
-MemberMessage = Hello | Offer | Receipt | Attestation | Holding | Heartbeat | Goodbye
+MemberMessage = Hello | Offer | Receipt | Abstention | Attestation | Holding | Heartbeat | Goodbye
 
 
 # ---------------------------------------------------------------- service -> member

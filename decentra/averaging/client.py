@@ -1,0 +1,241 @@
+"""The member's side of the averaging service over gRPC. It checks who answers and who signed; it decides nothing about rounds."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import suppress
+from typing import Any
+
+import grpc
+
+from decentra.averaging import link as links
+from decentra.averaging import rpc
+from decentra.averaging.link import Link, LinkRules, RunDescription, describe_over, open_link
+from decentra.averaging.mapping import calling, ending_of
+from decentra.errors import DecentraError, IntegrityError, Refused, RejectedPayload, Unreachable
+from decentra.identity import Keypair
+from decentra.ids import FragmentId, RunId
+from decentra.pb import averaging_pb2 as pb
+from decentra.ports import Events
+from decentra.protocol.messages import FragmentView, Hello, MemberMessage, Outcome, Role, ServiceMessage, SwarmView
+from decentra.wire import limits, trust
+from decentra.wire.convert import digest_bytes, dump, from_wire, parse, role_to_wire
+from decentra.wire.frames import ProofChecker, is_welcome, member_frame, parse_service_frame
+from decentra.wire.signed import seal
+from decentra.wire.trust import Admission, TrustChain
+
+CLOSE_S = 1.0
+
+
+async def describe(addresses: Sequence[str], trust: TrustChain, token: bytes | None = None) -> RunDescription:
+    """The manifest and certificate of the run at the first address that answers, both checked against the run key.
+
+    Raises Unreachable, Refused, IntegrityError, VersionMismatch, ManifestMismatch.
+    """
+    return await links.describe(addresses, trust, token, rules=LinkRules(time.time))
+
+
+class GrpcSession:
+    """One open stream; implements ports.Session. Relayed offers whose proof is not their sender's are left out and reported."""
+
+    def __init__(self, link: Link, call: Any, key: Keypair, run: RunId, events: Events) -> None:
+        self._link, self._call, self._key, self._run, self._events = link, call, key, run, events
+        self._proofs = ProofChecker(run)
+
+    @property
+    def address(self) -> str:
+        return self._link.address
+
+    async def send(self, message: MemberMessage) -> None:
+        """Raises Unreachable when the stream broke or is stuck, Refused when the service ended it on purpose."""
+        await self._write(member_frame(self._key, self._run, message))
+
+    async def messages(self) -> AsyncIterator[ServiceMessage]:
+        """Views and refusals; ends when the service closes in peace. Raises Unreachable and Refused."""
+        while (data := await self._read()) is not None:
+            try:
+                message = parse_service_frame(data)
+            except RejectedPayload as error:
+                self._events.emit("view-unreadable", address=self.address, why=error.detail, run=self._run)
+                continue
+            if isinstance(message, FragmentView):
+                message, errors = self._proofs.check(message)
+                for bad in errors:
+                    self._events.emit("offer-forged", address=self.address, fragment=message.fragment, why=str(bad), run=self._run)
+            yield message
+
+    async def close(self) -> None:
+        """End the stream; what was sent before is given a moment to arrive."""
+        with suppress(DecentraError, TimeoutError):
+            async with asyncio.timeout(CLOSE_S):
+                with calling(self.address, self._call):
+                    await self._call.done_writing()
+                    while await self._call.read() is not grpc.aio.EOF:
+                        pass
+        self._call.cancel()
+        await self._link.close()
+
+    async def _greet(self, hello: Hello) -> None:
+        expiry_s = self._link.service_time_s + limits.FRESH_S
+        await self._write(member_frame(self._key, self._run, hello, not_after_s=expiry_s))
+        try:
+            async with asyncio.timeout(self._link.rules.call_s):
+                data = await self._read()
+        except TimeoutError:
+            raise Unreachable(f"the averaging service at {self.address} did not answer the hello in time") from None
+        if data is None or not is_welcome(data):
+            raise Unreachable(f"the averaging service at {self.address} ended the stream before its welcome; attend again")
+
+    async def _write(self, frame: bytes) -> None:
+        if self._call.done():
+            raise await ending_of(self._call, self.address)
+        try:
+            async with asyncio.timeout(self._link.rules.call_s):
+                with calling(self.address, self._call):
+                    await self._call.write(frame)
+        except TimeoutError:
+            self._call.cancel()
+            raise Unreachable(f"the averaging service at {self.address} took no message for {self._link.rules.call_s:.0f} s") from None
+
+    async def _read(self) -> bytes | None:
+        with calling(self.address, self._call):
+            data = await self._call.read()
+            return None if data is grpc.aio.EOF else bytes(data)
+
+
+class AveragingClient:
+    """Implements ports.AveragingService. Without ``key`` it can only read. ``credentials`` of an earlier join may be handed in."""
+
+    def __init__(
+        self,
+        addresses: Sequence[str],
+        trust: TrustChain,
+        events: Events,
+        *,
+        key: Keypair | None = None,
+        token: bytes = b"",
+        credentials: bytes = b"",
+        wall: Callable[[], float] = time.time,
+        call_s: float = rpc.CALL_S,
+        keepalive_s: float = rpc.KEEPALIVE_S,
+    ) -> None:
+        self._addresses, self._trust, self._events, self._key, self._token = tuple(addresses), trust, events, key, token
+        self._rules = LinkRules(wall, call_s, keepalive_s)
+        self._credentials = credentials
+        self._link: Link | None = None
+        self._lock = asyncio.Lock()
+
+    @property
+    def credentials(self) -> bytes:
+        """What this member shows at every door; empty before ``join``."""
+        return self._credentials
+
+    async def describe(self) -> RunDescription:
+        async with _Using(self) as link:
+            return await describe_over(link, self._trust, credentials=self._credentials, token=self._token)
+
+    async def join(self, role: Role, nonce: str, name: str) -> Admission:
+        """Ask to be admitted; keeps the credentials. ``nonce`` differs per process. Raises Refused, Unreachable, ManifestMismatch."""
+        key, run = self._own_key(), self._trust.run_id
+        request = pb.JoinRequest(
+            protocol_version=limits.PROTOCOL_VERSION,
+            manifest=digest_bytes(run),
+            role=role_to_wire(role),
+            nonce=nonce,
+            name=name,
+            token=self._token,
+        )
+        async with _Using(self) as link:
+            sealed = seal(key, trust.JOIN, run, request, not_after_s=link.service_time_s + limits.FRESH_S)
+            reply = parse(pb.JoinReply, await link.call("Join", sealed))
+            credentials = trust.pack_credentials(link.sealed_certificate, reply.admission)
+            try:
+                admission = self._trust.check_credentials(credentials, key.peer_id, link.service_time_s)
+            except Refused as error:
+                raise IntegrityError(f"the averaging service at {link.address} gave an admission that does not hold: {error}") from None
+        self._credentials = credentials
+        return admission
+
+    async def attend(self, hello: Hello) -> GrpcSession:
+        """Open the stream; on return the service has taken the hello. Raises Refused, Unreachable, IntegrityError."""
+        key = self._own_key()
+        if not self._credentials:
+            raise Refused("this peer has no credentials yet; join the run first")
+        # A link of its own: a stream must not die because some other call found the service slow.
+        link = await open_link(self._addresses, self._trust, self._rules)
+        call = rpc.multicallable(link.channel, "Attend")(metadata=rpc.metadata_of(self._credentials))
+        session = GrpcSession(link, call, key, self._trust.run_id, self._events)
+        try:
+            await session._greet(hello)
+        except BaseException:
+            call.cancel()
+            await asyncio.shield(link.close())
+            raise
+        return session
+
+    async def outcome(self, fragment: FragmentId, round: int) -> Outcome | None:
+        """How a round ended, or None when the ledger does not know it. Raises Refused, Unreachable."""
+        async with _Using(self) as link:
+            request = dump(pb.OutcomeRequest(fragment=fragment, round=round))
+            reply = parse(pb.OutcomeReply, await link.call("FindOutcome", request, **self._papers()))
+        outcome: Outcome | None = from_wire(reply.outcome) if reply.HasField("outcome") else None
+        return outcome
+
+    async def status(self) -> tuple[SwarmView, tuple[FragmentView, ...]]:
+        """The swarm and every fragment as the service sees them. Raises Refused, Unreachable."""
+        async with _Using(self) as link:
+            frames = await link.read_all("ReadStatus", dump(pb.StatusRequest()), limits.MAX_LIST_ITEMS, **self._papers())
+        views = [parse_service_frame(frame) for frame in frames]
+        swarm = next((view for view in views if isinstance(view, SwarmView)), None)
+        if swarm is None:
+            raise RejectedPayload("malformed", "the averaging service sent a status without the swarm", peer="the averaging service")
+        return swarm, tuple(view for view in views if isinstance(view, FragmentView))
+
+    async def ledger(self, after_seq: int = 0, limit: int = 1000) -> list[bytes]:
+        """At most ``limit`` sealed ledger records after position ``after_seq`` (0: from the first). Raises Refused, Unreachable."""
+        limit = min(limit, limits.MAX_LEDGER_RECORDS)
+        async with _Using(self) as link:
+            request = dump(pb.LedgerRequest(after_seq=after_seq, limit=limit))
+            frames = await link.read_all("ReadLedger", request, limit, **self._papers())
+        return [parse(pb.LedgerRecord, frame).record for frame in frames]
+
+    async def command(self, run_key: Keypair, kind: str, argument: str = "") -> str:
+        """Give an order of the organiser (``stop`` why, ``revoke`` a token id or peer) and return what was done. Raises Refused."""
+        async with _Using(self) as link:
+            expiry_s = link.service_time_s + limits.FRESH_S
+            sealed = trust.seal_command(run_key, self._trust.run_id, kind, argument, expires_at_s=expiry_s)
+            return parse(pb.CommandReply, await link.call("Command", sealed)).answer
+
+    async def close(self) -> None:
+        """Close the connection used for single calls; sessions are closed by their owners."""
+        link, self._link = self._link, None
+        if link is not None:
+            await link.close()
+
+    def _papers(self) -> dict[str, bytes]:
+        return {"credentials": self._credentials} if self._credentials else {"token": self._token}
+
+    def _own_key(self) -> Keypair:
+        assert self._key is not None, "a client without a key can only read"
+        return self._key
+
+
+class _Using:
+    """The client's link for single calls, opened when needed and dropped once it turned out dead."""
+
+    def __init__(self, client: AveragingClient) -> None:
+        self._client = client
+
+    async def __aenter__(self) -> Link:
+        client = self._client
+        async with client._lock:
+            if client._link is None:
+                client._link = await open_link(client._addresses, client._trust, client._rules)
+            return client._link
+
+    async def __aexit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        # A restarted service may have another certificate: only a new link finds out.
+        if isinstance(error, Unreachable):
+            await self._client.close()

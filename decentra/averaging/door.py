@@ -1,0 +1,59 @@
+"""What the gRPC server needs from the averaging service behind it, as protocols. No gRPC here, and no decisions."""
+
+from __future__ import annotations
+
+from typing import Protocol, TypeVar
+
+from decentra.ids import FragmentId, PeerId
+from decentra.protocol.messages import FragmentView, Hello, MemberMessage, Outcome, Role, ServiceMessage, SwarmView
+
+
+class Outbox(Protocol):
+    """What waits to be sent on one stream. The service puts, the server gets; both may close it."""
+
+    @property
+    def reason(self) -> str | None:
+        """Why the service ended the stream; None when it ended in peace."""
+        ...
+
+    def put(self, message: ServiceMessage) -> None: ...
+
+    async def get(self) -> list[ServiceMessage]:
+        """Wait until something is there and take it; empty: closed, and nothing is left."""
+        ...
+
+    def close(self, reason: str | None) -> None: ...
+
+
+OutboxT = TypeVar("OutboxT", bound=Outbox)
+OutboxT_contra = TypeVar("OutboxT_contra", bound=Outbox, contravariant=True)
+
+
+class ServiceDoor(Protocol[OutboxT_contra]):
+    """The averaging service as its server sees it. Identities, signatures and admissions were checked before these are called."""
+
+    async def join(self, peer: PeerId, role: Role, nonce: str, token_id: str | None, token_uses: int) -> None:
+        """Admit a peer, once more if it is known. Counts uses of the token. Raises Refused."""
+        ...
+
+    async def attend(self, hello: Hello, mailbox: OutboxT_contra) -> None:
+        """Take a member in; views appear in ``mailbox`` from now on. Raises Refused. ``leave`` follows in every case."""
+        ...
+
+    async def deliver(self, message: MemberMessage) -> None: ...
+
+    async def leave(self, peer: PeerId, mailbox: OutboxT_contra, why: str) -> None:
+        """The stream of this mailbox ended; also called when ``attend`` refused it."""
+        ...
+
+    async def outcome(self, fragment: FragmentId, round: int) -> Outcome | None: ...
+
+    def status(self) -> tuple[SwarmView, tuple[FragmentView, ...]]: ...
+
+    async def ledger(self, after_seq: int, limit: int) -> list[bytes]:
+        """At most ``limit`` sealed records after position ``after_seq`` (0: from the first)."""
+        ...
+
+    async def command(self, kind: str, argument: str) -> str:
+        """Carry out an order of the organiser (``stop``, ``revoke``) and say what was done. Raises Refused."""
+        ...

@@ -1,0 +1,141 @@
+"""Training windows in an order that is a pure function of (seed, peer, index), so a cursor is one number. No model, no hidden state.
+
+Shapes: B batch, T window length in tokens; a window has T + 1 tokens because the targets are the inputs shifted by one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import accumulate
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from decentra.config import Manifest, PeerConfig
+from decentra.data.domains import embedded_domain, embedded_domains
+from decentra.data.files import read_texts
+from decentra.errors import ConfigError, DataError
+from decentra.ids import PeerId
+
+MAX_CURSOR_BYTES = 1024
+
+
+class _Pool:
+    """Texts to cut windows from; every possible start is equally likely."""
+
+    def __init__(self, texts: Sequence[bytes], window_bytes: int) -> None:
+        long_enough = [text for text in texts if len(text) >= window_bytes]
+        self._arrays = [np.frombuffer(text, dtype=np.uint8) for text in long_enough]
+        self._ends = list(accumulate(len(text) - window_bytes + 1 for text in long_enough))
+        self._window_bytes = window_bytes
+        self.num_starts = self._ends[-1] if self._ends else 0
+
+    def window(self, number: int) -> np.ndarray:
+        """Window that begins at the ``number``-th possible start, counted over all texts."""
+        index = bisect_right(self._ends, number)
+        start = number - (self._ends[index - 1] if index else 0)
+        return self._arrays[index][start : start + self._window_bytes]
+
+
+class WindowSource:
+    """Windows of ``seq_len`` + 1 bytes at places drawn by a counter-based generator (BLAKE2b of the window's index, keyed).
+
+    A share ``shared_fraction`` of the windows comes from ``shared_texts``, the rest from ``texts``. Not thread-safe: one owner.
+    Raises DataError when the texts have no room for one window.
+    """
+
+    def __init__(
+        self,
+        texts: Sequence[bytes],
+        seq_len: int,
+        seed: int,
+        peer_key: str,
+        shared_texts: Sequence[bytes] = (),
+        shared_fraction: float = 0.0,
+    ) -> None:
+        self._own, self._shared = _Pool(texts, seq_len + 1), _Pool(shared_texts, seq_len + 1)
+        if not self._own.num_starts:
+            longest = max(map(len, texts), default=0)
+            raise DataError(f"one window needs {seq_len + 1} bytes of text, the longest text has {longest}; add text or lower seq_len")
+        if shared_fraction > 0 and not self._shared.num_starts:
+            raise DataError(f"shared_fraction is {shared_fraction}, but no common text with {seq_len + 1} bytes was given")
+        self.seq_len = seq_len
+        self._key = hashlib.sha256(f"{seed}:{peer_key}".encode()).digest()
+        # an integer threshold: float comparisons of a drawn number would be equal everywhere too, but this is exact at 0 and 1
+        self._shared_below = round(shared_fraction * (1 << 64))
+        self._index = 0
+
+    def next_batch(self, batch_size: int) -> Tensor:
+        """The next ``batch_size`` windows, int64 [B, T + 1]."""
+        rows = [self._window(self._index + i) for i in range(batch_size)]
+        self._index += batch_size
+        return torch.from_numpy(np.stack(rows).astype(np.int64))
+
+    def cursor(self) -> bytes:
+        """Where the source stands, as a small JSON object; ``seek`` goes back there exactly."""
+        return json.dumps({"format": 1, "index": self._index}).encode()
+
+    def seek(self, cursor: bytes) -> None:
+        """Continue at a cursor of an earlier process. Raises DataError."""
+        try:
+            raw = json.loads(cursor) if len(cursor) <= MAX_CURSOR_BYTES else None
+        except (ValueError, RecursionError):
+            raw = None
+        index = raw.get("index") if isinstance(raw, dict) and raw.get("format") == 1 else None
+        if not isinstance(index, int) or isinstance(index, bool) or index < 0:
+            ours = self.cursor().decode()
+            raise DataError(f"expected a data cursor like {ours}, got {cursor[:60]!r}; remove the saved cursor to start over")
+        self._index = index
+
+    def _window(self, index: int) -> np.ndarray:
+        drawn = hashlib.blake2b(index.to_bytes(16, "little"), key=self._key, digest_size=16).digest()
+        pool = self._shared if int.from_bytes(drawn[:8], "little") < self._shared_below else self._own
+        return pool.window(int.from_bytes(drawn[8:], "little") * pool.num_starts >> 64)
+
+
+def source_for(manifest: Manifest, config: PeerConfig, peer_id: PeerId) -> WindowSource:
+    """The training windows of one peer: its own files, one embedded domain, or all of them, mixed with common text.
+
+    Common text is all embedded domains of the run, as a share ``shared_fraction``; a run with free domain names has none.
+    Raises ConfigError, DataError.
+    """
+    if manifest.model.vocab_size < 256:
+        raise ConfigError(
+            f"text is read as bytes, which needs model.vocab_size >= 256; run '{manifest.name}' has {manifest.model.vocab_size}"
+        )
+    spec = manifest.data
+    common = _common_texts(manifest)
+    own = _own_texts(manifest, config, common)
+    fraction = spec.shared_fraction if config.shared_fraction is None else config.shared_fraction
+    if not common:
+        if config.shared_fraction:
+            raise DataError(f"run '{manifest.name}' has no embedded domains, so there is no common text; leave out shared_fraction")
+        fraction = 0.0
+    return WindowSource(own, spec.seq_len, manifest.seed, peer_id, list(common.values()), fraction)
+
+
+def _common_texts(manifest: Manifest) -> dict[str, bytes]:
+    """Training text of all embedded domains of the run; empty when one of its domains is a free name."""
+    names = manifest.data.domains
+    if not names or any(name not in embedded_domains() for name in names):
+        return {}
+    return {name: embedded_domain(name, manifest.data).train for name in names}
+
+
+def _own_texts(manifest: Manifest, config: PeerConfig, common: dict[str, bytes]) -> list[bytes]:
+    if config.data:
+        if config.domain is not None:
+            raise ConfigError(f"both data and domain '{config.domain}' are given; own files replace the embedded domain, leave one out")
+        return [read_texts(config.data, text_field=config.text_field, min_bytes=manifest.data.seq_len + 1).data]
+    if not common:
+        domains = ", ".join(manifest.data.domains) or "none"
+        raise DataError(f"run '{manifest.name}' has domains that are not embedded ({domains}); give your own text: data = [\"folder\"]")
+    if config.domain is None:
+        return list(common.values())
+    if config.domain not in common:
+        raise ConfigError(f"domain '{config.domain}' is not in run '{manifest.name}'; it has: {', '.join(common)}")
+    return [common[config.domain]]

@@ -1,0 +1,202 @@
+"""The account of a fragment: whatever a peer trained is at any time exactly once in the anchors, in its residual or in its live weights.
+
+No files, no time. The law, with anchor A, live z (owned by the trainer), residual e and at most
+one pending encode (y: live at encode, d: decoded packet, raw = beta e_before + (A - y), e_after = raw - d):
+
+outcome of the pending    residual      shift the trainer adds to z
+applied                   e_after       A' - y
+excluded                  e_after + d   A' - y      (settled without me: all of raw stays at home)
+cancelled                 e_before      none        (abandoned or void: live still holds all progress; beta is not applied twice)
+followed (no pending)     unchanged     A' - A
+reset (full recover)      zero          none: the caller loads z = A'
+
+An account's record restores it bit by bit; whoever writes it makes the write atomic. Little-endian: magic, version u16, flags u16
+(1: momentum, 2: pending), layout fingerprint [8], N u64, packet length u64, extra length u32, round u64, tokens u64, steps u64, anchor
+digest [32]; fp32 [N] each: anchor, (momentum), residual, (y, e_after); packet; extra; sha256 [32] of everything before it. The base of a
+pending is the anchor and its e_before is the residual, so neither is stored twice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from decentra.delta.anchor import AnchorState
+from decentra.delta.packet import decode_packet, encode_packet
+from decentra.delta.pseudo_gradient import pseudo_gradient
+from decentra.delta.raw import FLOAT_BYTES, assert_fits, fingerprint, float_bytes, floats_at
+from decentra.errors import IntegrityError, TrainingError
+from decentra.ids import Digest, is_digest
+from decentra.modules import Fragment
+
+# N elements of a fragment
+
+_MAGIC = b"DCAC"
+_VERSION = 1
+_HAS_MOMENTUM, _HAS_PENDING = 1, 2
+_HEADER = struct.Struct("<4sHH8sQQIQQQ32s")
+_SHA_BYTES = 32
+
+
+@dataclass(frozen=True, eq=False)
+class Pending:
+    """One encoded delta whose round has no outcome yet. The tensors are values: nobody writes into them."""
+
+    round: int
+    base: Digest  # the anchor the delta was taken from
+    packet: bytes
+    live_N: Tensor  # y: live at encode
+    residual_before_N: Tensor
+    residual_after_N: Tensor
+    num_tokens: int
+    num_steps: int
+
+
+class Account:
+    """Anchor, residual and pending encode of one fragment. Not thread-safe; only the methods below change it."""
+
+    def __init__(
+        self,
+        fragment: Fragment,
+        anchor_state: AnchorState,
+        anchor_digest: Digest,
+        *,
+        residual_N: Tensor | None = None,
+        pending: Pending | None = None,
+        extra: bytes = b"",
+    ) -> None:
+        """``residual_N``: fp32 [N], zero by default. ``extra``: opaque bytes of the caller, kept in the record (the data cursor)."""
+        self.fragment = fragment
+        self.anchor_state = anchor_state
+        self.anchor_digest = anchor_digest
+        self.residual_N = torch.zeros(fragment.num_elements) if residual_N is None else residual_N
+        self.pending = pending
+        self.extra = extra
+        self.check()
+
+    def check(self) -> None:
+        """Assert what always holds."""
+        assert_fits(self.anchor_state.anchor_N, self.fragment)
+        assert_fits(self.residual_N, self.fragment)
+        if self.pending is not None:
+            assert self.pending.base == self.anchor_digest, "a pending delta was taken from the current anchor"
+            assert self.pending.residual_before_N is self.residual_N, "the residual waits for the outcome"
+
+    def encode(self, round: int, live_N: Tensor, codec_name: str, beta: float, num_tokens: int, num_steps: int) -> Pending:
+        """Encode the progress of ``live_N`` fp32 [N] (copied) plus ``beta`` times the residual (error feedback, arXiv 1901.09847, alg. 1).
+
+        The residual moves at the outcome, not here. Raises TrainingError when an encode is pending or the sum is not finite,
+        ConfigError for an unknown codec.
+        """
+        if self.pending is not None:
+            raise TrainingError(
+                f"fragment {self.fragment.id}: round {round} cannot be encoded, round {self.pending.round} has no outcome yet;"
+                " ask the ledger for it"
+            )
+        y_N = live_N.detach().clone()
+        raw_N = torch.add(torch.mul(self.residual_N, beta), pseudo_gradient(self.anchor_state.anchor_N, y_N))
+        packet = encode_packet(self.fragment, raw_N, codec_name)
+        # the own packet is decoded like a foreign one: all peers, this one too, aggregate the same numbers
+        residual_after_N = torch.sub(raw_N, decode_packet(packet, self.fragment, peer="self", round=round))
+        self.pending = Pending(round, self.anchor_digest, packet, y_N, self.residual_N, residual_after_N, num_tokens, num_steps)
+        self.check()
+        return self.pending
+
+    def applied(self, new_state: AnchorState, new_digest: Digest) -> Tensor:
+        """The round is confirmed with my packet in it. Returns the shift fp32 [N] to add to live."""
+        pending = self._take("applied")
+        return self._adopt(new_state, new_digest, pending.residual_after_N, pending.live_N)
+
+    def excluded(self, new_state: AnchorState, new_digest: Digest) -> Tensor:
+        """The round is confirmed without my packet. Returns the shift fp32 [N] to add to live."""
+        pending = self._take("excluded")
+        decoded_N = decode_packet(pending.packet, self.fragment, peer="self", round=pending.round)
+        return self._adopt(new_state, new_digest, torch.add(pending.residual_after_N, decoded_N), pending.live_N)
+
+    def cancelled(self) -> None:
+        """The round is abandoned or void: as if it had never been encoded."""
+        self.residual_N = self._take("cancelled").residual_before_N
+
+    def followed(self, new_state: AnchorState, new_digest: Digest) -> Tensor:
+        """The anchor moved in a round I have nothing in. Returns the shift fp32 [N] to add to live."""
+        if self.pending is not None:
+            raise TrainingError(
+                f"fragment {self.fragment.id}: the anchor cannot be followed, round {self.pending.round} is pending;"
+                " its outcome is applied, excluded or cancelled"
+            )
+        return self._adopt(new_state, new_digest, self.residual_N, self.anchor_state.anchor_N)
+
+    def reset(self, new_state: AnchorState, new_digest: Digest) -> None:
+        """Recover from a full anchor: a pending encode is dropped, the residual is zero. The caller loads live = anchor."""
+        self.pending = None
+        self._adopt(new_state, new_digest, torch.zeros(self.fragment.num_elements), new_state.anchor_N)
+
+    def _take(self, outcome: str) -> Pending:
+        pending, self.pending = self.pending, None
+        if pending is None:
+            raise TrainingError(f"fragment {self.fragment.id}: nothing is pending that could be {outcome}; the outcome was taken twice")
+        return pending
+
+    def _adopt(self, new_state: AnchorState, new_digest: Digest, residual_N: Tensor, from_N: Tensor) -> Tensor:
+        self.anchor_state, self.anchor_digest, self.residual_N = new_state, new_digest, residual_N
+        self.check()
+        return torch.sub(new_state.anchor_N, from_N)
+
+
+def to_record(account: Account) -> bytes:
+    """Bytes that hold the whole account and its ``extra``. Raises IntegrityError when the anchor digest is no sha256."""
+    state, pending, fragment = account.anchor_state, account.pending, account.fragment
+    if not is_digest(account.anchor_digest):
+        raise IntegrityError(f"fragment {fragment.id}: expected the anchor's sha256 in hex, got {account.anchor_digest[:80]!r}")
+    flags = (0 if state.momentum_N is None else _HAS_MOMENTUM) | (0 if pending is None else _HAS_PENDING)
+    packet, counts = (b"", (0, 0, 0)) if pending is None else (pending.packet, (pending.round, pending.num_tokens, pending.num_steps))
+    header = _HEADER.pack(
+        _MAGIC, _VERSION, flags, fingerprint(fragment), fragment.num_elements, len(packet), len(account.extra), *counts,
+        bytes.fromhex(account.anchor_digest),
+    )  # fmt: skip
+    tensors = [state.anchor_N, state.momentum_N, account.residual_N]
+    if pending is not None:
+        tensors += [pending.live_N, pending.residual_after_N]
+    body = b"".join([header, *(float_bytes(x_N) for x_N in tensors if x_N is not None), packet, account.extra])
+    return body + hashlib.sha256(body).digest()
+
+
+def account_from_record(fragment: Fragment, data: bytes) -> Account:
+    """Restore an account bit by bit. Raises IntegrityError for a record that is damaged, cut, of another version or another fragment."""
+    where = f"account record of {fragment.id}"
+    if len(data) < _HEADER.size + _SHA_BYTES or hashlib.sha256(data[:-_SHA_BYTES]).digest() != data[-_SHA_BYTES:]:
+        raise IntegrityError(f"{where}: {len(data)} bytes do not match their own checksum; recover from the anchor")
+    magic, version, flags, layout, num_elements, packet_bytes, extra_bytes, round, num_tokens, num_steps, digest = _HEADER.unpack_from(data)
+    if magic != _MAGIC or version != _VERSION or flags & ~(_HAS_MOMENTUM | _HAS_PENDING):
+        raise IntegrityError(
+            f"{where}: expected version {_VERSION}, got {magic!r}, version {version}, flags {flags}; recover from the anchor"
+        )
+    if layout != fingerprint(fragment) or num_elements != fragment.num_elements:
+        raise IntegrityError(f"{where}: it is of another fragment or model; recover from the anchor")
+    has_momentum, has_pending = bool(flags & _HAS_MOMENTUM), bool(flags & _HAS_PENDING)
+    num_tensors = 2 + has_momentum + 2 * has_pending
+    packet_at = _HEADER.size + num_tensors * FLOAT_BYTES * num_elements
+    if len(data) != packet_at + packet_bytes + extra_bytes + _SHA_BYTES:
+        raise IntegrityError(f"{where}: {len(data)} bytes do not match its own lengths; recover from the anchor")
+    tensors = _tensors(data, num_elements)
+    state = AnchorState(next(tensors), next(tensors) if has_momentum else None)
+    residual_N, pending, anchor_digest = next(tensors), None, Digest(digest.hex())
+    if has_pending:
+        packet = bytes(data[packet_at : packet_at + packet_bytes])
+        y_N, residual_after_N = next(tensors), next(tensors)
+        pending = Pending(round, anchor_digest, packet, y_N, residual_N, residual_after_N, num_tokens, num_steps)
+    extra = bytes(data[packet_at + packet_bytes : -_SHA_BYTES])
+    return Account(fragment, state, anchor_digest, residual_N=residual_N, pending=pending, extra=extra)
+
+
+def _tensors(data: bytes, num_elements: int) -> Iterator[Tensor]:
+    """The record's fp32 vectors [N] in order; the caller has checked how many there are."""
+    at = _HEADER.size
+    while True:
+        yield floats_at(data, at, num_elements)
+        at += FLOAT_BYTES * num_elements

@@ -1,0 +1,44 @@
+"""The weighted sum of a round's deltas, bit-equal on every machine. It judges nothing and normalises no weight: the settlement did."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from decentra.bits import bits_float, float_bits
+from decentra.errors import IntegrityError, RejectedPayload
+from decentra.ids import PeerId
+
+__all__ = ["aggregate", "bits_float", "float_bits"]
+
+# N elements of a fragment, P peers
+
+
+def aggregate(deltas: Mapping[PeerId, Tensor], weight_bits: Mapping[PeerId, int]) -> Tensor:
+    """Sum over P of weight * delta, fp32 [N]; ``weight_bits`` are float32 bits.
+
+    Ascending order of peer id, only out-of-place mul and add: every CPU gets the same bits. Raises IntegrityError when deltas and weights
+    are of different peers or there are none, RejectedPayload for a weight that is not finite or is negative.
+    """
+    if not deltas or deltas.keys() != weight_bits.keys():
+        raise IntegrityError(
+            f"expected one delta for every settled offer, got deltas of {sorted(deltas)}, weights of {sorted(weight_bits)};"
+            " fetch what is missing"
+        )
+    peers = sorted(deltas)
+    assert len({deltas[peer].shape for peer in peers}) == 1, "deltas of one round have one shape"
+    total_N: Tensor | None = None
+    for peer in peers:
+        weighted_N = torch.mul(deltas[peer].contiguous(), _weight(peer, weight_bits[peer]))
+        total_N = weighted_N if total_N is None else torch.add(total_N, weighted_N)
+    assert total_N is not None
+    return total_N
+
+
+def _weight(peer: PeerId, bits: int) -> float:
+    weight = bits_float(bits)
+    if weight < 0:
+        raise RejectedPayload("malformed", f"the settlement gives {peer} the weight {weight}; a weight is not negative")
+    return weight

@@ -1,0 +1,63 @@
+"""The codecs of packet sections behind one interface, by name (manifest) and by code (wire). No framing, no provenance."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+from decentra.delta.codec.block import Int8Block
+from decentra.delta.codec.dense import Bf16, Fp32
+from decentra.delta.raw import Buffer
+from decentra.errors import ConfigError, RejectedPayload
+
+# N elements of a tensor
+
+
+class Codec(Protocol):
+    """Turns the values of one tensor into bytes and back. Decoding gives the same bits on every machine; encoding need not."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def code(self) -> int:
+        """Number on the wire, 0 .. 65535; never reused."""
+        ...
+
+    def encoded_size(self, num_elements: int) -> int | None:
+        """Exact number of bytes, or None when it depends on the data."""
+        ...
+
+    def max_size(self, num_elements: int) -> int:
+        """Upper bound in bytes, whatever the data."""
+        ...
+
+    def encode(self, values_N: Tensor) -> bytes:
+        """``values_N``: finite fp32 [N], contiguous."""
+        ...
+
+    def decode(self, data: Buffer, num_elements: int) -> Tensor:
+        """fp32 [N]. The caller checked the size against ``encoded_size`` or ``max_size``. Raises RejectedPayload without a peer's name."""
+        ...
+
+
+CODECS: tuple[Codec, ...] = (Fp32(), Bf16(), Int8Block())
+
+
+def codec_named(name: str) -> Codec:
+    """The codec a manifest names. Raises ConfigError."""
+    for codec in CODECS:
+        if codec.name == name:
+            return codec
+    raise ConfigError(f"codec: expected one of {', '.join(c.name for c in CODECS)}, got {name!r}")
+
+
+def codec_by_code(code: int) -> Codec:
+    """The codec a packet names. Raises RejectedPayload (``codec``)."""
+    for codec in CODECS:
+        if codec.code == code:
+            return codec
+    raise RejectedPayload(
+        "codec", f"expected a codec code of {', '.join(str(c.code) for c in CODECS)}, got {code}; its sender may be newer"
+    )

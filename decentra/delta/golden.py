@@ -1,0 +1,81 @@
+"""The golden aggregation: a fixed small history that must give the same digest on every machine of a run. No files, no randomness.
+
+It walks the real path (account, all codecs, aggregate, nesterov) over values that need carries, ties, partial blocks and subnormals, and is
+large enough for torch to use several threads.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from decentra.delta.account import Account
+from decentra.delta.aggregate import aggregate
+from decentra.delta.anchor import AnchorState, anchor_digest, encode_anchor
+from decentra.bits import float_bits
+from decentra.delta.outer import outer_step
+from decentra.delta.packet import decode_packet
+from decentra.delta.raw import float_bytes
+from decentra.errors import IntegrityError
+from decentra.ids import Digest, FragmentId, PeerId, digest_of
+from decentra.modules import Fragment, build_layout
+
+# N elements of a fragment
+
+GOLDEN = Digest("5a02d71adf8e92eb5f6096c66367194d8d3f68fe78379edd4c4b1f4a1862c7cd")
+_CODECS = ("int8", "bf16", "fp32")
+_PEERS = (PeerId("peer-a"), PeerId("peer-b"), PeerId("peer-c"))
+_NUM_ROUNDS = 3
+
+
+def golden_digest() -> Digest:
+    """Digest over every packet, residual and anchor of three peers in three rounds. The same in every process that may take part."""
+    parts: list[str] = []
+    fragment = golden_fragment()
+    state = AnchorState(golden_values(fragment.num_elements, 1))
+    digest = anchor_digest(encode_anchor(fragment, state))
+    accounts = {peer: Account(fragment, state, digest) for peer in _PEERS}
+    lives = dict.fromkeys(_PEERS, state.anchor_N)
+    weights = {peer: float_bits(w) for peer, w in zip(_PEERS, (0.1, 0.3, 0.6), strict=True)}
+    for round in range(1, _NUM_ROUNDS + 1):
+        deltas = {}
+        for index, peer in enumerate(_PEERS):
+            lives[peer] = torch.add(lives[peer], golden_values(fragment.num_elements, 10 * round + index))
+            packet = accounts[peer].encode(round, lives[peer], _CODECS[(round + index) % 3], 0.9, 0, 0).packet
+            deltas[peer] = decode_packet(packet, fragment)
+            parts.append(digest_of(packet))
+        mean_N = aggregate(deltas, weights)
+        state = outer_step(state, mean_N, rule="nesterov", lr_bits=float_bits(0.7), momentum_bits=float_bits(0.9))
+        digest = anchor_digest(encode_anchor(fragment, state))
+        for peer in _PEERS:
+            lives[peer] = torch.add(lives[peer], accounts[peer].applied(state, digest))
+            parts.append(digest_of(float_bytes(accounts[peer].residual_N)))
+        parts.append(digest)
+    return digest_of("\n".join(parts).encode())
+
+
+def check_golden() -> None:
+    """Raises IntegrityError when this machine computes other bits than the run agreed on; it must not take part then."""
+    ours = golden_digest()
+    if ours != GOLDEN:
+        raise IntegrityError(
+            f"this machine's arithmetic differs: the golden aggregation gives {ours}, every peer must get {GOLDEN};"
+            f" compare your torch {torch.__version__} with the tested range, and switch off flush-to-zero and fast-math settings"
+        )
+
+
+def golden_fragment() -> Fragment:
+    """A fragment with a matrix large enough for several threads, matrices with partial int8 blocks, and norms."""
+    shapes = [("a.norm", (37,)), ("b.weight", (301, 307)), ("c.weight", (3, 43)), ("d.norm", (1,)), ("e.weight", (2, 64))]
+    return build_layout(shapes)[FragmentId("trunk/0")]
+
+
+def golden_values(num_elements: int, seed: int) -> Tensor:
+    """fp32 [N] made from integers only: 24-bit mantissas times powers of two; the first 4096 are around fp32's smallest numbers."""
+    index_N = torch.arange(num_elements, dtype=torch.int64)
+    hash_N = ((index_N + 7919 * seed) * 2654435761) % 2**32
+    hash_N = ((hash_N ^ (hash_N >> 15)) * 1540483477) % 2**32
+    mantissa_N = ((hash_N >> 8) - 2**23).to(torch.float32)  # exact: 24 bits
+    scales = [2.0**-149, 2.0**-140, 0.0] + [2.0**-e for e in range(24, 40)]
+    choice_N = torch.where(index_N < 4096, hash_N % 2, hash_N % len(scales))
+    return torch.mul(mantissa_N, torch.tensor(scales, dtype=torch.float32)[choice_N])

@@ -1,0 +1,39 @@
+"""What every model of a run returns, and the training loss computed from it. No parameters and no optimizer.
+
+Shapes: B batch, T tokens, V vocabulary, E experts.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from decentra.config import ModelSpec
+
+
+class ForwardOutput(NamedTuple):
+    """Result of a model's ``forward(tokens_BT)``; a model given with ``--model-code`` returns the same four values."""
+
+    logits_BTV: Tensor
+    aux_loss: Tensor  # load balancing, 0-d, not yet weighted
+    z_loss: Tensor  # router z-loss, 0-d, not yet weighted
+    tokens_per_expert_E: Tensor  # int64 on any device, summed over layers; a token counts once per expert it was sent to
+
+
+class LossOutput(NamedTuple):
+    """One training loss: ``total`` is differentiated, ``cross_entropy`` (nats per token) is what people read."""
+
+    total: Tensor
+    cross_entropy: Tensor
+    tokens_per_expert_E: Tensor
+
+
+def loss_of(model: nn.Module, spec: ModelSpec, tokens_BT1: Tensor) -> LossOutput:
+    """Next-token loss of ``tokens_BT1`` (int64, [B, T + 1]) with the weighted router losses of ``spec`` added."""
+    output: ForwardOutput = model(tokens_BT1[:, :-1])
+    # fp32 whatever autocast chose: bf16 logits would round the loss people compare
+    cross_entropy = F.cross_entropy(output.logits_BTV.float().flatten(0, 1), tokens_BT1[:, 1:].flatten())
+    total = cross_entropy + spec.aux_loss_weight * output.aux_loss + spec.z_loss_weight * output.z_loss
+    return LossOutput(total, cross_entropy, output.tokens_per_expert_E)

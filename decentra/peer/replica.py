@@ -1,0 +1,322 @@
+"""One fragment at this peer: its account, its live weights (at the trainer), its files. Does what the member machine says; decides nothing.
+
+Files: ``F.record`` is the whole account, written before an offer leaves; ``F.note`` says how the newest round after it ended. Anchors and packets are
+blobs. Both carry the round they were written in: a note of the record's pending round, or of a later one, is newer than the record.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import Tensor
+
+from decentra.config import Manifest
+from decentra.delta.account import Account, account_from_record, to_record
+from decentra.delta.aggregate import aggregate
+from decentra.delta.anchor import AnchorState, anchor_digest, decode_anchor, encode_anchor
+from decentra.delta.outer import outer_step
+from decentra.delta.packet import decode_packet
+from decentra.delta.screen import screen
+from decentra.errors import DecentraError, IntegrityError, RejectedPayload, TrainingError
+from decentra.ids import Digest, FragmentId, PeerId, digest_of
+from decentra.modules import Fragment
+from decentra.peer.disk import write_atomic
+from decentra.ports import Compute, Disk, Events, Exchange
+from decentra.protocol import canonical
+from decentra.protocol.member import Ending
+from decentra.protocol.messages import Offer, Settlement
+
+_STAMP_BYTES = 8
+NUM_KEPT_ROUNDS = 4  # rounds whose packets are served on, for members that come back
+
+
+class SnapshotLike(Protocol):
+    """Live weights at one moment: fp32 [N] on the CPU and the totals so far."""
+
+    @property
+    def live_N(self) -> Tensor: ...
+    @property
+    def num_steps(self) -> int: ...
+    @property
+    def num_tokens(self) -> int: ...
+    @property
+    def cursor(self) -> bytes: ...
+    @property
+    def has_bad_steps(self) -> bool: ...
+
+
+class LiveWeights(Protocol):
+    """The trainer as a replica sees it; each call happens between two inner steps."""
+
+    async def snapshot(self, fragment: FragmentId) -> SnapshotLike: ...
+    async def shift(self, fragment: FragmentId, delta_N: Tensor) -> None: ...
+    async def load(self, fragment: FragmentId, values_N: Tensor) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """How the newest round ended here, and which blobs of this fragment are kept."""
+
+    round: int
+    ending: str  # an Ending or "reset"
+    anchor: Digest
+    kept: tuple[tuple[int, tuple[Digest, ...]], ...] = ()  # (round, blobs)
+
+
+@dataclass
+class Replica:
+    """Account and files of one fragment. ``live`` is None at a keeper."""
+
+    fragment: Fragment
+    manifest: Manifest
+    me: PeerId
+    exchange: Exchange
+    disk: Disk
+    compute: Compute
+    events: Events
+    live: LiveWeights | None = None
+    account: Account | None = None
+    pending_offer: Offer | None = None
+    _tentative: tuple[Digest, AnchorState] | None = None
+    _tokens_at_encode: int = 0
+    _tokens_before: int = 0
+    _kept: dict[int, tuple[Digest, ...]] = field(default_factory=dict)
+
+    # ------------------------------------------------------------ start
+
+    async def load(self) -> None:
+        """Read what the last process left. A file that is damaged is reported and dropped; the fragment then recovers from others."""
+        note = self._read_note()
+        record = await self._read_record()
+        if note is not None:
+            self._kept = {number: blobs for number, blobs in note.kept}
+        if record is not None and (note is None or _is_newer(record, note)):
+            self.account = record
+        elif note is not None:
+            self.account = await self._resolved(record, note)
+        if self.account is not None and (pending := self.account.pending) is not None:
+            self.pending_offer = self._offer(pending.round, pending.base, pending.packet, pending.num_tokens, pending.num_steps)
+            await self.exchange.put(self.pending_offer.packet, pending.packet)
+
+    @property
+    def anchor(self) -> Digest | None:
+        return None if self.account is None else self.account.anchor_digest
+
+    def initial_live(self) -> Tensor | None:
+        """Where training goes on: live at the last encode while its outcome is open, else the anchor. fp32 [N]."""
+        if self.account is None:
+            return None
+        pending = self.account.pending
+        return self.account.anchor_state.anchor_N if pending is None else pending.live_N
+
+    async def begin_training(self) -> None:
+        """Tokens count from now on."""
+        if self.live is not None:
+            self._tokens_at_encode = self._tokens_before = (await self.live.snapshot(self.fragment.id)).num_tokens
+
+    # ------------------------------------------------------------ the way of a delta
+
+    async def encode(self, number: int, base: Digest) -> Offer:
+        """Encode this peer's progress and make it durable. Raises TrainingError when there is nothing sound to offer."""
+        account = self._account()
+        if account.anchor_digest != base or self.live is None:
+            raise IntegrityError(f"round {number} of {self.fragment.id} starts from {base[:12]}, this peer is at {account.anchor_digest[:12]}")
+        snapshot = await self.live.snapshot(self.fragment.id)
+        if snapshot.has_bad_steps:
+            raise TrainingError("the loss was not finite in this round's inner steps")
+        num_tokens = max(0, snapshot.num_tokens - self._tokens_at_encode)
+        account.extra = _stamp(number, snapshot.cursor)
+        codec, beta = self.manifest.codec.name, self.manifest.codec.error_feedback
+        try:
+            pending = await self.compute.run(account.encode, number, snapshot.live_N, codec, beta, num_tokens, snapshot.num_steps)
+        except TrainingError:
+            await self.live.load(self.fragment.id, account.anchor_state.anchor_N)
+            raise
+        try:
+            await self.compute.run(self._write_record, account)
+            offer = self._offer(number, base, pending.packet, num_tokens, snapshot.num_steps)
+            await self.exchange.put(offer.packet, pending.packet)
+        except OSError:
+            account.cancelled()
+            raise
+        self._tokens_before, self._tokens_at_encode = self._tokens_at_encode, snapshot.num_tokens
+        self.pending_offer = offer
+        return offer
+
+    async def check_packet(self, digest: Digest, data: bytes, sender: PeerId, number: int) -> None:
+        """Screen a foreign packet, then store and serve it. Raises RejectedPayload."""
+        await self.compute.run(self._screen, data, sender, number)
+        await self.exchange.put(digest, data)
+
+    async def apply(self, settlement: Settlement) -> Digest:
+        """Compute the settlement's anchor and make it durable; what comes back is attested. The confirmed anchor stays beside it."""
+        packets: dict[PeerId, bytes] = {}
+        for entry in settlement.entries:
+            data = await self.exchange.read(entry.packet)
+            if data is None:
+                raise IntegrityError(f"packet {entry.packet[:12]} of {self.fragment.id} is gone from this peer's store")
+            packets[entry.peer] = data
+        state, blob = await self.compute.run(self._aggregate, settlement, packets)
+        digest = anchor_digest(blob)
+        await self.exchange.put(digest, blob)
+        self._tentative = (digest, state)
+        self._keep(settlement.round, (*(e.packet for e in settlement.entries), digest))
+        return digest
+
+    async def commit(self, number: int, anchor: Digest, ending: Ending) -> None:
+        """The tentative anchor is confirmed: close the account's pending packet and move live."""
+        account = self._account()
+        if self._tentative is None or self._tentative[0] != anchor:
+            raise IntegrityError(f"anchor {anchor[:12]} of {self.fragment.id} is confirmed, but this peer has not computed it")
+        state = self._tentative[1]
+        self._keep(number, (*self._kept.get(number, ()), account.anchor_digest))
+        await self._write_note(Note(number, ending, anchor))
+        move = {Ending.APPLIED: account.applied, Ending.EXCLUDED: account.excluded, Ending.FOLLOWED: account.followed}[ending]
+        shift_N = move(state, anchor)
+        if ending is Ending.FOLLOWED and bool(account.residual_N.any()):
+            await self._rewrite_record(number)  # the note alone would forget the residual
+        self._tentative, self.pending_offer = None, None
+        if self.live is not None:
+            await self.live.shift(self.fragment.id, shift_N)
+        await self._collect_garbage()
+
+    async def cancel(self, number: int) -> None:
+        """The pending packet's round gave nothing: as if it had never been encoded."""
+        self._account().cancelled()
+        await self._rewrite_record(number)
+        self.pending_offer = None
+        self._tokens_at_encode = self._tokens_before
+
+    async def recover(self, anchor: Digest, number: int, blob: bytes) -> None:
+        """Take a whole anchor, verified against its digest; local progress since the old one is dropped."""
+        if digest_of(blob) != anchor:
+            raise RejectedPayload("digest", f"anchor {anchor[:12]} of {self.fragment.id} came with other bytes")
+        state = await self.compute.run(decode_anchor, self.fragment, blob)
+        await self.exchange.put(anchor, blob)
+        await self._write_note(Note(number, "reset", anchor))
+        if self.account is None:
+            self.account = Account(self.fragment, state, anchor)
+        else:
+            self.account.reset(state, anchor)
+        self._tentative, self.pending_offer = None, None
+        if self.live is not None:
+            await self.live.load(self.fragment.id, state.anchor_N)
+            await self.begin_training()
+
+    # ------------------------------------------------------------ parts
+
+    def _account(self) -> Account:
+        if self.account is None:
+            raise IntegrityError(f"{self.fragment.id} has no anchor at this peer yet")
+        return self.account
+
+    def _offer(self, number: int, base: Digest, packet: bytes, num_tokens: int, num_steps: int) -> Offer:
+        return Offer(self.fragment.id, number, self.me, base, digest_of(packet), len(packet), num_tokens, num_steps)
+
+    def _screen(self, data: bytes, sender: PeerId, number: int) -> None:
+        values_N = decode_packet(data, self.fragment, peer=sender, round=number)
+        screen(values_N, norm_limit=None, peer=sender, round=number)
+
+    def _aggregate(self, settlement: Settlement, packets: dict[PeerId, bytes]) -> tuple[AnchorState, bytes]:
+        account = self._account()
+        if settlement.base != account.anchor_digest:
+            raise IntegrityError(f"settlement of {settlement.base[:12]}, this peer is at {account.anchor_digest[:12]}")
+        deltas = {p: decode_packet(d, self.fragment, peer=p, round=settlement.round) for p, d in packets.items()}
+        mean_N = aggregate(deltas, {e.peer: e.weight_bits for e in settlement.entries})
+        state = outer_step(
+            account.anchor_state, mean_N, rule=self.manifest.outer.rule, lr_bits=settlement.lr_bits, momentum_bits=settlement.momentum_bits
+        )
+        return state, encode_anchor(self.fragment, state)
+
+    @property
+    def _file(self) -> str:
+        return self.fragment.id.replace("/", "-")
+
+    async def _rewrite_record(self, number: int) -> None:
+        account = self._account()
+        account.extra = _stamp(number, account.extra[_STAMP_BYTES:])
+        await self.compute.run(self._write_record, account)
+
+    def _write_record(self, account: Account) -> None:
+        write_atomic(self.disk, f"{self._file}.record", to_record(account))
+
+    async def _write_note(self, note: Note) -> None:
+        whole = Note(note.round, note.ending, note.anchor, tuple(sorted(self._kept.items())))
+        await self.compute.run(write_atomic, self.disk, f"{self._file}.note", canonical.to_bytes(whole))
+
+    def _read_note(self) -> Note | None:
+        data = self.disk.read(f"{self._file}.note")
+        try:
+            return None if data is None else canonical.from_bytes(Note, data)
+        except RejectedPayload as error:
+            self.events.emit("damaged-file", file=f"{self._file}.note", why=str(error))
+            return None
+
+    async def _read_record(self) -> Account | None:
+        data = self.disk.read(f"{self._file}.record")
+        if data is None:
+            return None
+        try:
+            return await self.compute.run(account_from_record, self.fragment, data)
+        except IntegrityError as error:
+            self.events.emit("damaged-file", file=f"{self._file}.record", why=str(error))
+            return None
+
+    async def _resolved(self, record: Account | None, note: Note) -> Account | None:
+        """The account after the outcome that ``note`` tells, from the record before it and the anchor blob."""
+        state = await self._stored_anchor(note.anchor)
+        if state is None:
+            self.events.emit("lost-anchor", fragment=self.fragment.id, anchor=note.anchor[:12])
+            return None
+        pending = None if record is None else record.pending
+        if record is None or pending is None or note.round != pending.round or note.ending not in (Ending.APPLIED, Ending.EXCLUDED):
+            return Account(self.fragment, state, note.anchor)
+        (record.applied if note.ending == Ending.APPLIED else record.excluded)(state, note.anchor)
+        return record
+
+    async def _stored_anchor(self, digest: Digest) -> AnchorState | None:
+        blob = await self.exchange.read(digest)
+        try:
+            return None if blob is None else await self.compute.run(decode_anchor, self.fragment, blob)
+        except DecentraError:
+            return None
+
+    def _keep(self, number: int, blobs: Sequence[Digest]) -> None:
+        self._kept[number] = tuple(dict.fromkeys(blobs))
+
+    async def _collect_garbage(self) -> None:
+        """Drop blobs of rounds older than the newest few; never the confirmed anchor."""
+        old = sorted(self._kept)[:-NUM_KEPT_ROUNDS]
+        still = {d for number, blobs in self._kept.items() if number not in old for d in blobs} | {self.anchor}
+        for number in old:
+            for digest in self._kept.pop(number):
+                if digest not in still:
+                    await self.exchange.drop(digest)
+
+
+def _stamp(number: int, cursor: bytes) -> bytes:
+    """What the record carries beside the account: the round it was written in and the trainer's place in its data."""
+    return number.to_bytes(_STAMP_BYTES, "big") + cursor
+
+
+def cursor_of(account: Account) -> bytes:
+    return account.extra[_STAMP_BYTES:]
+
+
+def _is_newer(record: Account, note: Note) -> bool:
+    """True when the record was written after the note."""
+    number = int.from_bytes(record.extra[:_STAMP_BYTES], "big")
+    if number == note.round:
+        # a pending record of the note's round came before its outcome, unless the outcome was a recovery to the very anchor it starts from
+        return record.pending is None or (note.ending == "reset" and record.anchor_digest == note.anchor)
+    return number > note.round
+
+
+async def start_all(replicas: Sequence[Replica]) -> None:
+    """Load every replica; one after another, so that memory stays at one record."""
+    for replica in replicas:
+        await replica.load()
+        await asyncio.sleep(0)

@@ -1,0 +1,287 @@
+"""The only loop of a peer: pumps the member machine, turns its effects into work, and hands each result back as an event. Decides nothing.
+
+The way of one delta: trainer -> snapshot -> encode -> offer -> (service settles) -> fetch and screen -> aggregate -> attest -> commit. Everything that
+waits runs in its own task and ends as an event in the one inbox; the machine sees one event at a time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+from decentra.delta.anchor import max_anchor_bytes
+from decentra.errors import DecentraError, Refused, RejectedPayload, TrainingError, Unreachable, VersionMismatch
+from decentra.ids import FragmentId, PeerId, short
+from decentra.peer.fetch import Fetcher
+from decentra.peer.replica import Replica
+from decentra.ports import AveragingService, Clock, Events, Exchange, Session
+from decentra.protocol import member as m
+from decentra.protocol.messages import (
+    Counters,
+    FragmentView,
+    Goodbye,
+    Heartbeat,
+    Hello,
+    Holding,
+    MemberMessage,
+    MemberView,
+    Rejected,
+    SwarmView,
+)
+
+TICK_S = 0.5
+FIRST_BACKOFF_S, MAX_BACKOFF_S = 1.0, 15.0
+GOODBYE_S = 2.0
+
+
+@dataclass
+class PeerLoop:
+    """One peer at work. ``run`` returns why it ended; cancel it to stop at once."""
+
+    me: m.Self
+    hello: Callable[[], Hello]  # without holdings; they are added here
+    heartbeat_s: float
+    service: AveragingService
+    exchange: Exchange
+    replicas: Mapping[FragmentId, Replica]
+    clock: Clock
+    events: Events
+    counters: Callable[[], Counters] = Counters
+    on_trained: Callable[[frozenset[FragmentId]], Coroutine[Any, Any, None]] | None = None
+    num_steps: int = 0
+    machine: m.MemberMachine = field(init=False)
+    members: dict[PeerId, MemberView] = field(init=False, default_factory=dict)
+    fetcher: Fetcher = field(init=False)
+    _inbox: asyncio.Queue[m.Event] = field(init=False, default_factory=asyncio.Queue)
+    _outbox: asyncio.Queue[MemberMessage] | None = field(init=False, default=None)
+    _group: asyncio.TaskGroup = field(init=False)
+    _finished: asyncio.Future[str] = field(init=False)
+    _jobs: set[asyncio.Task[None]] = field(init=False, default_factory=set)
+    _seq: int = field(init=False, default=0)
+
+    def __post_init__(self) -> None:
+        lives = {
+            f: m.FragmentLife(
+                f, r.anchor, pending=r.pending_offer, packets=frozenset({r.pending_offer.packet} if r.pending_offer else ()),
+                encoded_at_steps=self.num_steps, encoded_before_steps=self.num_steps,
+            )
+            for f, r in self.replicas.items()
+        }  # fmt: skip
+        self.machine = m.MemberMachine(self.me, lives, num_steps=self.num_steps)
+        self.fetcher = Fetcher(self.exchange, self._addresses, self.events)
+
+    # ------------------------------------------------------------ from outside
+
+    def stepped(self, num_steps: int) -> None:
+        """The trainer finished an inner step."""
+        self._inbox.put_nowait(m.Stepped(num_steps))
+
+    def leave(self, why: str) -> None:
+        """Say goodbye and end."""
+        if self._outbox is not None:
+            self._outbox.put_nowait(Goodbye(self.me.peer, why))
+        if not self._finished.done():
+            self._finished.set_result(why)
+
+    async def run(self) -> str:
+        """Take part until the run is over or ``leave``. Raises Refused when the service turns this peer away for good."""
+        self._finished = asyncio.get_running_loop().create_future()
+        try:
+            async with asyncio.TaskGroup() as group:
+                self._group = group
+                tasks = [group.create_task(c) for c in (self._pump(), self._attend_forever(), self._beat(), self._ticks())]
+                why = await self._finished
+                await self._say_last(why)
+                for task in tasks:
+                    task.cancel()
+                self._cancel_work()
+        except* DecentraError as failures:
+            raise failures.exceptions[0] from None
+        return why
+
+    # ------------------------------------------------------------ loops
+
+    async def _pump(self) -> None:
+        while True:
+            event = await self._inbox.get()
+            for effect in self.machine.handle(event, self.clock.now()):
+                self._start(effect)
+
+    async def _ticks(self) -> None:
+        while True:
+            await self.clock.sleep(TICK_S)
+            self._inbox.put_nowait(m.Tick())
+
+    async def _beat(self) -> None:
+        while True:
+            await self.clock.sleep(self.heartbeat_s)
+            self._seq += 1
+            self._say(Heartbeat(self.me.peer, self._seq, self.counters()))
+
+    async def _attend_forever(self) -> None:
+        backoff_s = FIRST_BACKOFF_S
+        while True:
+            try:
+                session = await self.service.attend(self._full_hello())
+                backoff_s = FIRST_BACKOFF_S
+                self.events.emit("service-connected")
+                await self._attend(session)
+                why = "the service closed the stream"
+            except (Refused, VersionMismatch):
+                raise
+            except (Unreachable, DecentraError) as error:
+                why = str(error)
+            self._outbox = None
+            self._inbox.put_nowait(m.Disconnected(why))
+            self.events.emit("service-away", why=why, retry_s=backoff_s)
+            await self.clock.sleep(backoff_s)
+            backoff_s = min(MAX_BACKOFF_S, 2 * backoff_s)
+
+    async def _attend(self, session: Session) -> None:
+        self._outbox = asyncio.Queue()
+        self._inbox.put_nowait(m.Connected())
+        sender = asyncio.create_task(self._send_all(session, self._outbox))
+        try:
+            async for message in session.messages():
+                match message:
+                    case FragmentView():
+                        self._inbox.put_nowait(m.Viewed(message))
+                    case SwarmView():
+                        self.members = {v.peer: v for v in message.members}
+                        self._inbox.put_nowait(m.SwarmViewed(message))
+                    case Rejected(_, reason, detail):
+                        self.events.emit("service-rejected", reason=reason, detail=detail)
+        finally:
+            sender.cancel()
+            with suppress(asyncio.CancelledError, DecentraError):
+                await sender
+            await session.close()
+
+    async def _send_all(self, session: Session, outbox: asyncio.Queue[MemberMessage]) -> None:
+        while True:
+            message = await outbox.get()
+            await session.send(message)
+            outbox.task_done()
+
+    # ------------------------------------------------------------ effects
+
+    def _start(self, effect: m.Effect) -> None:
+        match effect:
+            case m.Say(message):
+                self._say(message)
+            case m.Finish(why):
+                if not self._finished.done():
+                    self._finished.set_result(why)
+            case m.SetTrained(fragments):
+                self._work(self._set_trained(fragments))
+            case m.Fetch():
+                self._work(self._fetch(effect))
+            case m.Encode(fragment):
+                self._work(self._encode(effect))
+            case m.Apply(settlement):
+                self._work(self._guard(settlement.fragment, self._apply(effect)))
+            case m.Commit(fragment) | m.Cancel(fragment) | m.Recover(fragment):
+                self._work(self._guard(fragment, self._close(effect)))
+
+    def _work(self, job: Coroutine[Any, Any, None]) -> None:
+        task = self._group.create_task(job)
+        self._jobs.add(task)
+        task.add_done_callback(self._jobs.discard)
+
+    def _cancel_work(self) -> None:
+        for task in list(self._jobs):
+            task.cancel()
+
+    async def _guard(self, fragment: FragmentId, job: Coroutine[Any, Any, None]) -> None:
+        """Every failure of a local operation becomes an event with its story; only the pump touches the machine."""
+        try:
+            await job
+        except (DecentraError, OSError) as error:
+            self.events.emit("operation-failed", fragment=fragment, why=str(error))
+            self._inbox.put_nowait(m.Failed(fragment, str(error)))
+
+    async def _encode(self, effect: m.Encode) -> None:
+        try:
+            offer = await self.replicas[effect.fragment].encode(effect.round, effect.base)
+        except TrainingError as error:
+            self.events.emit("round-skipped", fragment=effect.fragment, round=effect.round, why=str(error))
+            self._inbox.put_nowait(m.Skipped(effect.fragment, effect.round, str(error)))
+        except (DecentraError, OSError) as error:
+            self.events.emit("operation-failed", fragment=effect.fragment, why=str(error))
+            self._inbox.put_nowait(m.Failed(effect.fragment, str(error)))
+        else:
+            self.events.emit("encoded", fragment=offer.fragment, round=offer.round, num_bytes=offer.num_bytes, num_tokens=offer.num_tokens)
+            self._inbox.put_nowait(m.Encoded(offer))
+            await self.exchange.announce([offer.packet])
+
+    async def _fetch(self, effect: m.Fetch) -> None:
+        replica = self.replicas[effect.fragment]
+        try:
+            data = await self.fetcher.fetch(effect.packet, effect.num_bytes, effect.sources)
+            if len(data) != effect.num_bytes:
+                raise RejectedPayload("size", f"{len(data)} bytes, the offer said {effect.num_bytes}", peer=effect.sender, round=effect.round)
+            await replica.check_packet(effect.packet, data, effect.sender, effect.round)
+        except RejectedPayload as error:
+            self.events.emit("packet-refused", fragment=effect.fragment, round=effect.round, peer=short(effect.sender), why=str(error))
+            self._inbox.put_nowait(m.FetchFailed(effect.fragment, effect.packet, True))
+        except (DecentraError, OSError) as error:
+            self.events.emit("fetch-failed", fragment=effect.fragment, round=effect.round, peer=short(effect.sender), why=str(error))
+            self._inbox.put_nowait(m.FetchFailed(effect.fragment, effect.packet, False))
+        else:
+            self._inbox.put_nowait(m.Fetched(effect.fragment, effect.packet))
+
+    async def _apply(self, effect: m.Apply) -> None:
+        settlement = effect.settlement
+        anchor = await self.replicas[settlement.fragment].apply(settlement)
+        self._inbox.put_nowait(m.Applied(settlement.fragment, settlement.round, anchor))
+
+    async def _close(self, effect: m.Commit | m.Cancel | m.Recover) -> None:
+        replica = self.replicas[effect.fragment]
+        match effect:
+            case m.Commit(fragment, number, anchor, ending):
+                await replica.commit(number, anchor, ending)
+                self.events.emit("committed", fragment=fragment, round=number, anchor=anchor[:12], ending=str(ending))
+                self._inbox.put_nowait(m.Committed(fragment, anchor))
+                await self.exchange.announce([anchor])
+            case m.Cancel(fragment, number, why):
+                await replica.cancel(number)
+                self.events.emit("cancelled", fragment=fragment, round=number, why=why)
+                self._inbox.put_nowait(m.Cancelled(fragment))
+            case m.Recover(fragment, anchor, number, sources, why):
+                blob = await self.fetcher.fetch(anchor, max_anchor_bytes(replica.fragment), sources)
+                await replica.recover(anchor, number, blob)
+                self.events.emit("recovered", fragment=fragment, anchor=anchor[:12], num_bytes=len(blob), why=why)
+                self._inbox.put_nowait(m.Recovered(fragment, anchor))
+
+    async def _set_trained(self, fragments: frozenset[FragmentId]) -> None:
+        if self.on_trained is not None:
+            await self.on_trained(fragments)
+        for fragment in sorted(fragments):
+            await self.replicas[fragment].begin_training()
+
+    # ------------------------------------------------------------ words
+
+    def _say(self, message: MemberMessage) -> None:
+        if self._outbox is not None:
+            self._outbox.put_nowait(message)
+
+    async def _say_last(self, why: str) -> None:
+        """Let the goodbye leave, for at most two seconds."""
+        if self._outbox is None:
+            return
+        with suppress(TimeoutError):
+            async with asyncio.timeout(GOODBYE_S):
+                await self._outbox.join()
+
+    def _full_hello(self) -> Hello:
+        hello = self.hello()
+        held = {f: life.anchor for f, life in self.machine.lives.items() if life.anchor is not None}
+        holdings = tuple(Holding(self.me.peer, f, a) for f, a in sorted(held.items()))
+        return Hello(hello.peer, hello.role, hello.name, hello.nonce, hello.addresses, hello.experts, hello.num_experts, holdings)
+
+    def _addresses(self, peer: PeerId) -> Sequence[str]:
+        member = self.members.get(peer)
+        return member.addresses if member is not None else ()

@@ -1,0 +1,280 @@
+"""The averaging service's book of one fragment: its confirmed anchor, who holds it, its rounds, when the next one opens. Pure values.
+
+The law: at most one active round; a round opens on the confirmed anchor with those who hold it; round numbers never repeat.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from decentra.ids import Digest, FragmentId, PeerId, short
+from decentra.protocol import ledger
+from decentra.protocol import round as rounds
+from decentra.protocol.deadline import cut_off_s
+from decentra.protocol.messages import Abstention, Attestation, FragmentView, Holding, Offer, Outcome, Phase, Receipt
+from decentra.protocol.round import Reject, Round, Rules
+
+NUM_RECENT = 8
+NUM_HISTORY = 256
+NUM_ARRIVALS = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Parts of the manifest's RoundSpec that concern opening. Seconds."""
+
+    cut_off_s: float
+    gather_s: float
+    rollback_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Present:
+    """Members that are here and may take part in this fragment: trainers that hold the module, and keepers."""
+
+    holders: frozenset[PeerId] = frozenset()
+    keepers: frozenset[PeerId] = frozenset()
+
+    @property
+    def all(self) -> frozenset[PeerId]:
+        return self.holders | self.keepers
+
+
+@dataclass(frozen=True, slots=True)
+class FragmentBook:
+    """State of one fragment at the service."""
+
+    fragment: FragmentId
+    anchor: Digest
+    height: int = 0
+    number: int = 0  # of the newest round
+    round: Round | None = None
+    holdings: Mapping[PeerId, Digest] = field(default_factory=dict)  # what each member last said it holds
+    history: tuple[tuple[Digest, int], ...] = ()  # (anchor, height), oldest first
+    recent: tuple[Outcome, ...] = ()
+    arrivals_s: tuple[float, ...] = ()
+    idle_since: float = 0.0
+    orphan_since: float | None = None
+    version: int = 0
+
+    def ready(self, present: Present) -> Present:
+        """Those present who hold the confirmed anchor."""
+        has = frozenset(p for p, digest in self.holdings.items() if digest == self.anchor)
+        return Present(present.holders & has, present.keepers & has)
+
+    @property
+    def active(self) -> Round | None:
+        return self.round if self.round is not None and self.round.is_active else None
+
+
+@dataclass(frozen=True, slots=True)
+class Write:
+    """Put a record on the ledger before anybody hears of it."""
+
+    record: ledger.Record
+
+
+FragmentEffect = Write | Reject
+Step = tuple[FragmentBook, tuple[FragmentEffect, ...]]
+
+
+def hear(book: FragmentBook, message: Offer | Receipt | Abstention | Attestation, now: float, rules: Rules) -> Step:
+    """A member's message about a round of this fragment."""
+    if book.active is not None and message.round == book.active.number:
+        return _advance(book, message, now, rules)
+    if isinstance(message, Attestation) and message.anchor == book.anchor:
+        return _hold(book, Holding(message.peer, book.fragment, message.anchor)), ()
+    return book, _late(book, message)
+
+
+def hold(book: FragmentBook, holding: Holding) -> FragmentBook:
+    """A member says which anchor it has on disk."""
+    return _hold(book, holding)
+
+
+def gone(book: FragmentBook, peer: PeerId, now: float, rules: Rules) -> Step:
+    """A member is suspected or has left."""
+    if book.active is None or peer not in book.active.roster:
+        return book, ()
+    return _advance(book, rounds.Suspected(peer), now, rules)
+
+
+def back(book: FragmentBook, peer: PeerId, now: float, rules: Rules) -> Step:
+    """A suspected member speaks again."""
+    if book.active is None or peer not in book.active.suspects:
+        return book, ()
+    return _advance(book, rounds.Returned(peer), now, rules)
+
+
+def tick(book: FragmentBook, present: Present, now: float, rules: Rules, timing: Timing, *, may_open: bool) -> Step:
+    """Time passed or somebody became ready: deadlines, opening, roll-back."""
+    if book.active is not None:
+        return _advance(book, rounds.Tick(), now, rules)
+    ready = book.ready(present)
+    if not ready.all:
+        return _consider_rollback(book, present, now, timing)
+    if book.orphan_since is not None:
+        book = replace(book, orphan_since=None)
+    if not may_open or not ready.holders or not _is_gathered(book, ready, present, now, timing):
+        return book, ()
+    return _open(book, ready, now, timing)
+
+
+def next_deadline(book: FragmentBook, present: Present, rules: Rules, timing: Timing) -> float | None:
+    """When ``tick`` may change something without any message."""
+    if book.active is not None:
+        active = book.active
+        first = rounds.next_deadline(active, rules)
+        return first
+    if book.orphan_since is not None:
+        return book.orphan_since + timing.rollback_s
+    if book.ready(present).holders:
+        return book.idle_since + timing.gather_s
+    return None
+
+
+def waits_for(book: FragmentBook, present: Present, *, may_open: bool = True) -> str:
+    """Why this fragment is not further, in words."""
+    if book.active is not None:
+        return rounds.waits_for(book.active)
+    ready = book.ready(present)
+    if not ready.all:
+        return "nobody present holds its anchor" if present.all else "nobody is present"
+    if not ready.holders:
+        return "no holder has its anchor yet" if present.holders else "nobody present trains it"
+    if not may_open:
+        return "the run is ending"
+    late = ", ".join(sorted(short(p) for p in _expected(book, present) - ready.all))
+    return f"gathers; {late} not on the newest anchor yet" if late else "opens at once"
+
+
+def view(book: FragmentBook, present: Present, now: float, *, may_open: bool = True) -> FragmentView:
+    """What members are told."""
+    active, ready = book.active, book.ready(present)
+    base = FragmentView(
+        book.fragment, book.version, book.height, book.anchor, book.number, book.round.phase if book.round else Phase.IDLE,
+        waits_for(book, present, may_open=may_open), ready=tuple(sorted(ready.all)), recent=book.recent,
+    )  # fmt: skip
+    if active is None:
+        return base
+    return replace(
+        base, holders=tuple(sorted(active.holders)), keepers=tuple(sorted(active.keepers)), quorum=active.quorum,
+        cut_off_in_s=round(active.cut_off_at - now, 3), offers=active.offers, receipts=tuple(sorted(active.receipts)),
+        settlement=active.settlement, attesters=tuple(a.peer for a in active.attestations),
+    )  # fmt: skip
+
+
+def restore(book: FragmentBook, record: ledger.Record, now: float, timing: Timing) -> FragmentBook:
+    """The book after one ledger record, when the service starts again. Offers and receipts are heard anew from the members."""
+    match record:
+        case ledger.Opened():
+            opened = _new_round(book, frozenset(record.holders), frozenset(record.keepers), record.round, now, timing)
+            return replace(book, number=record.round, round=opened)
+        case ledger.Settled(settlement) if book.round is not None:
+            settled = replace(book.round, phase=Phase.SETTLED, settlement=settlement, settled_at=now)
+            return replace(book, round=settled)
+        case ledger.Confirmed() if book.round is not None:
+            confirmed = replace(book.round, phase=Phase.CONFIRMED, anchor=record.anchor, thin=record.thin, why=record.why)
+            return _close(replace(book, round=confirmed), now, record.anchor, record.height)
+        case ledger.GaveUp() if book.round is not None:
+            return _close(replace(book, round=replace(book.round, phase=record.phase, why=record.why)), now, book.anchor, book.height)
+        case ledger.RolledBack():
+            return replace(book, anchor=record.anchor, height=record.height, orphan_since=None)
+    return book
+
+
+def _late(book: FragmentBook, message: Offer | Receipt | Abstention | Attestation) -> tuple[FragmentEffect, ...]:
+    if isinstance(message, Offer) and message.round > book.number:
+        return (Reject(message.peer, "future", f"round {message.round} of {book.fragment}, the newest is {book.number}"),)
+    return ()  # about a round that is over: the view that is on its way says so
+
+
+def _hold(book: FragmentBook, holding: Holding) -> FragmentBook:
+    return replace(book, holdings={**book.holdings, holding.peer: holding.anchor}, version=book.version + 1)
+
+
+def _advance(book: FragmentBook, event: rounds.RoundEvent, now: float, rules: Rules) -> Step:
+    assert book.round is not None
+    after, effects = rounds.step(book.round, event, now, rules)
+    if after == book.round and not effects:
+        return book, ()
+    book = replace(book, round=after, version=book.version + 1)
+    out: list[FragmentEffect] = []
+    for effect in effects:
+        match effect:
+            case Reject():
+                out.append(effect)
+            case rounds.DidSettle(settlement):
+                out.append(Write(ledger.Settled(settlement)))
+                arrived = (*book.arrivals_s, now - after.opened_at)[-NUM_ARRIVALS:]
+                book = replace(book, arrivals_s=arrived)
+            case rounds.DidConfirm(anchor, attestations, thin, why):
+                attesters, proofs = tuple(a.peer for a in attestations), tuple(a.proof for a in attestations)
+                height = after.height + 1
+                out.append(Write(ledger.Confirmed(book.fragment, after.number, height, anchor, attesters, thin, why, proofs)))
+                book = _close(book, now, anchor, height)
+                for peer in attesters:
+                    book = _hold(book, Holding(peer, book.fragment, anchor))
+            case rounds.DidGiveUp(phase, why):
+                out.append(Write(ledger.GaveUp(book.fragment, after.number, phase, why)))
+                book = _close(book, now, book.anchor, book.height)
+    return book, tuple(out)
+
+
+def _close(book: FragmentBook, now: float, anchor: Digest, height: int) -> FragmentBook:
+    over = book.round
+    assert over is not None
+    is_confirmed = over.phase is Phase.CONFIRMED
+    outcome = Outcome(over.number, over.phase, over.why, over.settlement if is_confirmed else None, over.anchor, over.thin)
+    history = (*book.history, (book.anchor, book.height))[-NUM_HISTORY:] if is_confirmed else book.history
+    return replace(
+        book,
+        anchor=anchor,
+        height=height,
+        history=history,
+        recent=(*book.recent, outcome)[-NUM_RECENT:],
+        idle_since=now,
+        version=book.version + 1,
+    )
+
+
+def _expected(book: FragmentBook, present: Present) -> frozenset[PeerId]:
+    """Whom the next opening waits for: everybody the first time, then the last roster."""
+    return present.all if book.round is None else book.round.roster & present.all
+
+
+def _is_gathered(book: FragmentBook, ready: Present, present: Present, now: float, timing: Timing) -> bool:
+    return _expected(book, present) <= ready.all or now >= book.idle_since + timing.gather_s
+
+
+def _open(book: FragmentBook, ready: Present, now: float, timing: Timing) -> Step:
+    number = book.number + 1
+    opened = _new_round(book, ready.holders, ready.keepers, number, now, timing)
+    record = ledger.Opened(book.fragment, number, book.height, book.anchor, tuple(sorted(ready.holders)), tuple(sorted(ready.keepers)))
+    return replace(book, number=number, round=opened, version=book.version + 1), (Write(record),)
+
+
+def _new_round(
+    book: FragmentBook, holders: frozenset[PeerId], keepers: frozenset[PeerId], number: int, now: float, timing: Timing
+) -> Round:
+    wait_s = cut_off_s(book.arrivals_s, timing.cut_off_s)
+    if book.recent and book.recent[-1].phase is Phase.ABANDONED:
+        wait_s *= 2  # nobody is late twice without a longer deadline
+    return Round(book.fragment, number, book.height, book.anchor, holders, keepers, opened_at=now, cut_off_at=now + wait_s)
+
+
+def _consider_rollback(book: FragmentBook, present: Present, now: float, timing: Timing) -> Step:
+    """Nobody present holds the confirmed anchor: after ``rollback_s`` fall back to the newest earlier one that somebody present has."""
+    heights = dict(book.history)
+    known = [(heights[d], d) for p, d in sorted(book.holdings.items()) if p in present.all and d in heights]
+    if not known:
+        return (replace(book, orphan_since=None) if book.orphan_since is not None else book), ()
+    if book.orphan_since is None:
+        return replace(book, orphan_since=now, version=book.version + 1), ()
+    if now < book.orphan_since + timing.rollback_s:
+        return book, ()
+    height, anchor = max(known)
+    why = f"nobody present has held anchor {book.anchor[:12]} of height {book.height} for {timing.rollback_s:g} s; back to height {height}"
+    rolled = replace(book, anchor=anchor, height=height, orphan_since=None, idle_since=now, version=book.version + 1)
+    return rolled, (Write(ledger.RolledBack(book.fragment, height, anchor, why)),)

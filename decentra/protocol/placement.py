@@ -1,0 +1,48 @@
+"""Which peer trains which experts: rendezvous hashing under capacity, sticky, least-held experts first. No I/O, no clock, no randomness."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+
+from decentra.errors import ConfigError
+from decentra.ids import PeerId
+
+Placement = Mapping[PeerId, tuple[int, ...]]
+
+
+def rendezvous(*parts: str) -> int:
+    """Highest-random-weight score of a pairing (Thaler and Ravishankar 1998): equal everywhere, uniform, no state."""
+    return int.from_bytes(hashlib.sha256("\0".join(parts).encode()).digest()[:8], "big")
+
+
+def check_experts(experts: Sequence[int], num_experts: int) -> tuple[int, ...]:
+    """Sorted, distinct and in range, or ConfigError."""
+    for expert in experts:
+        if not 0 <= expert < num_experts:
+            raise ConfigError(f"expert {expert} is out of range: this run has experts 0 to {num_experts - 1}")
+    return tuple(sorted(set(experts)))
+
+
+def place(peer: PeerId, count: int, num_experts: int, present: Placement) -> tuple[int, ...]:
+    """``count`` experts for a newcomer, given what present peers hold.
+
+    The least-held experts come first; among equals, those whose other holders share least with this choice so far (so that no two peers mirror
+    each other and every pair of experts has independent holders); then by rendezvous score.
+    """
+    holders: dict[int, list[PeerId]] = {e: [] for e in range(num_experts)}
+    for other, experts in present.items():
+        for expert in experts:
+            if other != peer and expert in holders:
+                holders[expert].append(other)
+    chosen: list[int] = []
+    while len(chosen) < min(count, num_experts):
+        partners = [p for e in chosen for p in holders[e]]
+        free = [e for e in range(num_experts) if e not in chosen]
+        chosen.append(min(free, key=lambda e: (len(holders[e]), sum(partners.count(p) for p in holders[e]), rendezvous(peer, str(e)))))
+    return tuple(sorted(chosen))
+
+
+def coverage(num_experts: int, present: Placement) -> tuple[int, ...]:
+    """Number of present holders of each expert."""
+    return tuple(sum(e in experts for experts in present.values()) for e in range(num_experts))

@@ -1,0 +1,282 @@
+"""One round of one fragment as a value machine: ``step(round, event, now) -> (round, effects)``. No I/O, no clock, no randomness.
+
+The law of this file:
+
+    open ----------> settled ----> tentative ----> confirmed
+      |                 |              |
+      +-> abandoned     +--> void <----+
+
+- Only an offer for which another member of the roster has a receipt can be settled (a roster of one needs none).
+- A settlement is frozen and carries every scalar; nothing after it screens, clips or weighs.
+- Confirmed: min(2, size of the roster at open) members attested the same digest. One attester is *thin*.
+- Suspicion removes a member from those waited for and never adds one; giving up is allowed at any time before settling (abandon) or confirming
+  (void). Safety rests on every replica keeping its last confirmed anchor beside the tentative one.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, replace
+
+from decentra.ids import Digest, FragmentId, PeerId, short
+from decentra.bits import float_bits
+from decentra.protocol.messages import Abstention, Attestation, Entry, Offer, Phase, Receipt, Settlement
+
+ACTIVE = frozenset({Phase.OPEN, Phase.SETTLED, Phase.TENTATIVE})
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What the manifest says about rounds. Times are seconds."""
+
+    cut_off_s: float
+    grace_s: float
+    attest_s: float
+    outer_lr: float
+    outer_momentum: float
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """State of one round. ``holders`` may offer; ``keepers`` receipt and attest only; both together are the roster."""
+
+    fragment: FragmentId
+    number: int
+    height: int  # of ``base``
+    base: Digest
+    holders: frozenset[PeerId]
+    keepers: frozenset[PeerId]
+    opened_at: float
+    cut_off_at: float
+    phase: Phase = Phase.OPEN
+    offers: tuple[Offer, ...] = ()  # sorted by peer
+    receipts: frozenset[tuple[PeerId, PeerId]] = frozenset()  # (sender, holder of the packet)
+    abstained: frozenset[PeerId] = frozenset()
+    suspects: frozenset[PeerId] = frozenset()
+    settlement: Settlement | None = None
+    settled_at: float = 0.0
+    attestations: tuple[Attestation, ...] = ()  # sorted by peer
+    anchor: Digest | None = None
+    thin: bool = False
+    why: str = ""
+
+    @property
+    def roster(self) -> frozenset[PeerId]:
+        return self.holders | self.keepers
+
+    @property
+    def quorum(self) -> int:
+        """Offers that settle a round at its cut-off: half the holders, at least 2, 1 for a single holder."""
+        return 1 if len(self.holders) == 1 else max(2, (len(self.holders) + 1) // 2)
+
+    @property
+    def num_attesters_needed(self) -> int:
+        return min(2, len(self.roster))
+
+    @property
+    def is_active(self) -> bool:
+        return self.phase in ACTIVE
+
+    def offer_of(self, peer: PeerId) -> Offer | None:
+        return next((o for o in self.offers if o.peer == peer), None)
+
+    def sound_offers(self) -> tuple[Offer, ...]:
+        """Offers that would survive the death of their sender: another member of the roster holds the packet."""
+        if len(self.roster) == 1:
+            return self.offers
+        return tuple(o for o in self.offers if any(sender == o.peer and holder != sender for sender, holder in self.receipts))
+
+
+@dataclass(frozen=True, slots=True)
+class Suspected:
+    peer: PeerId
+
+
+@dataclass(frozen=True, slots=True)
+class Returned:
+    peer: PeerId
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """Time passed."""
+
+
+RoundEvent = Offer | Receipt | Abstention | Attestation | Suspected | Returned | Tick
+
+
+@dataclass(frozen=True, slots=True)
+class Reject:
+    """A member's mistake: the message changed nothing."""
+
+    peer: PeerId
+    reason: str
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class DidSettle:
+    settlement: Settlement
+
+
+@dataclass(frozen=True, slots=True)
+class DidConfirm:
+    anchor: Digest
+    attestations: tuple[Attestation, ...]
+    thin: bool
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class DidGiveUp:
+    phase: Phase
+    why: str
+
+
+RoundEffect = Reject | DidSettle | DidConfirm | DidGiveUp
+
+
+def step(round_: Round, event: RoundEvent, now: float, rules: Rules) -> tuple[Round, tuple[RoundEffect, ...]]:
+    """The round after ``event`` at ``now`` and what follows from it: time first, then the event, then the decision."""
+    if not round_.is_active:
+        return round_, ()
+    taken, rejects = _take(round_, event)
+    decided, effects = _decide(taken, now, rules)
+    return decided, rejects + effects
+
+
+def next_deadline(round_: Round, rules: Rules) -> float | None:
+    """When time alone may change the round; None when it is over."""
+    if round_.phase is Phase.OPEN:
+        return round_.cut_off_at
+    return round_.settled_at + rules.attest_s if round_.is_active else None
+
+
+def waits_for(round_: Round) -> str:
+    """Why the round is not further, in words."""
+    names = lambda peers: ", ".join(sorted(short(p) for p in peers))  # noqa: E731
+    if round_.phase is Phase.OPEN:
+        due = _due(round_)
+        if missing := due - {o.peer for o in round_.offers}:
+            return f"waits for offers of {names(missing)} ({len(round_.offers)} of {len(due)} in)"
+        sound = {o.peer for o in round_.sound_offers()}
+        return f"waits for a second holder of the packets of {names({o.peer for o in round_.offers} - sound)}"
+    if round_.is_active:
+        needed = round_.num_attesters_needed - len(round_.attestations)
+        return f"settled; waits for {max(needed, 1)} more to attest"
+    return round_.why
+
+
+def _due(round_: Round) -> frozenset[PeerId]:
+    return round_.holders - round_.suspects - round_.abstained
+
+
+def _take(round_: Round, event: RoundEvent) -> tuple[Round, tuple[RoundEffect, ...]]:
+    match event:
+        case Offer():
+            return _take_offer(round_, event)
+        case Receipt():
+            return _take_receipt(round_, event)
+        case Attestation():
+            return _take_attestation(round_, event)
+        case Abstention(peer=peer):
+            if peer in round_.holders and round_.phase is Phase.OPEN:
+                round_ = replace(round_, abstained=round_.abstained | {peer})
+        case Suspected(peer):
+            round_ = replace(round_, suspects=round_.suspects | ({peer} & round_.roster))
+        case Returned(peer):
+            round_ = replace(round_, suspects=round_.suspects - {peer})
+    return round_, ()
+
+
+def _take_offer(round_: Round, offer: Offer) -> tuple[Round, tuple[RoundEffect, ...]]:
+    if (known := round_.offer_of(offer.peer)) is not None:
+        if known.packet != offer.packet:
+            return round_, (Reject(offer.peer, "two-digests", f"already offered {known.packet[:12]}, now {offer.packet[:12]}"),)
+        return round_, ()
+    if offer.peer not in round_.holders:
+        return round_, (Reject(offer.peer, "not-in-roster", "only a holder in the round's roster may offer"),)
+    if offer.base != round_.base:
+        return round_, (Reject(offer.peer, "base", f"delta from anchor {offer.base[:12]}, the round started at {round_.base[:12]}"),)
+    if round_.phase is not Phase.OPEN:
+        return round_, (Reject(offer.peer, "late", f"the round is {round_.phase}"),)
+    if offer.num_tokens < 0 or offer.num_bytes < 1:
+        return round_, (Reject(offer.peer, "malformed", "an offer has at least 1 byte and 0 tokens"),)
+    offers = tuple(sorted((*round_.offers, offer), key=lambda o: o.peer))
+    return replace(round_, offers=offers, abstained=round_.abstained - {offer.peer}), ()
+
+
+def _take_receipt(round_: Round, receipt: Receipt) -> tuple[Round, tuple[RoundEffect, ...]]:
+    if receipt.peer not in round_.roster:
+        return round_, (Reject(receipt.peer, "not-in-roster", "only the roster's members give receipts"),)
+    offer = round_.offer_of(receipt.sender)
+    if offer is None or offer.packet != receipt.packet:
+        return round_, (Reject(receipt.peer, "receipt", f"no such offer of {short(receipt.sender)}"),)
+    return replace(round_, receipts=round_.receipts | {(receipt.sender, receipt.peer)}), ()
+
+
+def _take_attestation(round_: Round, attestation: Attestation) -> tuple[Round, tuple[RoundEffect, ...]]:
+    if attestation.peer not in round_.roster:
+        return round_, (Reject(attestation.peer, "not-in-roster", "only the roster's members attest"),)
+    if round_.phase is Phase.OPEN:
+        return round_, (Reject(attestation.peer, "early", "the round is not settled"),)
+    if any(a.peer == attestation.peer for a in round_.attestations):
+        return round_, ()
+    attestations = tuple(sorted((*round_.attestations, attestation), key=lambda a: a.peer))
+    return replace(round_, attestations=attestations, phase=Phase.TENTATIVE), ()
+
+
+def _decide(round_: Round, now: float, rules: Rules) -> tuple[Round, tuple[RoundEffect, ...]]:
+    return _decide_open(round_, now, rules) if round_.phase is Phase.OPEN else _decide_settled(round_, now, rules)
+
+
+def _decide_open(round_: Round, now: float, rules: Rules) -> tuple[Round, tuple[RoundEffect, ...]]:
+    due, sound = _due(round_), round_.sound_offers()
+    if sound and due <= {o.peer for o in sound}:
+        return _settle(round_, now, rules, sound, f"all {len(sound)} due offers are in")
+    present = round_.roster - round_.suspects
+    if not due and not sound:
+        return _give_up(round_, Phase.ABANDONED, "no holder is left to wait for")
+    if len(present) == 1 < len(round_.roster) and not sound:
+        return _give_up(round_, Phase.ABANDONED, "one member is left of the roster: nobody else can hold its packet")
+    if now >= round_.cut_off_at and len(sound) >= round_.quorum:
+        return _settle(round_, now, rules, sound, f"cut-off: {len(sound)} of {len(round_.holders)} offers, quorum {round_.quorum}")
+    if now >= round_.cut_off_at + rules.grace_s:
+        return _give_up(round_, Phase.ABANDONED, f"{len(sound)} offers at the deadline, quorum is {round_.quorum}")
+    return round_, ()
+
+
+def _settle(round_: Round, now: float, rules: Rules, offers: tuple[Offer, ...], why: str) -> tuple[Round, tuple[RoundEffect, ...]]:
+    num_tokens = sum(o.num_tokens for o in offers)
+    if num_tokens == 0:
+        return _give_up(round_, Phase.ABANDONED, "nobody trained a token of it")
+    entries = tuple(Entry(o.peer, o.packet, o.num_bytes, o.num_tokens, float_bits(o.num_tokens / num_tokens)) for o in offers)
+    settlement = Settlement(
+        round_.fragment, round_.number, round_.height + 1, round_.base, entries,
+        float_bits(rules.outer_lr), float_bits(rules.outer_momentum), why,
+    )  # fmt: skip
+    settled = replace(round_, phase=Phase.SETTLED, settlement=settlement, settled_at=now, why=why)
+    return settled, (DidSettle(settlement),)
+
+
+def _decide_settled(round_: Round, now: float, rules: Rules) -> tuple[Round, tuple[RoundEffect, ...]]:
+    needed = round_.num_attesters_needed
+    votes = Counter(a.anchor for a in round_.attestations)
+    for anchor, count in sorted(votes.items()):
+        if count >= needed:
+            agreeing = tuple(a for a in round_.attestations if a.anchor == anchor)
+            why = f"{count} attested {anchor[:12]}"
+            confirmed = replace(round_, phase=Phase.CONFIRMED, anchor=anchor, thin=count == 1, why=why)
+            return confirmed, (DidConfirm(anchor, agreeing, count == 1, why),)
+    silent = round_.roster - round_.suspects - {a.peer for a in round_.attestations}
+    best = max(votes.values(), default=0)
+    if best + len(silent) < needed:
+        why = "attesters disagree" if len(votes) > 1 else "too few members are left to attest"
+        return _give_up(round_, Phase.VOID, f"{why}: {best} of {needed}")
+    if now >= round_.settled_at + rules.attest_s:
+        return _give_up(round_, Phase.VOID, f"{best} of {needed} attested in {rules.attest_s:g} s")
+    return round_, ()
+
+
+def _give_up(round_: Round, phase: Phase, why: str) -> tuple[Round, tuple[RoundEffect, ...]]:
+    return replace(round_, phase=phase, why=why), (DidGiveUp(phase, why),)

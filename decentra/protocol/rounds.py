@@ -1,0 +1,412 @@
+"""RoundBook: the averaging service as one machine, ``handle(event, now) -> [effect]``. No I/O, no clock, no randomness, no keys.
+
+It owns who is in, who is here, who trains which experts, and one FragmentBook per fragment. Time first, then the event, then the decision.
+A foreign mistake is an effect (``Reject``), never an exception; ``Refused`` is raised only to somebody who asks to come in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+
+from decentra.config import Manifest
+from decentra.errors import ConfigError, IntegrityError, Refused
+from decentra.ids import FragmentId, PeerId, RunId, expert_of, module_of_fragment, short
+from decentra.protocol import fragment as books
+from decentra.protocol import ledger, placement
+from decentra.protocol.fragment import FragmentBook, Present, Timing, Write
+from decentra.protocol.messages import (
+    Abstention,
+    Attestation,
+    Counters,
+    FragmentView,
+    Goodbye,
+    Heartbeat,
+    Hello,
+    Holding,
+    MemberMessage,
+    MemberView,
+    Offer,
+    Receipt,
+    Role,
+    SwarmView,
+)
+from decentra.protocol.round import Reject, Rules
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One admitted peer."""
+
+    peer: PeerId
+    role: Role
+    name: str
+    experts: tuple[int, ...] = ()
+    addresses: tuple[str, ...] = ()
+    nonce: str = ""
+    heard_at: float = 0.0
+    is_live: bool = False
+    has_greeted: bool = False  # said Hello since the service started
+    counters: Counters = Counters()
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """Time passed. ``wall_s`` is Unix time, for the manifest's stop date only."""
+
+    wall_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Revoke:
+    """Take back a token or a peer's admission."""
+
+    subject: str
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Detached:
+    """A member's stream ended; it may come back within its lease, in the same process or a new one."""
+
+    peer: PeerId
+    nonce: str
+
+
+Event = MemberMessage | Tick | Stop | Revoke | Detached
+
+
+@dataclass(frozen=True, slots=True)
+class ViewChanged:
+    fragment: FragmentId
+
+
+@dataclass(frozen=True, slots=True)
+class SwarmChanged:
+    """Membership, placement or the end of the run changed."""
+
+
+Effect = Write | Reject | ViewChanged | SwarmChanged
+
+
+@dataclass
+class RoundBook:
+    """The state of a run at its averaging service. Built with ``RoundBook.start`` or ``RoundBook.restore``."""
+
+    manifest: Manifest
+    run: RunId
+    rules: Rules
+    timing: Timing
+    fragments: dict[FragmentId, FragmentBook] = field(default_factory=dict)
+    members: dict[PeerId, Member] = field(default_factory=dict)
+    token_uses: dict[str, set[PeerId]] = field(default_factory=dict)
+    revoked: set[str] = field(default_factory=set)
+    stopping: str | None = None
+    is_over: bool = False
+    swarm_version: int = 0
+
+    @staticmethod
+    def start(manifest: Manifest, now: float) -> tuple[RoundBook, list[Effect]]:
+        """A new run at its genesis anchors, and the record that begins its ledger."""
+        run = manifest.run_id()
+        spec = manifest.rounds
+        rules = Rules(spec.cut_off_s, spec.grace_s, spec.attest_s, manifest.outer.lr, manifest.outer.momentum)
+        book = RoundBook(manifest, run, rules, Timing(spec.cut_off_s, spec.gather_s, spec.rollback_s))
+        for fragment, digest in sorted(manifest.genesis.items()):
+            book.fragments[fragment] = FragmentBook(fragment, digest, idle_since=now)
+        if not book.fragments:
+            raise ConfigError("the manifest names no genesis anchors; make the run with 'decentra init'")
+        return book, [Write(ledger.Started(run, tuple(sorted(manifest.genesis.items()))))]
+
+    @staticmethod
+    def restore(manifest: Manifest, records: Iterable[ledger.Record], now: float) -> RoundBook:
+        """The book after a restart. Members have one lease to speak before they are suspected."""
+        book, _ = RoundBook.start(manifest, now)
+        for record in records:
+            book._restore_one(record, now)
+        return book
+
+    # ------------------------------------------------------------ coming in
+
+    def admit(self, peer: PeerId, role: Role, nonce: str, token: str | None, token_uses: int, now: float) -> list[Effect]:
+        """Let a peer in, or raise Refused with the reason. Admitting somebody again is no change."""
+        self._check_admissible(peer, role, token, token_uses)
+        known = self.members.get(peer)
+        if known and known.is_live and known.nonce and known.nonce != nonce and now - known.heard_at < self.manifest.rounds.heartbeat_s * 2:
+            raise Refused(
+                f"identity {short(peer)} is in use by a running process ({known.name}); every machine needs a state directory of its own"
+                " (a copied key file shows like this). If the old process was killed, this clears by itself in"
+                f" {self.manifest.rounds.heartbeat_s * 2:g} s"
+            )
+        if role is Role.WATCHER:
+            return []
+        if known and known.role is not role:
+            raise Refused(f"{short(peer)} is a {known.role} of this run and asks to be a {role}; use another --name or --dir")
+        if token is not None:
+            self.token_uses.setdefault(token, set()).add(peer)
+        if known:
+            return []
+        self.members[peer] = Member(peer, role, "", heard_at=now)
+        return [Write(ledger.Admitted(peer, role, "", token or ""))]
+
+    def _check_admissible(self, peer: PeerId, role: Role, token: str | None, token_uses: int) -> None:
+        if peer in self.revoked:
+            raise Refused(f"the organiser revoked {short(peer)}")
+        if self.is_over:
+            raise Refused(f"the run is over ({self.stopping}); 'decentra pull' gets its result")
+        known = peer in self.members
+        if self.manifest.admission.mode == "invited":
+            if token is None:
+                raise Refused("this run admits invited peers only; ask its organiser for an invite")
+            if token in self.revoked:
+                raise Refused("the organiser revoked this invite; ask for a new one")
+            used = self.token_uses.get(token, set())
+            if role is not Role.WATCHER and peer not in used and len(used) >= token_uses:
+                raise Refused(f"this invite is used up ({token_uses} of {token_uses} peers); ask for a new one")
+        if not known and role is not Role.WATCHER and len(self.members) >= self.manifest.admission.max_members:
+            raise Refused(f"the run is full: {self.manifest.admission.max_members} members")
+
+    def check_hello(self, hello: Hello, now: float) -> None:
+        """Raise Refused for a Hello that cannot be taken."""
+        member = self.members.get(hello.peer)
+        if member is None or hello.peer in self.revoked:
+            raise Refused(f"{short(hello.peer)} is not a member of this run; join with an invite")
+        if member.role is not hello.role:
+            raise Refused(f"{short(hello.peer)} was admitted as {member.role}, not as {hello.role}")
+        is_copy = member.nonce and member.nonce != hello.nonce
+        if is_copy and member.is_live and member.has_greeted and now - member.heard_at < self.manifest.rounds.heartbeat_s * 2:
+            raise Refused(
+                f"identity {short(hello.peer)} is in use by another running process; every machine needs a state directory of its own"
+            )
+        if hello.experts is not None:
+            try:
+                placement.check_experts(hello.experts, self.manifest.model.num_experts)
+            except ConfigError as error:
+                raise Refused(str(error)) from None
+
+    # ------------------------------------------------------------ the machine
+
+    def handle(self, event: Event, now: float) -> list[Effect]:
+        """Everything that follows from ``event``. Records come before the views that depend on them."""
+        effects: list[Effect] = []
+        if not isinstance(event, Tick | Stop | Revoke) and event.peer in self.revoked:
+            return [Reject(event.peer, "revoked", "the organiser took this peer's admission back")]
+        match event:
+            case Tick(wall_s):
+                self._check_stop(wall_s, effects)
+                self._suspect_silent(now, effects)
+            case Hello():
+                self._greet(event, now, effects)
+            case Goodbye(peer, why):
+                self._lose(peer, why, now, effects)
+            case Heartbeat(peer, _, counters):
+                if member := self.members.get(peer):
+                    self.members[peer] = replace(member, counters=counters)
+            case Holding():
+                self._hold(event, effects)
+            case Offer() | Receipt() | Abstention() | Attestation():
+                self._hear(event, now, effects)
+            case Detached(peer, nonce):
+                if (member := self.members.get(peer)) and member.nonce == nonce:
+                    self.members[peer] = replace(member, nonce="")
+            case Stop(why):
+                self._stop(why, effects)
+            case Revoke(subject, why):
+                self._revoke(subject, why, now, effects)
+        if not isinstance(event, Tick | Stop | Revoke | Goodbye | Detached):
+            self._mark_alive(event.peer, now, effects)
+        self._tick_fragments(now, effects)
+        self._consider_end(effects)
+        return effects
+
+    def next_deadline(self, now: float) -> float | None:
+        """When a Tick may change something without any message."""
+        times = [
+            t
+            for b in self.fragments.values()
+            if (t := books.next_deadline(b, self._present(b.fragment), self.rules, self.timing)) is not None
+        ]
+        times += [m.heard_at + self.manifest.rounds.lease_s for m in self.members.values() if m.is_live]
+        return min(times, default=None)
+
+    def view(self, fragment: FragmentId, now: float) -> FragmentView:
+        return books.view(self.fragments[fragment], self._present(fragment), now, may_open=self.stopping is None)
+
+    def swarm(self) -> SwarmView:
+        members = tuple(
+            MemberView(m.peer, m.name, m.role, m.is_live, m.addresses, m.experts, m.counters)
+            for _, m in sorted(self.members.items())
+            if m.has_greeted or m.name
+        )
+        return SwarmView(self.swarm_version, members, self.stopping is not None, self.is_over, self.stopping or "")
+
+    # ------------------------------------------------------------ parts
+
+    def _present(self, fragment: FragmentId) -> Present:
+        expert = expert_of(module_of_fragment(fragment))
+        live = [m for m in self.members.values() if m.is_live and m.has_greeted]
+        holders = frozenset(m.peer for m in live if m.role is Role.TRAINER and (expert is None or expert in m.experts))
+        return Present(holders, frozenset(m.peer for m in live if m.role is Role.KEEPER))
+
+    def _each(self, change: Callable[[FragmentBook], books.Step], effects: list[Effect]) -> None:
+        for name in sorted(self.fragments):
+            self._put(name, change(self.fragments[name]), effects)
+
+    def _put(self, name: FragmentId, step: books.Step, effects: list[Effect]) -> None:
+        book, found = step
+        changed = book.version != self.fragments[name].version
+        self.fragments[name] = book
+        effects.extend(found)
+        if any(isinstance(e, Write) and isinstance(e.record, ledger.Confirmed) for e in found):
+            effects.append(Write(ledger.Heads(())))  # the driver fills in the heads it has just written
+        if changed:
+            effects.append(ViewChanged(name))
+
+    def _tick_fragments(self, now: float, effects: list[Effect]) -> None:
+        may_open = self.stopping is None
+        self._each(lambda b: books.tick(b, self._present(b.fragment), now, self.rules, self.timing, may_open=may_open), effects)
+
+    def _greet(self, hello: Hello, now: float, effects: list[Effect]) -> None:
+        member = self.members.get(hello.peer)
+        if member is None:
+            effects.append(Reject(hello.peer, "not-a-member", "join first"))
+            return
+        experts = member.experts
+        if hello.role is Role.TRAINER:
+            experts = self._experts_for(hello, member)
+            if experts != member.experts:
+                effects.append(Write(ledger.Placed(hello.peer, experts)))
+        self.members[hello.peer] = replace(
+            member,
+            name=hello.name,
+            nonce=hello.nonce,
+            addresses=hello.addresses,
+            experts=experts,
+            heard_at=now,
+            has_greeted=True,
+            is_live=True,
+        )
+        for holding in hello.holdings:
+            self._hold(holding, effects)
+        if not member.is_live:
+            self._each(lambda b: books.back(b, hello.peer, now, self.rules), effects)
+        self._swarm_changed(effects)
+        effects.extend(ViewChanged(f) for f in sorted(self.fragments))
+
+    def _experts_for(self, hello: Hello, member: Member) -> tuple[int, ...]:
+        num_experts = self.manifest.model.num_experts
+        if hello.experts is not None:
+            return placement.check_experts(hello.experts, num_experts)
+        count = min(num_experts, self.manifest.placement.experts_per_peer if hello.num_experts is None else hello.num_experts)
+        if len(member.experts) == count:
+            return member.experts  # sticky: optimizer state lives with the peer
+        present = {m.peer: m.experts for m in self.members.values() if m.is_live and m.peer != hello.peer}
+        return placement.place(hello.peer, count, num_experts, present)
+
+    def _hold(self, holding: Holding, effects: list[Effect]) -> None:
+        book = self.fragments.get(holding.fragment)
+        if book is None:
+            effects.append(Reject(holding.peer, "fragment", f"this run has no fragment {holding.fragment[:40]!r}"))
+        elif book.holdings.get(holding.peer) != holding.anchor:
+            self._put(holding.fragment, (books.hold(book, holding), ()), effects)
+
+    def _hear(self, message: Offer | Receipt | Abstention | Attestation, now: float, effects: list[Effect]) -> None:
+        book = self.fragments.get(message.fragment)
+        if book is None:
+            effects.append(Reject(message.peer, "fragment", f"this run has no fragment {message.fragment[:40]!r}"))
+        else:
+            self._put(message.fragment, books.hear(book, message, now, self.rules), effects)
+
+    def _mark_alive(self, peer: PeerId, now: float, effects: list[Effect]) -> None:
+        member = self.members.get(peer)
+        if member is None:
+            return
+        self.members[peer] = replace(member, heard_at=now, is_live=True)
+        if not member.is_live:
+            self._each(lambda b: books.back(b, peer, now, self.rules), effects)
+            self._swarm_changed(effects)
+
+    def _suspect_silent(self, now: float, effects: list[Effect]) -> None:
+        lease_s = self.manifest.rounds.lease_s
+        for member in list(self.members.values()):
+            if member.is_live and now - member.heard_at >= lease_s:
+                self._lose(member.peer, f"silent for {lease_s:g} s", now, effects)
+
+    def _lose(self, peer: PeerId, why: str, now: float, effects: list[Effect]) -> None:
+        member = self.members.get(peer)
+        if member is None or not member.is_live:
+            return
+        self.members[peer] = replace(member, is_live=False, nonce="", counters=replace(member.counters, state=why))
+        self._each(lambda b: books.gone(b, peer, now, self.rules), effects)
+        self._swarm_changed(effects)
+
+    def _revoke(self, subject: str, why: str, now: float, effects: list[Effect]) -> None:
+        if subject in self.revoked:
+            return
+        self.revoked.add(subject)
+        effects.append(Write(ledger.Revoked(subject, why)))
+        self._lose(PeerId(subject), f"revoked: {why}", now, effects)
+
+    def _stop(self, why: str, effects: list[Effect]) -> None:
+        if self.stopping is None:
+            self.stopping = why
+            effects.append(Write(ledger.Stopping(why, False)))
+            self._swarm_changed(effects)
+
+    def _check_stop(self, wall_s: float, effects: list[Effect]) -> None:
+        stop = self.manifest.stop
+        trunk = [b.height for f, b in self.fragments.items() if module_of_fragment(f) == "trunk"]
+        num_tokens = sum(m.counters.num_tokens for m in self.members.values())
+        if stop.rounds is not None and trunk and min(trunk) >= stop.rounds:
+            self._stop(f"{stop.rounds} rounds of the trunk are confirmed", effects)
+        elif stop.tokens is not None and num_tokens >= stop.tokens:
+            self._stop(f"{num_tokens} tokens are trained", effects)
+        elif stop.date is not None and wall_s >= stop.date:
+            self._stop("the run's last day is over", effects)
+
+    def _consider_end(self, effects: list[Effect]) -> None:
+        if self.stopping is not None and not self.is_over and all(b.active is None for b in self.fragments.values()):
+            self.is_over = True
+            effects.append(Write(ledger.Stopping(self.stopping, True)))
+            self._swarm_changed(effects)
+
+    def _swarm_changed(self, effects: list[Effect]) -> None:
+        self.swarm_version += 1
+        effects.append(SwarmChanged())
+
+    def _restore_one(self, record: ledger.Record, now: float) -> None:
+        match record:
+            case ledger.Started(run):
+                if run != self.run:
+                    raise IntegrityError(
+                        f"the ledger is of run {run[:12]}, this manifest is run {self.run[:12]}; use the run's own directory"
+                    )
+            case ledger.Admitted(peer, role, name, token):
+                self.members[peer] = Member(peer, role, name, heard_at=now, is_live=True)
+                if token:
+                    self.token_uses.setdefault(token, set()).add(peer)
+            case ledger.Placed(peer, experts) if peer in self.members:
+                self.members[peer] = replace(self.members[peer], experts=experts)
+            case ledger.Revoked(subject):
+                self.revoked.add(subject)
+            case ledger.Stopping(why, is_over):
+                self.stopping, self.is_over = why, is_over
+            case ledger.Opened() | ledger.Confirmed() | ledger.GaveUp() | ledger.RolledBack():
+                self._restore_fragment(record.fragment, record, now)
+            case ledger.Settled(settlement):
+                self._restore_fragment(settlement.fragment, record, now)
+
+    def _restore_fragment(self, fragment: FragmentId, record: ledger.Record, now: float) -> None:
+        if fragment not in self.fragments:
+            raise IntegrityError(f"the ledger speaks of fragment {fragment[:40]!r}, which the manifest does not have")
+        self.fragments[fragment] = books.restore(self.fragments[fragment], record, now, self.timing)
+
+    def coverage(self) -> Mapping[int, int]:
+        """Present holders of each expert."""
+        present = {m.peer: m.experts for m in self.members.values() if m.is_live and m.role is Role.TRAINER}
+        return dict(enumerate(placement.coverage(self.manifest.model.num_experts, present)))

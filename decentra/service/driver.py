@@ -1,0 +1,251 @@
+"""The averaging service over ports: pumps RoundBook, writes its records before anybody hears of them, and hands views to mailboxes. No grpc, no tensors."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+from decentra.config import Manifest
+from decentra.errors import IntegrityError, Refused
+from decentra.ids import FragmentId, PeerId, short
+from decentra.ports import Clock, Compute, Events, Journal
+from decentra.protocol import ledger
+from decentra.protocol.fragment import Write
+from decentra.protocol.ledger import Ledger
+from decentra.protocol.messages import FragmentView, Hello, MemberMessage, Outcome, Phase, Rejected, Role, SwarmView
+from decentra.protocol.round import Reject
+from decentra.protocol.rounds import Detached, Effect, Event, Revoke, RoundBook, Stop, SwarmChanged, Tick, ViewChanged
+from decentra.service.mailbox import Mailbox
+
+MAX_TICK_S = 1.0
+MAX_BATCH = 256
+SIGNATURE_BYTES = 64
+
+Seal = Callable[[bytes], bytes]  # 64-byte signature of the service key over a ledger line
+
+
+def open_record(record: bytes) -> tuple[bytes, bytes]:
+    """(signature, line) of one journal record."""
+    if len(record) <= SIGNATURE_BYTES:
+        raise IntegrityError(f"a ledger record of {len(record)} bytes is too short to hold a signature")
+    return record[:SIGNATURE_BYTES], record[SIGNATURE_BYTES:]
+
+
+@dataclass
+class _Work:
+    """One event on its way through the machine; ``done`` resolves when its records are durable."""
+
+    event: Event | None
+    admission: tuple[PeerId, Role, str, str | None, int] | None = None
+    done: asyncio.Future[None] | None = None
+
+
+@dataclass
+class Driver:
+    """Owns the RoundBook. Every change goes through one queue, so the machine sees one thing at a time; a batch shares one fsync."""
+
+    manifest: Manifest
+    journal: Journal
+    clock: Clock
+    compute: Compute
+    events: Events
+    seal: Seal
+    check_seal: Callable[[bytes, bytes], bool] | None = None
+    book: RoundBook = field(init=False)
+    _ledger: Ledger = field(init=False, default_factory=Ledger)
+    _records: list[bytes] = field(init=False, default_factory=list)
+    _outcomes: dict[tuple[FragmentId, int], Outcome] = field(init=False, default_factory=dict)
+    _mailboxes: dict[PeerId, Mailbox] = field(init=False, default_factory=dict)
+    _queue: asyncio.Queue[_Work] = field(init=False, default_factory=asyncio.Queue)
+
+    def recover(self) -> None:
+        """Read the journal, or begin it. Raises IntegrityError when it is not this run's or was edited. Call before ``run``."""
+        now, records = self.clock.now(), []
+        for raw in self.journal.load():
+            signature, line = open_record(raw)
+            if self.check_seal is not None and not self.check_seal(line, signature):
+                raise IntegrityError(f"ledger record {len(records) + 1} has a wrong signature; restore the ledger from its backup")
+            records.append(self._ledger.accept(line))
+            self._records.append(raw)
+            self._note(records[-1])
+        if records:
+            self.book = RoundBook.restore(self.manifest, records, now)
+            self.events.emit("service-resumed", num_records=len(records), run=self.book.run)
+        else:
+            self.book, effects = RoundBook.start(self.manifest, now)
+            self._append(effects)
+            self.events.emit("service-started", run=self.book.run)
+
+    async def run(self) -> None:
+        """Pump until cancelled."""
+        while True:
+            batch = await self._next_batch()
+            effects: list[Effect] = []
+            refusals: list[tuple[_Work, Refused]] = []
+            now = self.clock.now()
+            for work in batch:
+                try:
+                    effects += self._apply(work, now)
+                except Refused as error:
+                    refusals.append((work, error))
+            lines = self._lines(effects)
+            if lines:
+                await self.compute.run(self.journal.append, lines)
+                self._records.extend(lines)
+            self._publish(effects, now)
+            for work, error in refusals:
+                if work.done is not None and not work.done.done():
+                    work.done.set_exception(error)
+            for work in batch:
+                if work.done is not None and not work.done.done():
+                    work.done.set_result(None)
+
+    # ------------------------------------------------------------ the door (what adapters call)
+
+    async def join(self, peer: PeerId, role: Role, nonce: str, token_id: str | None, token_uses: int) -> None:
+        """Admit a peer. Raises Refused."""
+        await self._submit(_Work(None, (peer, role, nonce, token_id, token_uses)))
+
+    async def attend(self, hello: Hello, mailbox: Mailbox) -> None:
+        """Take a member's stream in: from now on its mailbox gets every view. Raises Refused."""
+        self.book.check_hello(hello, self.clock.now())
+        if (old := self._mailboxes.pop(hello.peer, None)) is not None:
+            old.close("another stream of this peer took over")
+        self._mailboxes[hello.peer] = mailbox
+        mailbox.nonce = hello.nonce
+        await self._submit(_Work(hello))
+
+    async def deliver(self, message: MemberMessage) -> None:
+        self._queue.put_nowait(_Work(message))
+
+    async def leave(self, peer: PeerId, mailbox: Mailbox, why: str) -> None:
+        """A stream ended."""
+        if self._mailboxes.get(peer) is mailbox:
+            del self._mailboxes[peer]
+            self._queue.put_nowait(_Work(Detached(peer, mailbox.nonce)))
+        mailbox.close(None)
+
+    async def outcome(self, fragment: FragmentId, round: int) -> Outcome | None:
+        return self._outcomes.get((fragment, round))
+
+    def status(self) -> tuple[SwarmView, tuple[FragmentView, ...]]:
+        now = self.clock.now()
+        return self.book.swarm(), tuple(self.book.view(f, now) for f in sorted(self.book.fragments))
+
+    async def ledger(self, after_seq: int, limit: int) -> list[bytes]:
+        """Sealed journal records from position ``after_seq`` (0 = all) on."""
+        return self._records[after_seq : after_seq + limit]
+
+    async def command(self, kind: str, argument: str) -> str:
+        """Carry out an organiser's command; its authority was checked at the door."""
+        if kind == "stop":
+            await self._submit(_Work(Stop(argument or "the organiser ended it")))
+            return f"stopping: {self.book.stopping}"
+        if kind == "revoke":
+            await self._submit(_Work(Revoke(argument, "by the organiser")))
+            if (mailbox := self._mailboxes.pop(PeerId(argument), None)) is not None:
+                mailbox.close("the organiser revoked this peer")
+            return f"revoked {argument}"
+        raise Refused(f"unknown command {kind[:40]!r}; known: stop, revoke")
+
+    # ------------------------------------------------------------ parts
+
+    async def _submit(self, work: _Work) -> None:
+        work.done = asyncio.get_running_loop().create_future()
+        self._queue.put_nowait(work)
+        await work.done
+
+    async def _next_batch(self) -> list[_Work]:
+        now = self.clock.now()
+        deadline = self.book.next_deadline(now)
+        # a deadline that is past has been acted on: what it waits for now is a message or the next one
+        wait_s = MAX_TICK_S if deadline is None or deadline <= now else min(MAX_TICK_S, deadline - now)
+        batch = []
+        try:
+            async with asyncio.timeout(wait_s):
+                batch.append(await self._queue.get())
+        except TimeoutError:
+            pass
+        while not self._queue.empty() and len(batch) < MAX_BATCH:
+            batch.append(self._queue.get_nowait())
+        return [*batch, _Work(Tick(self.clock.wall()))]
+
+    def _apply(self, work: _Work, now: float) -> list[Effect]:
+        if work.admission is not None:
+            peer, role, nonce, token, uses = work.admission
+            return self.book.admit(peer, role, nonce, token, uses, now)
+        assert work.event is not None
+        return self.book.handle(work.event, now)
+
+    def _append(self, effects: Iterable[Effect]) -> None:
+        lines = self._lines(effects)
+        self.journal.append(lines)
+        self._records.extend(lines)
+
+    def _lines(self, effects: Iterable[Effect]) -> list[bytes]:
+        lines = []
+        for effect in effects:
+            if isinstance(effect, Write):
+                record = self._ledger.heads_record() if isinstance(effect.record, ledger.Heads) else effect.record
+                line = self._ledger.append(record)
+                lines.append(self.seal(line) + line)
+                self._note(record)
+        return lines
+
+    def _note(self, record: ledger.Record) -> None:
+        """Keep how each round ended, for members that come back late."""
+        match record:
+            case ledger.Settled(s):
+                self._outcomes[s.fragment, s.round] = Outcome(s.round, Phase.SETTLED, s.why, s)
+            case ledger.Confirmed():
+                settled = self._outcomes.get((record.fragment, record.round))
+                settlement = settled.settlement if settled else None
+                self._outcomes[record.fragment, record.round] = Outcome(
+                    record.round, Phase.CONFIRMED, record.why, settlement, record.anchor, record.thin
+                )
+            case ledger.GaveUp():
+                self._outcomes[record.fragment, record.round] = Outcome(record.round, record.phase, record.why)
+
+    def _publish(self, effects: Sequence[Effect], now: float) -> None:
+        fragments: dict[FragmentId, None] = {}
+        swarm_changed = False
+        for effect in effects:
+            match effect:
+                case ViewChanged(fragment):
+                    fragments[fragment] = None
+                case SwarmChanged():
+                    swarm_changed = True
+                case Reject(peer, reason, detail):
+                    self.events.emit("rejected", peer=short(peer), reason=reason, detail=detail)
+                    if (mailbox := self._mailboxes.get(peer)) is not None:
+                        mailbox.put(Rejected(peer, reason, detail))
+                case Write(record):
+                    self._tell(record)
+        views: list[SwarmView | FragmentView] = [self.book.swarm()] if swarm_changed else []
+        views += [self.book.view(f, now) for f in fragments]
+        for mailbox in self._mailboxes.values():
+            for view in views:
+                mailbox.put(view)
+
+    def _tell(self, record: ledger.Record) -> None:
+        match record:
+            case ledger.Opened():
+                num = len(record.holders), len(record.keepers)
+                self.events.emit("round-opened", fragment=record.fragment, round=record.round, num_holders=num[0], num_keepers=num[1])
+            case ledger.Settled(s):
+                self.events.emit("round-settled", fragment=s.fragment, round=s.round, num_offers=len(s.entries), why=s.why)
+            case ledger.Confirmed():
+                self.events.emit(
+                    "round-confirmed", fragment=record.fragment, round=record.round, height=record.height, thin=record.thin, why=record.why
+                )
+            case ledger.GaveUp():
+                self.events.emit(f"round-{record.phase}", fragment=record.fragment, round=record.round, why=record.why)
+            case ledger.RolledBack():
+                self.events.emit("rolled-back", fragment=record.fragment, height=record.height, why=record.why)
+            case ledger.Stopping():
+                self.events.emit("run-over" if record.is_over else "run-stopping", why=record.why)
+            case ledger.Admitted():
+                self.events.emit("admitted", peer=short(record.peer), role=str(record.role))
+            case ledger.Placed():
+                self.events.emit("placed", peer=short(record.peer), experts=list(record.experts))

@@ -1,0 +1,1 @@
+"""peer/ and service/ on virtual time: memory adapters of every port, faults from a seed, and the checker over what happened."""

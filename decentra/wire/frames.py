@@ -1,0 +1,155 @@
+"""One frame of a member's stream to domain values and back; facts that others must be able to check are signed. No network, no clock."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import replace
+from typing import Any, cast
+
+from decentra.errors import DecentraError, RejectedPayload
+from decentra.identity import Keypair
+from decentra.ids import PeerId, RunId
+from decentra.pb import messages_pb2 as pb
+from decentra.protocol.messages import (
+    Abstention,
+    Attestation,
+    FragmentView,
+    Goodbye,
+    Heartbeat,
+    Hello,
+    Holding,
+    MemberMessage,
+    Offer,
+    Receipt,
+    Rejected,
+    ServiceMessage,
+    SwarmView,
+)
+from decentra.wire import limits
+from decentra.wire.convert import decode, dump, encode, from_wire, malformed, parse, to_wire
+from decentra.wire.signed import open_sealed, seal
+
+SIGNED: dict[type, str] = {Hello: "hello", Offer: "offer", Receipt: "receipt", Attestation: "attestation"}
+_PLAIN: dict[type, str] = {Holding: "holding", Heartbeat: "heartbeat", Goodbye: "goodbye", Abstention: "abstention"}
+_CLASS_OF = {kind: cls for cls, kind in (SIGNED | _PLAIN).items()}
+_SERVICE: dict[type, str] = {FragmentView: "fragment", SwarmView: "swarm", Rejected: "rejected"}
+
+Fact = Hello | Offer | Receipt | Attestation
+
+
+def seal_fact(key: Keypair, run: RunId, fact: Fact, *, not_after_s: float = 0) -> bytes:
+    """``fact`` signed by its peer. The proof field is never part of what is signed."""
+    bare = replace(fact, proof=b"") if isinstance(fact, Offer | Attestation) else fact
+    assert fact.peer == key.peer_id, f"a {SIGNED[type(fact)]} of {fact.peer} cannot be signed by {key.peer_id}"
+    return seal(key, SIGNED[type(fact)], run, encode(bare), not_after_s=not_after_s)
+
+
+def open_fact(cls: type[Any], data: bytes, run: RunId, peer: PeerId | None, *, now_s: float | None = None) -> Any:
+    """A signed Hello, Offer, Receipt or Attestation, signed by the peer it names; Offer and Attestation keep ``data`` as proof.
+
+    ``peer``: who must have signed; None takes the signer. Raises RejectedPayload (reasons of ``open_sealed``).
+    """
+    most_bytes = limits.MAX_MESSAGE_BYTES if cls is Hello else limits.MAX_PROOF_BYTES
+    opened = open_sealed(data, SIGNED[cls], run, signer=peer, now_s=now_s, max_bytes=most_bytes)
+    try:
+        fact = decode(cls, opened.body)
+    except RejectedPayload as error:
+        raise malformed(error.detail, opened.peer) from None
+    if fact.peer != opened.peer:
+        raise RejectedPayload("signer", f"this {SIGNED[cls]} names {fact.peer} and is signed by {opened.peer}", peer=opened.peer)
+    return replace(fact, proof=data) if cls in (Offer, Attestation) else fact
+
+
+def member_frame(key: Keypair, run: RunId, message: MemberMessage, *, not_after_s: float = 0) -> bytes:
+    """A member's message as the bytes of one MemberFrame, signed where its kind asks for it. ``not_after_s``: of a Hello."""
+    if isinstance(message, Hello | Offer | Receipt | Attestation):
+        return dump(pb.MemberFrame(**cast(Any, {SIGNED[type(message)]: seal_fact(key, run, message, not_after_s=not_after_s)})))
+    return dump(pb.MemberFrame(**cast(Any, {_PLAIN[type(message)]: to_wire(message)})))
+
+
+def parse_member_frame(data: bytes, run: RunId, peer: PeerId) -> MemberMessage:
+    """One frame of ``peer``'s stream after its hello. Raises RejectedPayload; its peer is always ``peer``."""
+    try:
+        return _parse_member_frame(data, run, peer)
+    except RejectedPayload as error:
+        raise RejectedPayload(error.reason, error.detail, peer=peer, round=error.round) from None
+
+
+def _parse_member_frame(data: bytes, run: RunId, peer: PeerId) -> MemberMessage:
+    frame = parse(pb.MemberFrame, data, max_bytes=limits.MAX_FRAME_BYTES)
+    kind = frame.WhichOneof("body")
+    if kind is None:
+        raise malformed("expected a message, got an empty frame or one of a newer protocol")
+    cls = _CLASS_OF[kind]
+    if cls is Hello:
+        raise malformed("a hello comes once, as the first message; open a new stream to say something else")
+    if cls in SIGNED:
+        return cast(MemberMessage, open_fact(cls, getattr(frame, kind), run, peer))
+    message = cast(MemberMessage, from_wire(getattr(frame, kind)))
+    if message.peer != peer:
+        raise RejectedPayload("signer", f"this {kind} names {message.peer}, expected the stream's own peer")
+    return message
+
+
+def open_hello(data: bytes, run: RunId, peer: PeerId, now_s: float) -> Hello:
+    """The first frame of ``peer``'s stream: a Hello it signed for these minutes. Raises RejectedPayload."""
+    frame = parse(pb.MemberFrame, data)
+    if frame.WhichOneof("body") != "hello":
+        raise malformed("expected a hello as the first message of the stream", peer)
+    hello: Hello = open_fact(Hello, frame.hello, run, peer, now_s=now_s)
+    not_after_s = parse(pb.SignedStatement, frame.hello).not_after_s
+    if not now_s <= not_after_s <= now_s + limits.MAX_FRESH_S:
+        raise RejectedPayload("expired", f"a hello has to expire within {limits.MAX_FRESH_S:.0f} s", peer=peer)
+    return hello
+
+
+def welcome_frame(server_time_s: float) -> bytes:
+    return dump(pb.ServiceFrame(welcome=pb.Welcome(server_time_s=server_time_s)))
+
+
+def is_welcome(data: bytes) -> bool:
+    """Whether a service's frame says that the hello was taken. Raises RejectedPayload('malformed')."""
+    return bool(parse(pb.ServiceFrame, data).WhichOneof("body") == "welcome")
+
+
+def service_frame(message: ServiceMessage) -> bytes:
+    """A service's message as the bytes of one ServiceFrame."""
+    return dump(pb.ServiceFrame(**cast(Any, {_SERVICE[type(message)]: to_wire(message)})))
+
+
+def parse_service_frame(data: bytes) -> ServiceMessage:
+    """Raises RejectedPayload('malformed')."""
+    frame = parse(pb.ServiceFrame, data)
+    kind = frame.WhichOneof("body")
+    if kind is None or kind == "welcome":
+        raise malformed("expected a view, got an empty frame or one of a newer protocol", "the averaging service")
+    return cast(ServiceMessage, from_wire(getattr(frame, kind)))
+
+
+class ProofChecker:
+    """Checks the offers a service relays against their senders' signatures; remembers the last ``num_remembered`` good ones."""
+
+    def __init__(self, run: RunId, num_remembered: int = 4096) -> None:
+        self._run, self._num_remembered = run, num_remembered
+        self._good: OrderedDict[bytes, Offer] = OrderedDict()
+
+    def check(self, view: FragmentView) -> tuple[FragmentView, list[DecentraError]]:
+        """``view`` without the offers whose proof is not their sender's, and one error for each of those."""
+        kept, errors = [], []
+        for offer in view.offers:
+            try:
+                self._check_offer(offer)
+                kept.append(offer)
+            except RejectedPayload as error:
+                errors.append(error)
+        return (replace(view, offers=tuple(kept)) if errors else view), list(errors)
+
+    def _check_offer(self, offer: Offer) -> None:
+        signed = self._good.get(offer.proof)
+        if signed is None:
+            signed = open_fact(Offer, offer.proof, self._run, offer.peer)
+            self._good[offer.proof] = signed
+            if len(self._good) > self._num_remembered:
+                self._good.popitem(last=False)
+        if signed != offer:  # the proof field does not take part in this comparison
+            raise RejectedPayload("digest", "the service shows another offer than its sender signed", peer=offer.peer, round=offer.round)

@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from decentra.data.files import read_texts
+from decentra.errors import DataError
+
+
+def filled(root: Path, files: dict[str, bytes]) -> Path:
+    for name, data in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    return root
+
+
+def test_folders_are_read_recursively_in_path_order_without_hidden_names(tmp_path: Path) -> None:
+    filled(tmp_path, {"b.txt": b"two", "a/z.md": b"four", "a.txt": b"one", "c/d/e.txt": b"five", ".git/x": b"no", ".hidden": b"no"})
+    texts = read_texts([tmp_path])
+    assert texts.data == b"one\ntwo\nfour\nfive"
+    assert texts.num_files == 4
+    assert texts.skipped == ()
+
+
+def test_several_paths_keep_their_order_and_bytes_stay_as_they_are(tmp_path: Path) -> None:
+    latin = "Grüße, José".encode("latin-1") * 3 + b" and plain text around it" * 3
+    filled(tmp_path, {"x.txt": "Grüße".encode(), "y.txt": latin})
+    assert read_texts([str(tmp_path / "y.txt"), tmp_path / "x.txt"]).data == latin + b"\n" + "Grüße".encode()
+
+
+def test_jsonl_gives_its_field(tmp_path: Path) -> None:
+    lines = [json.dumps({"body": "eins\nzwei", "n": 1}), "", json.dumps({"body": "drei ä"})]
+    path = filled(tmp_path, {"t.jsonl": "\n".join(lines).encode()}) / "t.jsonl"
+    assert read_texts([path], text_field="body").data == "eins\nzwei\ndrei ä".encode()
+
+
+def test_binary_files_in_a_folder_are_passed_over_and_named(tmp_path: Path) -> None:
+    filled(tmp_path, {"a.txt": b"text", "b.png": b"\x89PNG\0\0", "c.txt": b" \n"})
+    texts = read_texts([tmp_path])
+    assert texts.data == b"text"
+    assert texts.skipped == (str(tmp_path / "b.png"), str(tmp_path / "c.txt"))
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("empty.txt", b"", "empty"),
+        ("blank.txt", b"\n \n", "empty"),
+        ("nul.bin", b"abc\0def", "NUL"),
+        ("wide.txt", "hello".encode("utf-16"), "NUL"),
+        ("noise.bin", bytes(range(128, 256)) * 4, "not UTF-8"),
+        ("short.txt", b"hi", "2 bytes of text in 1 files, at least 129"),
+        ("bad.jsonl", b'{"text": "ok"}\n{"text": ', r"bad\.jsonl:2: expected one JSON object"),
+        ("list.jsonl", b'["text"]', r"list\.jsonl:1: expected a string field 'text', got: list"),
+        ("field.jsonl", b'{"text": "ok"}\n\n{"body": "x", "id": 3}', r"field\.jsonl:3: .*'text', got: body, id"),
+        ("null.jsonl", b'{"text": null}', r"null\.jsonl:1"),
+        ("deep.jsonl", b"[" * 100_000, r"deep\.jsonl:1"),
+    ],
+)
+def test_unusable_files_are_data_errors_that_name_them(tmp_path: Path, name: str, data: bytes, message: str) -> None:
+    path = filled(tmp_path, {name: data}) / name
+    with pytest.raises(DataError, match=message) as caught:
+        read_texts([path], min_bytes=129)
+    assert str(path) in str(caught.value)
+
+
+def test_missing_paths_and_empty_folders_are_data_errors(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no such file or folder"):
+        read_texts([tmp_path / "absent"])
+    with pytest.raises(DataError, match="no files"):
+        read_texts([tmp_path])
+    with pytest.raises(DataError, match="at least one"):
+        read_texts([])
