@@ -100,7 +100,8 @@ def _module_order(module: ModuleId) -> tuple[int, int, str]:
 
 def _cut(parameters: list[tuple[str, tuple[int, ...]]], num_parts: int) -> list[list[tuple[str, tuple[int, ...]]]]:
     num_parts = min(num_parts, len(parameters))
-    total, parts, done = sum(prod(shape) for _, shape in parameters), [], 0
+    total, done = sum(prod(shape) for _, shape in parameters), 0
+    parts: list[list[tuple[str, tuple[int, ...]]]] = []
     current: list[tuple[str, tuple[int, ...]]] = []
     for index, (name, shape) in enumerate(parameters):
         current.append((name, shape))

@@ -47,8 +47,17 @@ class Exchange(Protocol):
 
     async def drop(self, digest: Digest) -> None: ...
 
+    def pin(self, digest: Digest) -> None:
+        """Never evict this blob for space. Pins are in memory: they are set again after a restart."""
+        ...
+
+    def unpin(self, digest: Digest) -> None: ...
+
     def get(self, peer: PeerId, addresses: Sequence[str], digest: Digest, offset: int) -> AsyncIterator[bytes]:
-        """Chunks of a foreign blob. Raises Unreachable (nobody there), Refused (does not have it, not admitted)."""
+        """Chunks of a foreign blob.
+
+        Raises Unreachable (nobody there), Refused (does not have it, not admitted, busy), RejectedPayload (an answer that is none).
+        """
         ...
 
     async def announce(self, digests: Sequence[Digest]) -> None:
@@ -83,9 +92,9 @@ class AveragingService(Protocol):
 
 
 class Journal(Protocol):
-    """Append-only storage of ledger records; ``append`` returns when they survive a power cut."""
+    """Append-only storage of ledger records; ``append`` blocks until they survive a power cut."""
 
-    async def append(self, records: Sequence[bytes]) -> None: ...
+    def append(self, records: Sequence[bytes]) -> None: ...
 
     def load(self) -> Iterable[bytes]: ...
 

@@ -43,6 +43,7 @@ class GrpcSession:
     def __init__(self, link: Link, call: Any, key: Keypair, run: RunId, events: Events) -> None:
         self._link, self._call, self._key, self._run, self._events = link, call, key, run, events
         self._proofs = ProofChecker(run)
+        self._reading: asyncio.Task[Any] | None = None
 
     @property
     def address(self) -> str:
@@ -53,7 +54,7 @@ class GrpcSession:
         await self._write(member_frame(self._key, self._run, message))
 
     async def messages(self) -> AsyncIterator[ServiceMessage]:
-        """Views and refusals; ends when the service closes in peace. Raises Unreachable and Refused."""
+        """Views and refusals, for one reader; ends when the service closes in peace. Raises Unreachable and Refused."""
         while (data := await self._read()) is not None:
             try:
                 message = parse_service_frame(data)
@@ -72,9 +73,11 @@ class GrpcSession:
             async with asyncio.timeout(CLOSE_S):
                 with calling(self.address, self._call):
                     await self._call.done_writing()
-                    while await self._call.read() is not grpc.aio.EOF:
-                        pass
+                while await self._read() is not None:
+                    pass
         self._call.cancel()
+        if self._reading is not None:
+            await asyncio.gather(self._reading, return_exceptions=True)
         await self._link.close()
 
     async def _greet(self, hello: Hello) -> None:
@@ -100,6 +103,17 @@ class GrpcSession:
             raise Unreachable(f"the averaging service at {self.address} took no message for {self._link.rules.call_s:.0f} s") from None
 
     async def _read(self) -> bytes | None:
+        """The next frame, None at the end. Whoever waits here may be cancelled: gRPC would end the stream with it, so a task reads."""
+        if self._reading is None:
+            self._reading = asyncio.create_task(self._read_one())
+        reading = self._reading
+        await asyncio.wait([reading])
+        if self._reading is reading:
+            self._reading = None
+        data: bytes | None = reading.result()
+        return data
+
+    async def _read_one(self) -> bytes | None:
         with calling(self.address, self._call):
             data = await self._call.read()
             return None if data is grpc.aio.EOF else bytes(data)

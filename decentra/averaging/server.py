@@ -16,7 +16,7 @@ from decentra.averaging import rpc
 from decentra.averaging.door import OutboxT, ServiceDoor
 from decentra.averaging.limiter import Limiter
 from decentra.averaging.mapping import answering
-from decentra.averaging.streams import Stream, StreamRules
+from decentra.averaging.streams import FrameCache, Stream, StreamRules
 from decentra.averaging.tls import ServerTls
 from decentra.config import Manifest
 from decentra.errors import ConfigError, ManifestMismatch, PortTaken, Refused, RejectedPayload, Unreachable, VersionMismatch
@@ -83,6 +83,7 @@ class AveragingServer(Generic[OutboxT]):
         self._rules = rules or StreamRules()
         max_members = identity.manifest.admission.max_members
         self._limiter = Limiter(self._rules.messages_per_s, self._rules.burst_messages, 2 * max_members)
+        self._frames = FrameCache()
         self._options = rpc.server_options(keepalive_s)
         self._max_calls = 64 + 2 * max_members
         self._certificate_expiry_s = 0
@@ -185,7 +186,8 @@ class AveragingServer(Generic[OutboxT]):
     async def _attend(self, metadata: Metadata, context: Any) -> None:
         papers = rpc.papers_of(metadata, rpc.CREDENTIALS_KEY)
         admission = self.identity.chain.check_bearer(papers, self._wall())  # the hello then has to be signed by this peer
-        stream = Stream(self.identity.run, admission, self.door, self._make_mailbox(), self._events, self._limiter, self._rules)
+        mailbox = self._make_mailbox()
+        stream = Stream(self.identity.run, admission, self.door, mailbox, self._events, self._limiter, self._frames, self._rules)
         await stream.serve(context, self._wall)
 
     # ---------------------------------------------------------------- from gRPC to the methods above

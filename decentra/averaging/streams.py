@@ -16,7 +16,7 @@ from decentra.averaging.limiter import Limiter
 from decentra.errors import Refused, RejectedPayload
 from decentra.ids import PeerId, RunId
 from decentra.ports import Events
-from decentra.protocol.messages import Goodbye, Hello, Rejected, ServiceMessage
+from decentra.protocol.messages import FragmentView, Goodbye, Hello, Rejected, ServiceMessage
 from decentra.wire import limits
 from decentra.wire.frames import open_hello, parse_member_frame, service_frame, welcome_frame
 from decentra.wire.trust import Admission
@@ -32,6 +32,22 @@ class StreamRules:
     first_frame_s: float = rpc.FIRST_FRAME_S
 
 
+class FrameCache:
+    """Encodes a view once for all members: the service puts the same value into every mailbox. One entry per fragment and swarm."""
+
+    def __init__(self) -> None:
+        self._frames: dict[str, tuple[ServiceMessage, bytes]] = {}
+
+    def frame(self, message: ServiceMessage) -> bytes:
+        if isinstance(message, Rejected):
+            return service_frame(message)
+        key = message.fragment if isinstance(message, FragmentView) else "swarm"
+        known = self._frames.get(key)
+        if known is None or known[0] is not message:
+            known = self._frames[key] = (message, service_frame(message))
+        return known[1]
+
+
 class Stream(Generic[OutboxT]):
     """Serves one Attend call. Every message of the member is checked against the stream's own peer."""
 
@@ -43,10 +59,12 @@ class Stream(Generic[OutboxT]):
         mailbox: OutboxT,
         events: Events,
         limiter: Limiter,
+        frames: FrameCache,
         rules: StreamRules,
     ) -> None:
         self._run, self._admission, self._peer = run, admission, admission.peer
-        self._door, self._mailbox, self._events, self._limiter, self._rules = door, mailbox, events, limiter, rules
+        self._door, self._mailbox, self._events = door, mailbox, events
+        self._limiter, self._frames, self._rules = limiter, frames, rules
         self._goodbye = ""
 
     async def serve(self, context: Any, wall: Callable[[], float]) -> None:
@@ -97,7 +115,7 @@ class Stream(Generic[OutboxT]):
     async def _speak(self, context: Any, reader: asyncio.Task[None]) -> None:
         while messages := await self._mailbox.get():
             for message in messages:
-                frame = service_frame(message)
+                frame = self._frames.frame(message)
                 if len(frame) > limits.MAX_MESSAGE_BYTES:
                     self._events.emit("view-too-large", peer=self._peer, kind=type(message).__name__, num_bytes=len(frame), run=self._run)
                 else:

@@ -101,6 +101,12 @@ class HivemindExchange:
     async def drop(self, digest: Digest) -> None:
         await asyncio.to_thread(self._store.drop, digest)
 
+    def pin(self, digest: Digest) -> None:
+        self._store.pin(digest)
+
+    def unpin(self, digest: Digest) -> None:
+        self._store.unpin(digest)
+
     # ------------------------------------------------------------ blobs of others
 
     async def get(self, peer: PeerId, addresses: Sequence[str], digest: Digest, offset: int) -> AsyncIterator[bytes]:

@@ -90,8 +90,9 @@ class _ExpertMix(torch.autograd.Function):
     """sum_k weight_tk * expert_k(x_t) with hand-written gradients.
 
     One autograd node instead of about ten per expert: with small experts the bookkeeping weighs on a CPU (10-15 % of a step of the
-    default model, measured). The routing weight is applied before ``down``, so its gradient needs no stored expert outputs. Weight gradients
-    of frozen experts are never computed; an expert without tokens gets no gradient at all (None), so the optimizer leaves it alone.
+    default model, measured). The routing weight is applied before ``down``, so its gradient needs no stored expert outputs. Weight
+    gradients of frozen experts are never computed; an expert without tokens gets no gradient at all (None), so the optimizer leaves
+    it alone.
     """
 
     @staticmethod

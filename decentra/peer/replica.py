@@ -6,7 +6,6 @@ blobs. Both carry the round they were written in: a note of the record's pending
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -97,6 +96,8 @@ class Replica:
             self.account = record
         elif note is not None:
             self.account = await self._resolved(record, note)
+        if self.account is not None:
+            self.exchange.pin(self.account.anchor_digest)
         if self.account is not None and (pending := self.account.pending) is not None:
             self.pending_offer = self._offer(pending.round, pending.base, pending.packet, pending.num_tokens, pending.num_steps)
             await self.exchange.put(self.pending_offer.packet, pending.packet)
@@ -123,7 +124,9 @@ class Replica:
         """Encode this peer's progress and make it durable. Raises TrainingError when there is nothing sound to offer."""
         account = self._account()
         if account.anchor_digest != base or self.live is None:
-            raise IntegrityError(f"round {number} of {self.fragment.id} starts from {base[:12]}, this peer is at {account.anchor_digest[:12]}")
+            raise IntegrityError(
+                f"round {number} of {self.fragment.id} starts from {base[:12]}, this peer is at {account.anchor_digest[:12]}"
+            )
         snapshot = await self.live.snapshot(self.fragment.id)
         if snapshot.has_bad_steps:
             raise TrainingError("the loss was not finite in this round's inner steps")
@@ -174,6 +177,7 @@ class Replica:
         state = self._tentative[1]
         self._keep(number, (*self._kept.get(number, ()), account.anchor_digest))
         await self._write_note(Note(number, ending, anchor))
+        self._repin(account.anchor_digest, anchor)
         move = {Ending.APPLIED: account.applied, Ending.EXCLUDED: account.excluded, Ending.FOLLOWED: account.followed}[ending]
         shift_N = move(state, anchor)
         if ending is Ending.FOLLOWED and bool(account.residual_N.any()):
@@ -197,6 +201,7 @@ class Replica:
         state = await self.compute.run(decode_anchor, self.fragment, blob)
         await self.exchange.put(anchor, blob)
         await self._write_note(Note(number, "reset", anchor))
+        self._repin(self.anchor, anchor)
         if self.account is None:
             self.account = Account(self.fragment, state, anchor)
         else:
@@ -284,6 +289,11 @@ class Replica:
         except DecentraError:
             return None
 
+    def _repin(self, old: Digest | None, new: Digest) -> None:
+        self.exchange.pin(new)
+        if old is not None and old != new:
+            self.exchange.unpin(old)
+
     def _keep(self, number: int, blobs: Sequence[Digest]) -> None:
         self._kept[number] = tuple(dict.fromkeys(blobs))
 
@@ -313,10 +323,3 @@ def _is_newer(record: Account, note: Note) -> bool:
         # a pending record of the note's round came before its outcome, unless the outcome was a recovery to the very anchor it starts from
         return record.pending is None or (note.ending == "reset" and record.anchor_digest == note.anchor)
     return number > note.round
-
-
-async def start_all(replicas: Sequence[Replica]) -> None:
-    """Load every replica; one after another, so that memory stays at one record."""
-    for replica in replicas:
-        await replica.load()
-        await asyncio.sleep(0)

@@ -51,6 +51,7 @@ class PeerLoop:
     events: Events
     counters: Callable[[], Counters] = Counters
     on_trained: Callable[[frozenset[FragmentId]], Coroutine[Any, Any, None]] | None = None
+    on_recovered: Callable[[], None] = lambda: None
     num_steps: int = 0
     machine: m.MemberMachine = field(init=False)
     members: dict[PeerId, MemberView] = field(init=False, default_factory=dict)
@@ -222,7 +223,9 @@ class PeerLoop:
         try:
             data = await self.fetcher.fetch(effect.packet, effect.num_bytes, effect.sources)
             if len(data) != effect.num_bytes:
-                raise RejectedPayload("size", f"{len(data)} bytes, the offer said {effect.num_bytes}", peer=effect.sender, round=effect.round)
+                raise RejectedPayload(
+                    "size", f"{len(data)} bytes, the offer said {effect.num_bytes}", peer=effect.sender, round=effect.round
+                )
             await replica.check_packet(effect.packet, data, effect.sender, effect.round)
         except RejectedPayload as error:
             self.events.emit("packet-refused", fragment=effect.fragment, round=effect.round, peer=short(effect.sender), why=str(error))
@@ -255,6 +258,7 @@ class PeerLoop:
                 await replica.recover(anchor, number, blob)
                 self.events.emit("recovered", fragment=fragment, anchor=anchor[:12], num_bytes=len(blob), why=why)
                 self._inbox.put_nowait(m.Recovered(fragment, anchor))
+                self.on_recovered()
 
     async def _set_trained(self, fragments: frozenset[FragmentId]) -> None:
         if self.on_trained is not None:

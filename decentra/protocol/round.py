@@ -16,6 +16,7 @@ The law of this file:
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from decentra.ids import Digest, FragmentId, PeerId, short
@@ -154,17 +155,20 @@ def next_deadline(round_: Round, rules: Rules) -> float | None:
 
 def waits_for(round_: Round) -> str:
     """Why the round is not further, in words."""
-    names = lambda peers: ", ".join(sorted(short(p) for p in peers))  # noqa: E731
     if round_.phase is Phase.OPEN:
         due = _due(round_)
         if missing := due - {o.peer for o in round_.offers}:
-            return f"waits for offers of {names(missing)} ({len(round_.offers)} of {len(due)} in)"
+            return f"waits for offers of {_names(missing)} ({len(round_.offers)} of {len(due)} in)"
         sound = {o.peer for o in round_.sound_offers()}
-        return f"waits for a second holder of the packets of {names({o.peer for o in round_.offers} - sound)}"
+        return f"waits for a second holder of the packets of {_names({o.peer for o in round_.offers} - sound)}"
     if round_.is_active:
         needed = round_.num_attesters_needed - len(round_.attestations)
         return f"settled; waits for {max(needed, 1)} more to attest"
     return round_.why
+
+
+def _names(peers: Iterable[PeerId]) -> str:
+    return ", ".join(sorted(short(p) for p in peers))
 
 
 def _due(round_: Round) -> frozenset[PeerId]:

@@ -47,7 +47,7 @@ class Member:
     heard_at: float = 0.0
     is_live: bool = False
     has_greeted: bool = False  # said Hello since the service started
-    counters: Counters = Counters()
+    counters: Counters = field(default_factory=Counters)
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +157,7 @@ class RoundBook:
     def _check_admissible(self, peer: PeerId, role: Role, token: str | None, token_uses: int) -> None:
         if peer in self.revoked:
             raise Refused(f"the organiser revoked {short(peer)}")
-        if self.is_over:
+        if self.is_over and role is not Role.WATCHER:
             raise Refused(f"the run is over ({self.stopping}); 'decentra pull' gets its result")
         known = peer in self.members
         if self.manifest.admission.mode == "invited":

@@ -12,7 +12,7 @@ from decentra.ids import FragmentId, PeerId, short
 from decentra.ports import Clock, Compute, Events, Journal
 from decentra.protocol import ledger
 from decentra.protocol.fragment import Write
-from decentra.protocol.ledger import Ledger
+from decentra.protocol.ledger import Ledger, Record
 from decentra.protocol.messages import FragmentView, Hello, MemberMessage, Outcome, Phase, Rejected, Role, SwarmView
 from decentra.protocol.round import Reject
 from decentra.protocol.rounds import Detached, Effect, Event, Revoke, RoundBook, Stop, SwarmChanged, Tick, ViewChanged
@@ -61,7 +61,8 @@ class Driver:
 
     def recover(self) -> None:
         """Read the journal, or begin it. Raises IntegrityError when it is not this run's or was edited. Call before ``run``."""
-        now, records = self.clock.now(), []
+        now = self.clock.now()
+        records: list[Record] = []
         for raw in self.journal.load():
             signature, line = open_record(raw)
             if self.check_seal is not None and not self.check_seal(line, signature):
@@ -94,9 +95,9 @@ class Driver:
                 await self.compute.run(self.journal.append, lines)
                 self._records.extend(lines)
             self._publish(effects, now)
-            for work, error in refusals:
+            for work, refusal in refusals:
                 if work.done is not None and not work.done.done():
-                    work.done.set_exception(error)
+                    work.done.set_exception(refusal)
             for work in batch:
                 if work.done is not None and not work.done.done():
                     work.done.set_result(None)
@@ -193,7 +194,7 @@ class Driver:
                 self._note(record)
         return lines
 
-    def _note(self, record: ledger.Record) -> None:
+    def _note(self, record: Record) -> None:
         """Keep how each round ended, for members that come back late."""
         match record:
             case ledger.Settled(s):
@@ -228,7 +229,7 @@ class Driver:
             for view in views:
                 mailbox.put(view)
 
-    def _tell(self, record: ledger.Record) -> None:
+    def _tell(self, record: Record) -> None:
         match record:
             case ledger.Opened():
                 num = len(record.holders), len(record.keepers)

@@ -191,6 +191,12 @@ class SimExchange:
     async def drop(self, digest: Digest) -> None:
         self.disk.delete(f"blob-{digest}")
 
+    def pin(self, digest: Digest) -> None:
+        return None
+
+    def unpin(self, digest: Digest) -> None:
+        return None
+
     async def get(self, peer: PeerId, addresses: Sequence[str], digest: Digest, offset: int) -> AsyncIterator[bytes]:
         await self.net.delay()
         other = self.peers.get(peer)

@@ -145,7 +145,12 @@ class World:
 
     def start_service(self) -> None:
         driver = Driver(
-            self.manifest, self.journal, SimClock(), InlineCompute(self.rng, 0.01), SimEvents("service", self.log), lambda _: bytes(SIGNATURE_BYTES)
+            self.manifest,
+            self.journal,
+            SimClock(),
+            InlineCompute(self.rng, 0.01),
+            SimEvents("service", self.log),
+            lambda _: bytes(SIGNATURE_BYTES),
         )
         driver.recover()
         self.driver = driver
@@ -340,10 +345,14 @@ class World:
         rolled = [r for r in records if isinstance(r, ledger.RolledBack)]
         self._check_chain(records)
         for fragment, book in self.driver.book.fragments.items():
-            self._expect(book.height > before[fragment], f"{fragment} made no progress in {self.scenario.heal_s:g} s without faults: {book.round}")
+            self._expect(
+                book.height > before[fragment], f"{fragment} made no progress in {self.scenario.heal_s:g} s without faults: {book.round}"
+            )
             for host in self.hosts.values():
                 mine = self._anchor_of(host, fragment)
-                self._expect(mine == book.anchor, f"{host.peer} ends at another anchor of {fragment}: {mine and mine[:12]}, not {book.anchor[:12]}")
+                self._expect(
+                    mine == book.anchor, f"{host.peer} ends at another anchor of {fragment}: {mine and mine[:12]}, not {book.anchor[:12]}"
+                )
         return Report(
             self.scenario.seed, self._heights(), len(confirmed), sum(r.thin for r in confirmed),
             sum(isinstance(r, ledger.GaveUp) for r in records), len(rolled), self.num_crashes, self.faults,
@@ -361,7 +370,9 @@ class World:
                     settled[settlement.fragment, settlement.round] = record
                 case ledger.Confirmed():
                     s = settled[record.fragment, record.round].settlement
-                    self._expect(s.base == at[record.fragment], f"round {record.round} of {record.fragment} was confirmed on a stale anchor")
+                    self._expect(
+                        s.base == at[record.fragment], f"round {record.round} of {record.fragment} was confirmed on a stale anchor"
+                    )
                     for entry in s.entries:
                         key = (record.fragment, entry.packet)
                         self._expect(key not in used, f"packet {entry.packet[:12]} of {entry.peer} counts twice in {record.fragment}")
@@ -375,7 +386,9 @@ class World:
     def _expect(self, holds: bool, what: str) -> None:
         if not holds:
             story = "\n".join(f"  {t:8.2f} {who:10} {event} {fields}" for t, who, event, fields in self.log[-25:])
-            raise Violation(f"seed {self.scenario.seed}: {what}\nfaults: {self.faults}\nlast events:\n{story}\nreplay: python -m decentra.sim --seed {self.scenario.seed}")
+            raise Violation(
+                f"seed {self.scenario.seed}: {what}\nfaults: {self.faults}\nlast events:\n{story}\nreplay: python -m decentra.sim --seed {self.scenario.seed}"
+            )
 
 
 def simulate(scenario: Scenario) -> Report:

@@ -42,7 +42,7 @@ def run(coroutine: Coroutine[Any, Any, T]) -> T:
 async def until(condition: Callable[[], object]) -> None:
     """Wait for a condition, at most DEADLINE_S."""
     async with asyncio.timeout(DEADLINE_S):
-        while not condition():
+        while not condition():  # noqa: ASYNC110 - conditions are about other tasks' state, there is no event to wait for
             await asyncio.sleep(0.005)
 
 

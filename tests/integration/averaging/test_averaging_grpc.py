@@ -47,6 +47,11 @@ async def first_of(session: GrpcSession, kind: type) -> Any:
     raise AssertionError(f"the stream ended without a {kind.__name__}")
 
 
+async def collect(session: GrpcSession, seen: list[Any]) -> None:
+    async for message in session.messages():
+        seen.append(message)
+
+
 def test_the_way_of_a_member() -> None:
     async def story() -> None:
         async with world() as w:
@@ -160,15 +165,62 @@ def test_the_service_ends_a_stream_on_purpose() -> None:
             session = await (await w.member()).attend(hello())
             w.door.mailboxes[ALICE.peer_id].put(Rejected(ALICE.peer_id, "digest", "last words"))
             w.door.mailboxes[ALICE.peer_id].close("revoked by the organiser")
-            seen = []
+            seen: list[Any] = []
             with pytest.raises(Refused, match="revoked by the organiser"):
-                async for message in session.messages():
-                    seen.append(message)
+                await collect(session, seen)
             assert set(seen) == {Rejected(ALICE.peer_id, "digest", "last words"), SwarmView(1, ())}
             with pytest.raises(Refused, match="revoked by the organiser"):
                 await session.send(offer())
             await session.close()
             assert w.door.left[0][1] == "revoked by the organiser"
+
+    run(story())
+
+
+def test_a_reader_may_give_up_waiting_and_read_on_later() -> None:
+    async def story() -> None:
+        async with world() as w:
+            session = await (await w.member()).attend(hello())
+            assert await within(first_of(session, SwarmView)) == SwarmView(1, ())
+            for version in range(1, 6):
+                impatient = asyncio.create_task(collect(session, []))
+                await asyncio.sleep(0)
+                impatient.cancel()
+                await asyncio.wait([impatient])
+                w.door.mailboxes[ALICE.peer_id].put(view(version))
+                assert await within(first_of(session, type(view()))) == view(version)
+            await session.close()
+
+    run(story())
+
+
+def test_closing_while_somebody_reads_ends_the_reader() -> None:
+    async def story() -> None:
+        async with world() as w:
+            session = await (await w.member()).attend(hello())
+            seen: list[Any] = []
+            reader = asyncio.create_task(collect(session, seen))
+            await until(lambda: seen)
+            await session.send(Goodbye(ALICE.peer_id, "enough"))
+            await session.close()
+            await within(reader)  # in peace: the service saw the end of the stream and closed too
+            assert w.door.delivered == [Goodbye(ALICE.peer_id, "enough")]
+
+    run(story())
+
+
+def test_everybody_gets_the_newest_view() -> None:
+    async def story() -> None:
+        async with world() as w:
+            sessions = {key: await (await w.member(key)).attend(hello(key)) for key in (ALICE, BOB)}
+            for version in (1, 2, 3):
+                one = view(version, why=f"version {version}")
+                for mailbox in w.door.mailboxes.values():
+                    mailbox.put(one)
+                for session in sessions.values():
+                    assert await within(first_of(session, type(one))) == one
+            for session in sessions.values():
+                await session.close()
 
     run(story())
 
@@ -207,8 +259,7 @@ def test_restart_of_the_service(has_new_tls: bool) -> None:
             port = w.address.rpartition(":")[2]
             await w.stop()
             with pytest.raises(Unreachable, match=w.address):
-                async for _ in session.messages():
-                    pass
+                await collect(session, [])
             with pytest.raises(Unreachable):
                 await session.send(offer())
             await session.close()
@@ -274,8 +325,7 @@ def test_a_dead_connection_is_noticed_on_both_sides() -> None:
             session = await client.attend(hello())
             proxy.is_pulled = True
             with pytest.raises(Unreachable):
-                async for _ in session.messages():
-                    pass
+                await collect(session, [])
             await until(lambda: w.door.left)
             await session.close()
             proxy.stop()
@@ -293,8 +343,7 @@ def test_an_oversized_message_is_a_clean_error_and_the_service_goes_on() -> None
             session = await client.attend(hello())
             await session._write(bytes(5 << 20))
             with pytest.raises(RejectedPayload, match="larger than max") as caught:
-                async for _ in session.messages():
-                    pass
+                await collect(session, [])
             assert caught.value.reason == "size"
             await until(lambda: w.door.left)
             await session.close()
@@ -340,10 +389,8 @@ def test_a_stream_of_rubbish_is_ended() -> None:
             session = await (await w.member()).attend(hello())
             for _ in range(5):
                 await session._write(b"\xff\xff")
-            rejected = []
             with pytest.raises(Refused, match="5 messages of this stream were refused"):
-                async for message in session.messages():
-                    rejected.append(message)
+                await collect(session, [])
             assert not w.door.delivered
             await session.close()
 
@@ -374,9 +421,8 @@ def test_a_silent_stream_is_ended() -> None:
             async with client_module._Using(client) as link:
                 call = rpc.multicallable(link.channel, "Attend")(metadata=rpc.metadata_of(client.credentials))
                 session = GrpcSession(link, call, ALICE, w.manifest.run_id(), w.events)
-                with pytest.raises(Refused, match="no hello|expected a hello within"):
-                    async for _ in session.messages():
-                        pass
+                with pytest.raises(Refused, match="expected a hello within"):
+                    await collect(session, [])
 
     run(story())
 

@@ -38,6 +38,7 @@ from decentra.wire.frames import (
     is_welcome,
     member_frame,
     open_fact,
+    open_hello,
     parse_member_frame,
     parse_service_frame,
     seal_fact,
@@ -139,8 +140,8 @@ def test_a_name_that_is_no_key_is_a_signer_fault() -> None:
 
 # ---------------------------------------------------------------- frames
 
+HELLO = Hello(ALICE.peer_id, Role.TRAINER, "alice", "n1", holdings=(Holding(ALICE.peer_id, FRAGMENT, HASH),))
 MESSAGES = [
-    Hello(ALICE.peer_id, Role.TRAINER, "alice", "n1", holdings=(Holding(ALICE.peer_id, FRAGMENT, HASH),)),
     offer(),
     Receipt(FRAGMENT, 3, ALICE.peer_id, MALLORY.peer_id, HASH),
     Attestation(FRAGMENT, 3, ALICE.peer_id, HASH),
@@ -159,6 +160,27 @@ def test_member_frames(message: Any) -> None:
         parse_member_frame(frame, RUN, MALLORY.peer_id)
     assert caught.value.reason == "signer"
     assert caught.value.peer == MALLORY.peer_id  # whoever sent it here is to blame
+
+
+def test_the_first_frame_is_a_hello_signed_for_these_minutes() -> None:
+    def frame(not_after_s: float, key: Keypair = ALICE) -> bytes:
+        return member_frame(key, RUN, replace(HELLO, peer=key.peer_id), not_after_s=not_after_s)
+
+    assert open_hello(frame(NOW_S + 60), RUN, ALICE.peer_id, NOW_S) == HELLO
+    table = [
+        (frame(NOW_S - 1), "expired"),
+        (frame(0), "expired"),
+        (frame(NOW_S + 86400), "expired"),
+        (frame(NOW_S + 60, MALLORY), "signer"),
+        (member_frame(ALICE, RUN, offer()), "malformed"),
+        (b"", "malformed"),
+    ]
+    for data, reason in table:
+        with pytest.raises(RejectedPayload) as caught:
+            open_hello(data, RUN, ALICE.peer_id, NOW_S)
+        assert caught.value.reason == reason
+    with pytest.raises(RejectedPayload, match="a hello comes once"):
+        parse_member_frame(frame(NOW_S + 60), RUN, ALICE.peer_id)
 
 
 def test_a_fact_about_another_peer_is_refused() -> None:

@@ -1,0 +1,214 @@
+"""``host``, ``bootstrap`` and ``averager``: the organiser's processes, alone or all in one."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from decentra.averaging.client import AveragingClient
+from decentra.averaging.journal_sqlite import SqliteJournal
+from decentra.averaging.server import AveragingServer, ServiceIdentity
+from decentra.averaging.tls import load_or_create_tls
+from decentra.cli.rundir import DAY_S, RunDir
+from decentra.cli.running import StopRequest, locked_dir, watch_loop
+from decentra.cli.wiring import Door, gossip, member_runtime, new_nonce
+from decentra.config import Manifest, PeerConfig
+from decentra.errors import ConfigError, Refused
+from decentra.gossip import records
+from decentra.gossip.bootstrap import run_bootstrap
+from decentra.gossip.node import GossipNode
+from decentra.identity import is_signed, load_or_create_key
+from decentra.invite import Invite
+from decentra.peer.compute import DeltaThread, SystemClock
+from decentra.peer.disk import RealDisk, write_atomic
+from decentra.ports import Events
+from decentra.protocol.messages import Role
+from decentra.service.driver import Driver
+from decentra.service.mailbox import Mailbox
+from decentra.wire.trust import Admission, ServiceCertificate, TrustChain, pack_credentials, seal_admission, seal_certificate, seal_manifest
+
+CERTIFICATE_DAYS = 90
+LEDGER_PURPOSE = "ledger"
+BEACON_S, BEACON_TTL_S = 60.0, 300.0
+
+
+@dataclass
+class Service:
+    """A running averaging service."""
+
+    driver: Driver
+    identity: ServiceIdentity
+    port: int
+
+
+def service_identity(run: RunDir, manifest: Manifest) -> ServiceIdentity:
+    """Keys, TLS and papers of the averaging service, made at the first start. Raises ConfigError."""
+    service_key = load_or_create_key(run.host / "service.key")
+    tls = load_or_create_tls(run.host / "tls.pem")
+    disk = RealDisk(run.host)
+    certificate, sealed_manifest = disk.read("certificate"), disk.read("manifest.sealed")
+    run_public = disk.read("run.public")
+    if run.has_run_key():
+        key = run.run_key()
+        not_after_s = int(time.time() + CERTIFICATE_DAYS * DAY_S)
+        certificate = seal_certificate(key, manifest.run_id(), ServiceCertificate(service_key.public, tls.fingerprint, not_after_s))
+        sealed_manifest, run_public = seal_manifest(key, manifest), key.public
+        for name, data in (("certificate", certificate), ("manifest.sealed", sealed_manifest), ("run.public", run_public)):
+            write_atomic(disk, name, data)
+    if certificate is None or sealed_manifest is None or run_public is None:
+        raise ConfigError(f"{run.root} has neither run.key nor papers made with it; start the host once where run.key is")
+    return ServiceIdentity(TrustChain(manifest.run_id(), run_public), manifest, sealed_manifest, certificate, service_key, tls)
+
+
+@asynccontextmanager
+async def averaging_service(run: RunDir, manifest: Manifest, listen: str, events: Events) -> AsyncIterator[Service]:
+    """The averaging service of a run directory, from its ledger on."""
+    identity = service_identity(run, manifest)
+    purpose = f"{LEDGER_PURPOSE}/{identity.run}"
+    async with AsyncExitStack() as stack:
+        compute = DeltaThread("ledger")
+        stack.callback(compute.close)
+        journal = await asyncio.to_thread(SqliteJournal, run.host / "ledger.db")
+        stack.callback(journal.close)
+        driver = Driver(
+            manifest, journal, SystemClock(), compute, events, seal=lambda line: identity.service_key.sign(purpose, line),
+            check_seal=lambda line, signature: is_signed(identity.service_key.public, purpose, line, signature),
+        )  # fmt: skip
+        await asyncio.to_thread(driver.recover)
+        for subject in driver.book.revoked:
+            identity.chain.revoke(subject)
+        server: AveragingServer[Mailbox] = AveragingServer(identity, driver, Mailbox, events)
+        port = await server.start(listen)
+        stack.push_async_callback(server.close)
+        pump = asyncio.create_task(driver.run())
+        stack.push_async_callback(_end, pump)
+        pump.add_done_callback(lambda t: _report_end(t, events))
+        yield Service(driver, identity, port)
+
+
+async def _end(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
+def _report_end(task: asyncio.Task[None], events: Events) -> None:
+    if not task.cancelled() and (error := task.exception()) is not None:
+        events.emit("operation-failed", why=f"the averaging service stopped: {error!r}")
+
+
+async def run_host(
+    run: RunDir, *, address: str, bootstrap_port: int, service_port: int, listen_host: str, uses: int, days: float, stop: StopRequest,
+    events: Events, on_ready: object = None,
+) -> str:  # fmt: skip
+    """Bootstrap node, averaging service and keeper in one process, until Ctrl-C. ``on_ready(invite, ports)`` is called once."""
+    manifest = run.manifest()
+    with locked_dir(run.host):
+        async with AsyncExitStack() as stack:
+            service = await stack.enter_async_context(averaging_service(run, manifest, f"{listen_host}:{service_port}", events))
+            key = load_or_create_key(run.host / "identity.key")
+            config = PeerConfig(name="host", role="keeper", listen=(f"/ip4/{listen_host}/tcp/{bootstrap_port}",))
+            door = await _own_door(service, key.peer_id, run, manifest, events)
+            node, exchange = await stack.enter_async_context(
+                gossip(run.host, (), config, service.identity.chain, lambda: door.client.credentials, events)
+            )
+            for digest, blob in run.genesis_blobs(manifest).items():
+                await exchange.put(digest, blob)
+                exchange.pin(digest)
+            bootstrap = _public_multiaddr(node, address)
+            services = (f"{address}:{service.port}",)
+            run.remember_addresses((bootstrap,), services)
+            invite = _invite(run, uses, days, bootstrap, services) if run.has_run_key() else None
+            if callable(on_ready):
+                on_ready(invite, (bootstrap,), services)
+            tasks = [asyncio.create_task(watch_loop(events)), asyncio.create_task(_beacon(node, service, services, events))]
+            for task in tasks:
+                stack.push_async_callback(_end, task)
+            await _keep(service, door, config, run, node, exchange, stop, events)
+            await stop.event.wait()
+            return stop.why
+
+
+def _invite(run: RunDir, uses: int, days: float, bootstrap: str, services: Sequence[str]) -> Invite:
+    """The host's own invite: made once and shown again at each start, so that a restart does not use invites up."""
+    from decentra.invite import parse_invite
+
+    disk = RealDisk(run.host)
+    stored = disk.read("invite")
+    if stored is not None:
+        invite = parse_invite(stored.decode())
+        if invite.bootstrap == (bootstrap,) and invite.services == tuple(services):
+            return invite
+    invite = run.make_invite(uses, days, bootstrap=(bootstrap,), services=services)
+    write_atomic(disk, "invite", invite.encode().encode())
+    return invite
+
+
+async def _own_door(service: Service, peer: str, run: RunDir, manifest: Manifest, events: Events) -> Door:
+    """The host's keeper is let in by its own service: same admission, no invite."""
+    identity, key = service.identity, load_or_create_key(run.host / "identity.key")
+    expires_at_s = identity.check(time.time()).not_after_s
+    admission = seal_admission(identity.service_key, Admission(identity.run, key.peer_id, Role.KEEPER, expires_at_s))
+    credentials = pack_credentials(identity.sealed_certificate, admission)
+    client = AveragingClient((f"127.0.0.1:{service.port}",), identity.chain, events, key=key, credentials=credentials)
+    nonce = new_nonce()
+    try:
+        await service.driver.join(key.peer_id, Role.KEEPER, nonce, f"host-{key.peer_id}", 1)
+    except Refused as error:
+        events.emit("waiting", why=str(error))
+    return Door(manifest, key, identity.chain, client, nonce, is_admitted=True)
+
+
+async def _keep(
+    service: Service, door: Door, config: PeerConfig, run: RunDir, node: GossipNode, exchange: object, stop: StopRequest, events: Events
+) -> None:
+    """Follow and serve until the run is over or Ctrl-C; afterwards the blobs are served on for those who pull."""
+    if service.driver.book.is_over:
+        return
+    runtime = member_runtime(door, config, run.host, node, exchange, events)  # type: ignore[arg-type]
+    stop.on_stop(runtime.leave)
+    why = await runtime.run()
+    events.emit("leaving", why=why)
+
+
+def _public_multiaddr(node: GossipNode, address: str) -> str:
+    """The address to put into invites: the node's port at the host's public name."""
+    if not node.addresses:
+        raise ConfigError("the host listens nowhere; give a listen address")
+    port = node.addresses[0].split("/tcp/")[1].split("/")[0]
+    kind = "ip6" if ":" in address else "ip4" if address.replace(".", "").isdigit() else "dns4"
+    return f"/{kind}/{address}/tcp/{port}/p2p/{node.peer_id}"
+
+
+async def _beacon(node: GossipNode, service: Service, services: Sequence[str], events: Events) -> None:
+    """Advertise the service in the DHT, for peers whose invite is older than its address."""
+    while True:
+        await records.publish(node, records.service_key(service.identity.run), "\n".join(services).encode(), BEACON_TTL_S)
+        await asyncio.sleep(BEACON_S)
+
+
+async def run_averager(run: RunDir, *, listen: str, address: str, stop: StopRequest, events: Events) -> str:
+    """The averaging service alone."""
+    with locked_dir(run.host):
+        async with averaging_service(run, run.manifest(), listen, events) as service:
+            print(f"averaging service of run {service.identity.run[:12]} at {address}:{service.port}", flush=True)
+            await stop.event.wait()
+            return stop.why
+
+
+async def run_bootstrap_node(
+    root: Path, *, listen: Sequence[str], announce: Sequence[str], peers: Sequence[str], stop: StopRequest, events: Events
+) -> str:
+    """A bootstrap node alone; it needs no run directory, one can serve many runs."""
+    with locked_dir(root):
+        node = await run_bootstrap(root / "identity.key", listen, announce, events, initial_peers=peers)
+        try:
+            for address in node.addresses:
+                print(address, flush=True)
+            await stop.event.wait()
+            return stop.why
+        finally:
+            await node.close()

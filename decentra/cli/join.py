@@ -1,0 +1,99 @@
+"""``join`` and ``keep``: one member from an invite line to its last word."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any
+
+from decentra.cli.console import LogEvents
+from decentra.cli.running import StopRequest, locked_dir, watch_loop
+from decentra.cli.wiring import check_data, gossip, join_again, member_runtime, open_door, state_dir
+from decentra.config import PeerConfig
+from decentra.errors import ExitCode
+from decentra.ids import short
+from decentra.invite import Invite
+from decentra.peer.runtime import PeerRuntime
+from decentra.ports import Events
+
+PROGRESS_S = 10.0
+
+
+async def run_member(invite: Invite, config: PeerConfig, stop: StopRequest, *, patience_s: float) -> dict[str, Any]:
+    """Take part until the run is over, Ctrl-C, or the configured number of steps; returns what was contributed."""
+    root: Path = state_dir(invite.run_id, config)
+    with locked_dir(root):
+        events: Events = LogEvents(run=invite.run_id[:8], peer=config.name)
+        async with AsyncExitStack() as stack:
+            door = await _or_stop(open_door(invite, config, root, events, patience_s=patience_s), stop)
+            if door is None:
+                return {"ok": True, "why": stop.why, "num_steps": 0, "num_tokens": 0}
+            stack.push_async_callback(door.client.close)
+            await asyncio.to_thread(check_data, door, config, events)
+            node, exchange = await stack.enter_async_context(
+                gossip(root, invite.bootstrap, config, door.trust, lambda: door.client.credentials, events)
+            )
+            runtime = member_runtime(door, config, root, node, exchange, events)
+            stop.on_stop(runtime.leave)
+            tasks = [
+                asyncio.create_task(watch_loop(events)),
+                asyncio.create_task(_progress(runtime, events)),
+                asyncio.create_task(join_again(door, config, root, events)),
+            ]
+            began = time.monotonic()
+            try:
+                why = await runtime.run()
+            finally:
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+            counters = runtime.counters()
+            events.emit("leaving", why=why)
+            failed = why.startswith("failed: ")
+            return {
+                "ok": not failed, "why": why, "exit_code": int(ExitCode.FAILED if failed else ExitCode.OK), "run": invite.run_id,
+                "peer": door.key.peer_id, "name": config.name, "num_steps": counters.num_steps, "num_tokens": counters.num_tokens,
+                "tx_bytes": counters.tx_bytes, "rx_bytes": counters.rx_bytes, "loss": counters.loss, "seconds": round(time.monotonic() - began, 1),
+                "skipped_rounds": counters.skipped_rounds, "experts": sorted(e for e, _ in counters.expert_tokens), "state_dir": str(root),
+            }  # fmt: skip
+
+
+async def _or_stop(job: Any, stop: StopRequest) -> Any:
+    """The job's result, or None when Ctrl-C came first."""
+    task, stopped = asyncio.ensure_future(job), asyncio.ensure_future(stop.event.wait())
+    try:
+        await asyncio.wait([task, stopped], return_when=asyncio.FIRST_COMPLETED)
+        return task.result() if task.done() else None
+    finally:
+        for one in (task, stopped):
+            one.cancel()
+        await asyncio.gather(task, stopped, return_exceptions=True)
+
+
+async def _progress(runtime: PeerRuntime, events: Events) -> None:
+    while True:
+        await asyncio.sleep(PROGRESS_S)
+        c = runtime.counters()
+        rounds = {}
+        if runtime.loop is not None:
+            rounds = {f: life.view.height for f, life in runtime.loop.machine.lives.items() if life.view is not None}
+        events.emit(
+            "progress", state=c.state, step=c.num_steps, loss=None if c.loss is None else round(c.loss, 3), tokens_per_s=round(c.tokens_per_s),
+            trunk_rounds=max((h for f, h in rounds.items() if f.startswith("trunk")), default=0), up=_bytes(c.tx_bytes), down=_bytes(c.rx_bytes),
+        )  # fmt: skip
+
+
+def _bytes(number: int) -> str:
+    return f"{number / 1e6:.1f} MB"
+
+
+def describe_peer(result: dict[str, Any]) -> str:
+    """One sentence of thanks."""
+    if "peer" not in result:
+        return f"left before joining: {result['why']}"
+    return (
+        f"{result['name']} ({short(result['peer'])}) left: {result['why']}. {result['num_steps']} steps, {result['num_tokens']} tokens,"
+        f" {_bytes(result['tx_bytes'])} up, {_bytes(result['rx_bytes'])} down in {result['seconds']:.0f} s"
+    )

@@ -1,0 +1,185 @@
+"""The organiser's run directory: run.toml, run.key, manifest.json, genesis/ and what the host keeps beside them. No network."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from decentra.config import Manifest, load_toml, manifest_from_bytes, parse_config
+from decentra.errors import ConfigError, IntegrityError
+from decentra.identity import Keypair, load_key, load_or_create_key, save_key
+from decentra.ids import Digest, FragmentId, digest_of
+from decentra.invite import Invite
+from decentra.peer.disk import RealDisk, write_atomic
+
+DAY_S = 86_400
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """Paths and contents of one run directory."""
+
+    root: Path
+
+    @property
+    def toml(self) -> Path:
+        return self.root / "run.toml"
+
+    @property
+    def run_key_file(self) -> Path:
+        return self.root / "run.key"
+
+    @property
+    def genesis(self) -> Path:
+        return self.root / "genesis"
+
+    @property
+    def host(self) -> Path:
+        """What the host process keeps: keys, TLS, ledger, keeper state."""
+        return self.root / "host"
+
+    def manifest(self) -> Manifest:
+        path = self.root / "manifest.json"
+        if not path.exists():
+            raise ConfigError(f"{self.root} is no run directory (no manifest.json); make one with 'decentra init {self.root}'")
+        return manifest_from_bytes(path.read_bytes(), str(path))
+
+    def run_key(self) -> Keypair:
+        return load_key(self.run_key_file)
+
+    def has_run_key(self) -> bool:
+        return self.run_key_file.exists()
+
+    def genesis_blobs(self, manifest: Manifest) -> dict[Digest, bytes]:
+        """The first anchors, verified. Raises IntegrityError."""
+        blobs = {}
+        for fragment, digest in manifest.genesis.items():
+            path = self.genesis / digest
+            data = path.read_bytes() if path.exists() else b""
+            if digest_of(data) != digest:
+                raise IntegrityError(
+                    f"genesis anchor of {fragment}: {path} is missing or damaged; restore it from the copy you made at init"
+                )
+            blobs[digest] = data
+        return blobs
+
+    def remember_addresses(self, bootstrap: Sequence[str], services: Sequence[str]) -> None:
+        body = json.dumps({"bootstrap": list(bootstrap), "services": list(services)}, indent=2).encode()
+        write_atomic(RealDisk(self.host), "addresses.json", body)
+
+    def addresses(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Bootstrap multiaddresses and service addresses of the last start. Raises ConfigError."""
+        path = self.host / "addresses.json"
+        if not path.exists():
+            raise ConfigError(f"the host of {self.root} has not run yet; start 'decentra host {self.root}' first, or give the addresses")
+        raw = json.loads(path.read_bytes())
+        return tuple(raw["bootstrap"]), tuple(raw["services"])
+
+    def make_invite(self, uses: int, days: float, *, bootstrap: Sequence[str], services: Sequence[str], role: str | None = None) -> Invite:
+        from decentra.protocol.messages import Role
+        from decentra.wire.trust import Token, seal_token
+
+        manifest, key = self.manifest(), self.run_key()
+        token = Token.generate(uses, int(time.time() + days * DAY_S), None if role is None else Role(role))
+        return Invite(manifest.run_id(), key.public, tuple(bootstrap), tuple(services), seal_token(key, manifest.run_id(), token))
+
+
+def create(root: Path, source: Path | None, settings: Sequence[str], model_code: Path | None = None) -> tuple[RunDir, Manifest]:
+    """``decentra init``: freeze the manifest, make the run key and the genesis anchors. Raises ConfigError; never overwrites a run."""
+    run = RunDir(root)
+    if (root / "manifest.json").exists():
+        raise ConfigError(f"{root} holds a run already; its manifest is frozen. Choose another directory")
+    draft = _draft(run, source, settings)
+    blobs, genesis = _make_genesis(draft, model_code)
+    held_out = _held_out(draft)
+    manifest = draft.model_copy(update={"genesis": genesis, "data": draft.data.model_copy(update={"held_out": held_out})})
+    run.genesis.mkdir(parents=True, exist_ok=True)
+    disk = RealDisk(run.genesis)
+    for digest, blob in blobs.items():
+        write_atomic(disk, digest, blob)
+    if not run.has_run_key():
+        save_key(run.run_key_file, Keypair.generate())
+    write_atomic(RealDisk(root), "manifest.json", manifest.canonical_bytes())  # last: a directory without it is no run
+    return run, manifest
+
+
+def _draft(run: RunDir, source: Path | None, settings: Sequence[str]) -> Manifest:
+    if source is not None:
+        base = load_toml(Manifest, source)
+    elif run.toml.exists():
+        base = load_toml(Manifest, run.toml)
+    else:
+        base = Manifest(name=run.root.resolve().name[:64] or "run")
+    raw = base.model_dump(mode="json")
+    for setting in settings:
+        _set(raw, setting)
+    manifest = parse_config(Manifest, raw, "init")
+    run.root.mkdir(parents=True, exist_ok=True)
+    if not run.toml.exists():
+        run.toml.write_text(to_toml(manifest))
+    return manifest
+
+
+def _set(raw: dict[str, Any], setting: str) -> None:
+    """Apply ``section.key=value``; the value is JSON, or text where it is no JSON."""
+    path, eq, text = setting.partition("=")
+    if not eq:
+        raise ConfigError(f"--set expects section.key=value, got {setting[:80]!r}")
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = text
+    *sections, key = path.strip().split(".")
+    at = raw
+    for section in sections:
+        inner = at.setdefault(section, {})
+        if not isinstance(inner, dict):
+            raise ConfigError(f"--set {path}: '{section}' is no section")
+        at = inner
+    at[key] = value
+
+
+def to_toml(manifest: Manifest) -> str:
+    """The manifest as TOML for people; ``genesis`` and ``held_out`` are left out, init computes them."""
+    raw = manifest.model_dump(mode="json", exclude={"genesis": True, "data": {"held_out"}}, exclude_none=True)
+    plain = [f"{k} = {_toml_value(v)}" for k, v in raw.items() if not isinstance(v, dict)]
+    for name, section in raw.items():
+        if isinstance(section, dict) and section:
+            plain += ["", f"[{name}]", *(f"{k} = {_toml_value(v)}" for k, v in section.items())]
+    return "\n".join(plain) + "\n"
+
+
+def _toml_value(value: Any) -> str:
+    return json.dumps(value)
+
+
+def _make_genesis(manifest: Manifest, model_code: Path | None) -> tuple[dict[Digest, bytes], dict[FragmentId, Digest]]:
+    from decentra.delta.anchor import AnchorState, encode_anchor
+    from decentra.delta.flat import gather
+    from decentra.model.custom import layout_for, model_for
+
+    build, _ = model_for(manifest, model_code)
+    parameters = {name: p.detach() for name, p in build(manifest.model, manifest.seed).named_parameters()}
+    blobs: dict[Digest, bytes] = {}
+    genesis: dict[FragmentId, Digest] = {}
+    for fragment in layout_for(manifest, model_code).fragments:
+        blob = encode_anchor(fragment, AnchorState(gather(parameters, fragment)))
+        genesis[fragment.id] = digest_of(blob)
+        blobs[digest_of(blob)] = blob
+    return blobs, genesis
+
+
+def _held_out(manifest: Manifest) -> dict[str, Digest]:
+    from decentra.data.domains import embedded_domains, held_out_digests
+
+    if any(name not in embedded_domains() for name in manifest.data.domains):
+        return dict(manifest.data.held_out)
+    return held_out_digests(manifest.data)
+
+
+def host_identity(run: RunDir) -> Keypair:
+    return load_or_create_key(run.host / "identity.key")

@@ -1,0 +1,100 @@
+"""Runs one asyncio main under uvloop: Ctrl-C asks it to stop, a second Ctrl-C ends the process at once, stalls of the loop are logged."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import os
+import signal
+import sys
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TypeVar
+
+from decentra.errors import ConfigError, DecentraError
+from decentra.ports import Events
+
+T = TypeVar("T")
+STALL_S, WATCH_S = 0.05, 0.25
+SIGINT_EXIT = 130
+
+
+class StopRequest:
+    """Set by the first Ctrl-C or SIGTERM; callbacks run in the loop."""
+
+    def __init__(self) -> None:
+        self.event = asyncio.Event()
+        self.why = ""
+        self._callbacks: list[Callable[[str], None]] = []
+
+    def on_stop(self, callback: Callable[[str], None]) -> None:
+        self._callbacks.append(callback)
+        if self.event.is_set():
+            callback(self.why)
+
+    def set(self, why: str) -> None:
+        if self.event.is_set():
+            os._exit(SIGINT_EXIT)  # the second time is at once; the p2p daemon ends by itself
+        self.why = why
+        self.event.set()
+        for callback in self._callbacks:
+            callback(why)
+
+
+def run_main(main: Callable[[StopRequest], Awaitable[T]]) -> T:
+    """Run ``main`` to its end. Errors inside a TaskGroup come out as the first DecentraError among them."""
+
+    async def whole() -> T:
+        stop, loop = StopRequest(), asyncio.get_running_loop()
+        for number, word in ((signal.SIGINT, "Ctrl-C"), (signal.SIGTERM, "SIGTERM")):
+            loop.add_signal_handler(number, stop.set, word)
+        return await main(stop)
+
+    try:
+        if sys.platform == "win32":
+            return asyncio.run(whole())
+        import uvloop
+
+        return uvloop.run(whole())
+    except BaseExceptionGroup as group:
+        raise _first_of_ours(group) from None
+
+
+def _first_of_ours(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    ours = group.subgroup((DecentraError, OSError))
+    error: BaseException = ours if ours is not None else group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
+async def watch_loop(events: Events) -> None:
+    """Log stalls over 50 ms: the loop must never touch a tensor."""
+    while True:
+        before = time.monotonic()
+        await asyncio.sleep(WATCH_S)
+        late_s = time.monotonic() - before - WATCH_S
+        if late_s > STALL_S:
+            events.emit("loop-late", late_ms=round(1000 * late_s))
+
+
+@contextmanager
+def locked_dir(path: Path) -> Iterator[None]:
+    """Hold a state directory for this process alone. Raises ConfigError."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        file = open(path / "lock", "w")  # noqa: SIM115
+    except OSError as error:
+        raise ConfigError(f"state directory {path}: {error.strerror}; choose another with --dir") from None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise ConfigError(f"state directory {path} is in use by another process; give this one another --name or --dir") from None
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            file.close()

@@ -1,0 +1,185 @@
+"""Adapters put together: how a process gets its p2p node, its blob exchange and its line to the averaging service."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import platformdirs
+
+from decentra.averaging.client import AveragingClient
+from decentra.config import Manifest, PeerConfig, manifest_from_bytes
+from decentra.data.windows import source_for
+from decentra.errors import DecentraError, IntegrityError, Refused, Unreachable
+from decentra.gossip.blobs import BlobStore
+from decentra.gossip.exchange import HivemindExchange
+from decentra.gossip.node import GossipNode
+from decentra.identity import Keypair, load_or_create_key
+from decentra.ids import PeerId, RunId
+from decentra.invite import Invite
+from decentra.model.custom import layout_for, model_for
+from decentra.peer.compute import DeltaThread, SystemClock
+from decentra.peer.disk import RealDisk, write_atomic
+from decentra.peer.runtime import PeerRuntime, Ports
+from decentra.ports import Events
+from decentra.protocol.messages import Role
+from decentra.wire.trust import TrustChain
+
+RETRY_S, MAX_RETRY_S = 2.0, 15.0
+MANIFEST_FILE, CREDENTIALS_FILE, KNOWN_FILE = "manifest.json", "credentials", "known-peers.json"
+
+
+def state_dir(run: RunId, config: PeerConfig) -> Path:
+    """Where this peer keeps its key, checkpoints and blobs."""
+    return config.dir or platformdirs.user_state_path("decentra") / run[:16] / config.name
+
+
+def new_nonce() -> str:
+    return os.urandom(8).hex()
+
+
+@dataclass
+class Door:
+    """The checked way into a run: its manifest, this peer's key, and a client that is admitted or will be."""
+
+    manifest: Manifest
+    key: Keypair
+    trust: TrustChain
+    client: AveragingClient
+    nonce: str
+    is_admitted: bool
+
+
+async def open_door(invite: Invite, config: PeerConfig, root: Path, events: Events, *, patience_s: float) -> Door:
+    """Fetch and check the manifest and be admitted.
+
+    A peer that was here before goes on with its stored manifest and credentials while the service is away. Raises Refused at once, Unreachable
+    after ``patience_s``.
+    """
+    key = load_or_create_key(root / "identity.key")
+    trust = TrustChain(invite.run_id, invite.run_public)
+    disk, nonce = RealDisk(root), new_nonce()
+    credentials = disk.read(CREDENTIALS_FILE) or b""
+    client = AveragingClient(invite.services, trust, events, key=key, token=invite.token, credentials=credentials)
+    stored = _stored_manifest(disk, invite.run_id)
+    deadline, retry_s = time.monotonic() + patience_s, RETRY_S
+    while True:
+        try:
+            manifest = (await client.describe()).manifest
+            await client.join(Role(config.role), nonce, config.name)
+            break
+        except Unreachable as error:
+            if stored is not None and credentials:
+                events.emit("waiting", why=f"{error}; going on with what this peer has, the service is asked again")
+                return Door(stored, key, trust, client, nonce, is_admitted=False)
+            if time.monotonic() + retry_s > deadline:
+                await client.close()
+                raise
+            events.emit("waiting", why=f"{error}; trying again in {retry_s:g} s")
+        except Refused as error:
+            if "is in use by" not in str(error) or time.monotonic() + retry_s > deadline:
+                await client.close()
+                raise
+            events.emit("waiting", why=f"{error}; trying again in {retry_s:g} s")
+        await asyncio.sleep(retry_s)
+        retry_s = min(MAX_RETRY_S, 1.5 * retry_s)
+    write_atomic(disk, MANIFEST_FILE, manifest.canonical_bytes())
+    write_atomic(disk, CREDENTIALS_FILE, client.credentials)
+    return Door(manifest, key, trust, client, nonce, is_admitted=True)
+
+
+def _stored_manifest(disk: RealDisk, run: RunId) -> Manifest | None:
+    data = disk.read(MANIFEST_FILE)
+    if data is None:
+        return None
+    manifest = manifest_from_bytes(data, "stored manifest")
+    return manifest if manifest.run_id() == run else None
+
+
+def credential_check(trust: TrustChain) -> Callable[[PeerId, bytes], None]:
+    """What every blob request is measured by."""
+
+    def check(peer: PeerId, credentials: bytes) -> None:
+        trust.check_credentials(credentials, peer, time.time())
+
+    return check
+
+
+@asynccontextmanager
+async def gossip(
+    root: Path, invite_bootstrap: Sequence[str], config: PeerConfig, trust: TrustChain, credentials: Callable[[], bytes], events: Events
+) -> AsyncIterator[tuple[GossipNode, HivemindExchange]]:
+    """This peer's node and blob exchange, closed in reverse; known peers are remembered for the next start."""
+    disk = RealDisk(root)
+    known = json.loads(disk.read(KNOWN_FILE) or b"[]")
+    async with AsyncExitStack() as stack:
+        node = await GossipNode.start(
+            root / "identity.key", listen=config.listen, announce=config.announce, initial_peers=invite_bootstrap, known_peers=known, events=events
+        )  # fmt: skip
+        stack.push_async_callback(node.close)
+        store = BlobStore(root / "blobs", config.blob_budget_bytes)
+        exchange = HivemindExchange(node, store, trust.run_id, credentials, credential_check(trust))
+        await exchange.start()
+        stack.push_async_callback(exchange.close)
+        try:
+            yield node, exchange
+        finally:
+            write_atomic(disk, KNOWN_FILE, json.dumps(list(node.known_peers())).encode())
+
+
+def member_runtime(door: Door, config: PeerConfig, root: Path, node: GossipNode, exchange: HivemindExchange, events: Events) -> PeerRuntime:
+    """A trainer or keeper over the real adapters. Raises ConfigError, ManifestMismatch, DataError."""
+    manifest = door.manifest
+    layout = layout_for(manifest, config.model_code)
+    runtime = PeerRuntime(
+        manifest, layout, config, door.key.peer_id, door.nonce,
+        Ports(door.client, exchange, RealDisk(root), SystemClock(), DeltaThread(), events),
+        addresses=lambda: node.addresses, traffic=lambda: (exchange.tx_bytes, exchange.rx_bytes),
+    )  # fmt: skip
+    if config.role == "trainer":
+        build, _ = model_for(manifest, config.model_code)
+        runtime.make_model = lambda: build(manifest.model, manifest.seed)
+        runtime.make_source = lambda: source_for(manifest, config, door.key.peer_id)
+    return runtime
+
+
+def check_data(door: Door, config: PeerConfig, events: Events) -> None:
+    """Fail before anything starts when the text cannot be used; say when embedded domains differ from the organiser's."""
+    from decentra.data.domains import differing_held_out
+
+    if config.role != "trainer":
+        return
+    source_for(door.manifest, config, door.key.peer_id)
+    if door.manifest.data.held_out and (differing := differing_held_out(door.manifest.data)):
+        events.emit(
+            "held-out-differs", domains=list(differing),
+            why="this machine has other versions of Python, torch or sympy than the organiser; its held-out losses of these domains differ",
+        )  # fmt: skip
+
+
+async def join_again(door: Door, config: PeerConfig, root: Path, events: Events) -> None:
+    """Renew an admission that was not given at the start because the service was away."""
+    retry_s = RETRY_S
+    while not door.is_admitted:
+        try:
+            await door.client.join(Role(config.role), door.nonce, config.name)
+        except Unreachable:
+            await asyncio.sleep(retry_s)
+            retry_s = min(MAX_RETRY_S, 1.5 * retry_s)
+            continue
+        except DecentraError as error:
+            events.emit("operation-failed", why=str(error))
+            raise
+        write_atomic(RealDisk(root), CREDENTIALS_FILE, door.client.credentials)
+        door.is_admitted = True
+
+
+def check_run_id(invite: Invite, manifest: Manifest) -> None:
+    if manifest.run_id() != invite.run_id:
+        raise IntegrityError(f"the invite is for run {invite.run_id[:12]}, this manifest is run {manifest.run_id()[:12]}")

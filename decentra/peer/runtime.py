@@ -1,0 +1,255 @@
+"""One member from start to stop over ports: replicas, trainer, loop, checkpoints, in that order, and back. Chooses no adapter."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from decentra.config import Manifest, PeerConfig
+from decentra.data.windows import WindowSource
+from decentra.delta.golden import check_golden
+from decentra.errors import DecentraError, ManifestMismatch
+from decentra.ids import FragmentId, PeerId
+from decentra.modules import Layout
+from decentra.peer.disk import sweep, write_atomic
+from decentra.peer.replica import Replica
+from decentra.peer.sync import PeerLoop
+from decentra.peer.trainer import Trainer
+from decentra.ports import AveragingService, Clock, Compute, Disk, Events, Exchange
+from decentra.protocol.member import Self
+from decentra.protocol.messages import Counters, Hello, Role
+
+CHECKPOINT_S = 30.0
+PROGRESS_S = 10.0
+STATE_FILE, PREVIOUS_FILE, TRAINED_FILE = "trainer.state", "trainer.state.prev", "trained.json"
+
+
+def check_layout(manifest: Manifest, layout: Layout) -> None:
+    """The model built here must have the manifest's fragments. Raises ManifestMismatch."""
+    ours, theirs = {f.id for f in layout.fragments}, set(manifest.genesis)
+    if ours != theirs:
+        keys = tuple(sorted(ours ^ theirs))[:5]
+        raise ManifestMismatch(f"{len(ours)} fragments", f"{len(theirs)} fragments", keys, what="the model's layout")
+
+
+@dataclass
+class Ports:
+    """The outside of one member."""
+
+    service: AveragingService
+    exchange: Exchange
+    disk: Disk
+    clock: Clock
+    compute: Compute
+    events: Events
+
+
+@dataclass
+class PeerRuntime:
+    """A trainer or keeper of a run. ``run`` returns why it ended; ``leave`` ends it from inside the loop."""
+
+    manifest: Manifest
+    layout: Layout
+    config: PeerConfig
+    peer: PeerId
+    nonce: str
+    ports: Ports
+    addresses: Callable[[], tuple[str, ...]] = tuple
+    traffic: Callable[[], tuple[int, int]] = lambda: (0, 0)  # bytes sent, received
+    make_model: Callable[[], nn.Module] | None = None  # None at a keeper
+    make_source: Callable[[], WindowSource] | None = None
+    replicas: dict[FragmentId, Replica] = field(init=False, default_factory=dict)
+    trainer: Trainer | None = field(init=False, default=None)
+    loop: PeerLoop | None = field(init=False, default=None)
+    _why_left: str | None = field(init=False, default=None)
+
+    async def run(self) -> str:
+        """Raises Refused, IntegrityError (golden check, layout), TrainingError, DataError."""
+        check_layout(self.manifest, self.layout)
+        await self.ports.compute.run(check_golden)
+        if removed := sweep(self.ports.disk):
+            self.ports.events.emit("swept", num_files=removed)
+        await self._start_trainer()
+        try:
+            await self._load_replicas()
+            return await self._take_part()
+        finally:
+            await self._stop_trainer()
+
+    def leave(self, why: str) -> None:
+        self._why_left = why
+        if self.loop is not None:
+            self.loop.leave(why)
+
+    # ------------------------------------------------------------ start
+
+    async def _start_trainer(self) -> None:
+        if self.make_model is None or self.make_source is None:
+            return
+        model, source = await asyncio.to_thread(self.make_model), await asyncio.to_thread(self.make_source)
+        self.trainer = Trainer(
+            self.manifest, self.layout, model, source, device=self.config.device, threads=self.config.threads,
+            trained=self._last_trained(), on_steps=self._on_step, max_steps=self.config.max_steps,
+        )  # fmt: skip
+        self.trainer.start(asyncio.get_running_loop())
+        await self._load_state()
+
+    def _last_trained(self) -> frozenset[FragmentId]:
+        """What this peer trained when it stopped, so that it can go on while the service is away."""
+        raw = self.ports.disk.read(TRAINED_FILE)
+        try:
+            names = json.loads(raw) if raw is not None else []
+        except ValueError:
+            names = []
+        return frozenset(FragmentId(n) for n in names if n in self.manifest.genesis)
+
+    async def _load_state(self) -> None:
+        assert self.trainer is not None
+        for name in (STATE_FILE, PREVIOUS_FILE):
+            data = self.ports.disk.read(name)
+            if data is None:
+                continue
+            try:
+                await self.trainer.load_state(data)
+            except DecentraError as error:
+                self.ports.events.emit("damaged-file", file=name, why=str(error))
+                continue
+            self.ports.events.emit("resumed", file=name, num_steps=self.trainer.totals().num_steps)
+            return
+
+    async def _load_replicas(self) -> None:
+        p = self.ports
+        for fragment in self.layout.fragments:
+            replica = Replica(fragment, self.manifest, self.peer, p.exchange, p.disk, p.compute, p.events, live=self.trainer)
+            await replica.load()
+            self.replicas[fragment.id] = replica
+            if self.trainer is not None and (live_N := replica.initial_live()) is not None:
+                now_N = (await self.trainer.snapshot(fragment.id)).live_N
+                await self.trainer.shift(fragment.id, live_N - now_N)  # a shift keeps the optimizer's moments
+            if self.trainer is not None and fragment.id in self.trainer.trained:
+                await replica.begin_training()
+
+    # ------------------------------------------------------------ life
+
+    async def _take_part(self) -> str:
+        num_steps = self.trainer.totals().num_steps if self.trainer is not None else 0
+        role = Role(self.config.role)
+        self.loop = PeerLoop(
+            Self(self.peer, role, self.manifest.rounds.inner_steps), self._hello, self.manifest.rounds.heartbeat_s, self.ports.service,
+            self.ports.exchange, self.replicas, self.ports.clock, self.ports.events, counters=self.counters, on_trained=self._on_trained,
+            on_recovered=self._resume_if_whole, num_steps=num_steps,
+        )  # fmt: skip
+        self._resume_if_whole()
+        if self._why_left is not None:
+            return self._why_left
+        chores = [asyncio.create_task(c) for c in (self._checkpoints(), self._announcements())]
+        loop = asyncio.create_task(self.loop.run())
+        try:
+            await asyncio.wait([loop, *chores], return_when=asyncio.FIRST_COMPLETED)
+            if not loop.done():
+                for chore in chores:
+                    if chore.done():
+                        chore.result()
+            return await loop
+        finally:
+            for task in (loop, *chores):
+                task.cancel()
+            await asyncio.gather(loop, *chores, return_exceptions=True)
+
+    def _hello(self) -> Hello:
+        return Hello(
+            self.peer, Role(self.config.role), self.config.name, self.nonce, self.addresses(), self.config.experts, self.config.num_experts
+        )  # fmt: skip
+
+    def _resume_if_whole(self) -> None:
+        """Training begins when every fragment has an anchor; a peer that lacks one would train on a model nobody has."""
+        if self.trainer is not None and self.trainer.is_paused and all(r.account is not None for r in self.replicas.values()):
+            self.trainer.resume()
+            self.ports.events.emit("training", experts=self._experts())
+
+    def _experts(self) -> list[int]:
+        return sorted(int(f[7:].split("/")[0]) for f in (self.trainer.trained if self.trainer else ()) if f.startswith("expert."))
+
+    async def _on_trained(self, fragments: frozenset[FragmentId]) -> None:
+        if self.trainer is not None:
+            await self.trainer.set_trained(fragments)
+            await self.ports.compute.run(write_atomic, self.ports.disk, TRAINED_FILE, json.dumps(sorted(fragments)).encode())
+            self.ports.events.emit("placed-here", experts=self._experts())
+
+    def _on_step(self) -> None:
+        assert self.trainer is not None
+        if self.loop is None:
+            return
+        if (failure := self.trainer.failure) is not None:
+            self.ports.events.emit("trainer-died", why=str(failure))
+            self.leave(f"failed: {failure}")
+            return
+        self.loop.stepped(self.trainer.totals().num_steps)
+        if self.trainer.is_finished:
+            self.leave(f"did its {self.config.max_steps} inner steps")
+
+    def counters(self) -> Counters:
+        """What this peer did, for heartbeats and progress."""
+        tx_bytes, rx_bytes = self.traffic()
+        skipped = self.loop.machine.skipped_rounds if self.loop is not None else 0
+        if self.trainer is None:
+            return Counters(tx_bytes=tx_bytes, rx_bytes=rx_bytes, state=self.state())
+        t = self.trainer.totals()
+        return Counters(
+            t.num_steps, t.num_tokens, tx_bytes, rx_bytes, t.loss_ema, t.tokens_per_s, skipped, self.state(), tuple(sorted(t.expert_tokens.items()))
+        )  # fmt: skip
+
+    def state(self) -> str:
+        """What the peer is doing, in words."""
+        if self.loop is None:
+            return "starting"
+        lives = self.loop.machine.lives
+        if recovering := sorted(f for f, life in lives.items() if life.busy == "recover" or life.anchor is None):
+            return f"recovering {recovering[0]}" + (f" and {len(recovering) - 1} more" if len(recovering) > 1 else "")
+        away = "" if self.loop.machine.is_connected else "; the averaging service is away, its rounds wait"
+        if self.trainer is None:
+            return "keeping" + away
+        if self.trainer.is_diverged:
+            return "the loss is not finite" + away
+        return ("training" if self.trainer.trained else "waits for experts") + away
+
+    # ------------------------------------------------------------ checkpoints
+
+    async def _checkpoints(self) -> None:
+        saved = -1
+        while True:
+            await self.ports.clock.sleep(CHECKPOINT_S)
+            if self.trainer is not None and self.trainer.totals().num_steps != saved:
+                saved = self.trainer.totals().num_steps
+                await self._checkpoint()
+
+    async def _checkpoint(self) -> None:
+        assert self.trainer is not None
+        try:
+            data = await self.trainer.state_record()
+            await self.ports.compute.run(self._write_state, data)
+        except OSError as error:
+            self.ports.events.emit("checkpoint-failed", why=f"{error.strerror}; training goes on, free some space")
+
+    def _write_state(self, data: bytes) -> None:
+        if self.ports.disk.read(STATE_FILE) is not None:
+            self.ports.disk.rename(STATE_FILE, PREVIOUS_FILE)
+        write_atomic(self.ports.disk, STATE_FILE, data)
+
+    async def _announcements(self) -> None:
+        """Advertise the anchors this peer has, so that others find them while the service is away."""
+        while True:
+            await self.ports.exchange.announce([r.anchor for r in self.replicas.values() if r.anchor is not None])
+            await self.ports.clock.sleep(120.0)
+
+    async def _stop_trainer(self) -> None:
+        if self.trainer is None:
+            return
+        self.trainer.pause()
+        if self.trainer.failure is None and self.trainer.totals().num_steps:
+            await self._checkpoint()
+        await self.trainer.stop()
