@@ -9,10 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from decentra.bits import float_bits
 from decentra.delta.account import Account
 from decentra.delta.aggregate import aggregate
 from decentra.delta.anchor import AnchorState, anchor_digest, encode_anchor
-from decentra.bits import float_bits
 from decentra.delta.outer import outer_step
 from decentra.delta.packet import decode_packet
 from decentra.delta.raw import float_bytes

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from decentra.delta.anchor import AnchorState
 from decentra.bits import bits_float
+from decentra.delta.anchor import AnchorState
 from decentra.errors import ConfigError
 
 # N elements of a fragment

@@ -275,8 +275,22 @@ class Receipts(_message.Message):
     pairs: _containers.RepeatedScalarFieldContainer[int]
     def __init__(self, peers: _Optional[_Iterable[str]] = ..., pairs: _Optional[_Iterable[int]] = ...) -> None: ...
 
+class Tally(_message.Message):
+    __slots__ = ("num_confirmed", "num_thin", "num_abandoned", "num_void", "num_tokens")
+    NUM_CONFIRMED_FIELD_NUMBER: _ClassVar[int]
+    NUM_THIN_FIELD_NUMBER: _ClassVar[int]
+    NUM_ABANDONED_FIELD_NUMBER: _ClassVar[int]
+    NUM_VOID_FIELD_NUMBER: _ClassVar[int]
+    NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    num_confirmed: int
+    num_thin: int
+    num_abandoned: int
+    num_void: int
+    num_tokens: int
+    def __init__(self, num_confirmed: _Optional[int] = ..., num_thin: _Optional[int] = ..., num_abandoned: _Optional[int] = ..., num_void: _Optional[int] = ..., num_tokens: _Optional[int] = ...) -> None: ...
+
 class FragmentView(_message.Message):
-    __slots__ = ("fragment", "version", "height", "anchor", "round", "phase", "why", "holders", "keepers", "quorum", "cut_off_in_s", "offers", "receipts", "settlement", "attesters", "ready", "recent")
+    __slots__ = ("fragment", "version", "height", "anchor", "round", "phase", "why", "holders", "keepers", "quorum", "cut_off_in_s", "offers", "receipts", "settlement", "attesters", "ready", "recent", "tally")
     FRAGMENT_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     HEIGHT_FIELD_NUMBER: _ClassVar[int]
@@ -294,6 +308,7 @@ class FragmentView(_message.Message):
     ATTESTERS_FIELD_NUMBER: _ClassVar[int]
     READY_FIELD_NUMBER: _ClassVar[int]
     RECENT_FIELD_NUMBER: _ClassVar[int]
+    TALLY_FIELD_NUMBER: _ClassVar[int]
     fragment: str
     version: int
     height: int
@@ -311,7 +326,8 @@ class FragmentView(_message.Message):
     attesters: _containers.RepeatedScalarFieldContainer[str]
     ready: _containers.RepeatedScalarFieldContainer[str]
     recent: _containers.RepeatedCompositeFieldContainer[Outcome]
-    def __init__(self, fragment: _Optional[str] = ..., version: _Optional[int] = ..., height: _Optional[int] = ..., anchor: _Optional[bytes] = ..., round: _Optional[int] = ..., phase: _Optional[_Union[Phase, str]] = ..., why: _Optional[str] = ..., holders: _Optional[_Iterable[str]] = ..., keepers: _Optional[_Iterable[str]] = ..., quorum: _Optional[int] = ..., cut_off_in_s: _Optional[float] = ..., offers: _Optional[_Iterable[_Union[Offer, _Mapping]]] = ..., receipts: _Optional[_Union[Receipts, _Mapping]] = ..., settlement: _Optional[_Union[Settlement, _Mapping]] = ..., attesters: _Optional[_Iterable[str]] = ..., ready: _Optional[_Iterable[str]] = ..., recent: _Optional[_Iterable[_Union[Outcome, _Mapping]]] = ...) -> None: ...
+    tally: Tally
+    def __init__(self, fragment: _Optional[str] = ..., version: _Optional[int] = ..., height: _Optional[int] = ..., anchor: _Optional[bytes] = ..., round: _Optional[int] = ..., phase: _Optional[_Union[Phase, str]] = ..., why: _Optional[str] = ..., holders: _Optional[_Iterable[str]] = ..., keepers: _Optional[_Iterable[str]] = ..., quorum: _Optional[int] = ..., cut_off_in_s: _Optional[float] = ..., offers: _Optional[_Iterable[_Union[Offer, _Mapping]]] = ..., receipts: _Optional[_Union[Receipts, _Mapping]] = ..., settlement: _Optional[_Union[Settlement, _Mapping]] = ..., attesters: _Optional[_Iterable[str]] = ..., ready: _Optional[_Iterable[str]] = ..., recent: _Optional[_Iterable[_Union[Outcome, _Mapping]]] = ..., tally: _Optional[_Union[Tally, _Mapping]] = ...) -> None: ...
 
 class MemberView(_message.Message):
     __slots__ = ("peer", "name", "role", "is_live", "addresses", "experts", "counters")

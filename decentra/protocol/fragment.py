@@ -12,7 +12,7 @@ from decentra.ids import Digest, FragmentId, PeerId, short
 from decentra.protocol import ledger
 from decentra.protocol import round as rounds
 from decentra.protocol.deadline import cut_off_s
-from decentra.protocol.messages import Abstention, Attestation, FragmentView, Holding, Offer, Outcome, Phase, Receipt
+from decentra.protocol.messages import Abstention, Attestation, FragmentView, Holding, Offer, Outcome, Phase, Receipt, Tally
 from decentra.protocol.round import Reject, Round, Rules
 
 NUM_RECENT = 8
@@ -57,6 +57,7 @@ class FragmentBook:
     idle_since: float = 0.0
     orphan_since: float | None = None
     version: int = 0
+    tally: Tally = field(default_factory=Tally)
 
     def ready(self, present: Present) -> Present:
         """Those present who hold the confirmed anchor."""
@@ -154,7 +155,7 @@ def view(book: FragmentBook, present: Present, now: float, *, may_open: bool = T
     active, ready = book.active, book.ready(present)
     base = FragmentView(
         book.fragment, book.version, book.height, book.anchor, book.number, book.round.phase if book.round else Phase.IDLE,
-        waits_for(book, present, may_open=may_open), ready=tuple(sorted(ready.all)), recent=book.recent,
+        waits_for(book, present, may_open=may_open), ready=tuple(sorted(ready.all)), recent=book.recent, tally=book.tally,
     )  # fmt: skip
     if active is None:
         return base
@@ -227,16 +228,28 @@ def _close(book: FragmentBook, now: float, anchor: Digest, height: int) -> Fragm
     assert over is not None
     is_confirmed = over.phase is Phase.CONFIRMED
     outcome = Outcome(over.number, over.phase, over.why, over.settlement if is_confirmed else None, over.anchor, over.thin)
-    history = (*book.history, (book.anchor, book.height))[-NUM_HISTORY:] if is_confirmed else book.history
     return replace(
         book,
         anchor=anchor,
         height=height,
-        history=history,
+        history=(*book.history, (book.anchor, book.height))[-NUM_HISTORY:] if is_confirmed else book.history,
         recent=(*book.recent, outcome)[-NUM_RECENT:],
+        tally=_counted(book.tally, over),
         idle_since=now,
         version=book.version + 1,
     )
+
+
+def _counted(tally: Tally, over: Round) -> Tally:
+    num_tokens = sum(e.num_tokens for e in over.settlement.entries) if over.settlement is not None else 0
+    match over.phase:
+        case Phase.CONFIRMED:
+            return replace(
+                tally, num_confirmed=tally.num_confirmed + 1, num_thin=tally.num_thin + over.thin, num_tokens=tally.num_tokens + num_tokens
+            )
+        case Phase.ABANDONED:
+            return replace(tally, num_abandoned=tally.num_abandoned + 1)
+    return replace(tally, num_void=tally.num_void + 1)
 
 
 def _expected(book: FragmentBook, present: Present) -> frozenset[PeerId]:

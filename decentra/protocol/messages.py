@@ -176,6 +176,17 @@ class Outcome:
 
 
 @dataclass(frozen=True, slots=True)
+class Tally:
+    """How the rounds of a fragment ended so far, and the tokens inside confirmed ones."""
+
+    num_confirmed: int = 0
+    num_thin: int = 0  # of the confirmed
+    num_abandoned: int = 0
+    num_void: int = 0
+    num_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class FragmentView:
     """All a member needs to know about one fragment. A view with a higher (round, version) replaces an older one."""
 
@@ -196,6 +207,7 @@ class FragmentView:
     attesters: tuple[PeerId, ...] = ()
     ready: tuple[PeerId, ...] = ()  # present peers that hold ``anchor``
     recent: tuple[Outcome, ...] = ()  # newest last
+    tally: Tally = field(default_factory=Tally)
 
 
 @dataclass(frozen=True, slots=True)

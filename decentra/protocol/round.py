@@ -19,8 +19,8 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from decentra.ids import Digest, FragmentId, PeerId, short
 from decentra.bits import float_bits
+from decentra.ids import Digest, FragmentId, PeerId, short
 from decentra.protocol.messages import Abstention, Attestation, Entry, Offer, Phase, Receipt, Settlement
 
 ACTIVE = frozenset({Phase.OPEN, Phase.SETTLED, Phase.TENTATIVE})

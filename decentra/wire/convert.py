@@ -40,6 +40,7 @@ PAIRS: dict[type, type[Message]] = {
     domain.Entry: pb.Entry,
     domain.Settlement: pb.Settlement,
     domain.Outcome: pb.Outcome,
+    domain.Tally: pb.Tally,
     domain.FragmentView: pb.FragmentView,
     domain.MemberView: pb.MemberView,
     domain.SwarmView: pb.SwarmView,

@@ -36,7 +36,7 @@ from decentra.delta.flat import gather, scatter
 from decentra.delta.outer import outer_step
 from decentra.delta.packet import decode_packet
 from decentra.errors import ConfigError, DecentraError, TrainingError
-from decentra.ids import Digest, FragmentId, PeerId, expert_of, module_of_fragment
+from decentra.ids import Digest, FragmentId, PeerId, expert_of
 from decentra.model.decoder import Decoder, build_model
 from decentra.model.evaluate import evaluate
 from decentra.modules import Layout, build_layout
