@@ -56,7 +56,8 @@ async def run_member(invite: Invite, config: PeerConfig, stop: StopRequest, *, p
                 "ok": not failed, "why": why, "exit_code": int(ExitCode.FAILED if failed else ExitCode.OK), "run": invite.run_id,
                 "peer": door.key.peer_id, "name": config.name, "num_steps": counters.num_steps, "num_tokens": counters.num_tokens,
                 "tx_bytes": counters.tx_bytes, "rx_bytes": counters.rx_bytes, "loss": counters.loss, "seconds": round(time.monotonic() - began, 1),
-                "skipped_rounds": counters.skipped_rounds, "experts": sorted(e for e, _ in counters.expert_tokens), "state_dir": str(root),
+                "skipped_rounds": counters.skipped_rounds, "experts": sorted(e for e, _ in counters.expert_tokens),
+                "anchors": {f: r.anchor for f, r in runtime.replicas.items()}, "state_dir": str(root),
             }  # fmt: skip
 
 

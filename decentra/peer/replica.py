@@ -91,7 +91,7 @@ class Replica:
         note = self._read_note()
         record = await self._read_record()
         if note is not None:
-            self._kept = {number: blobs for number, blobs in note.kept}
+            self._kept = dict(note.kept)
         if record is not None and (note is None or _is_newer(record, note)):
             self.account = record
         elif note is not None:

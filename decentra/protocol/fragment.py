@@ -125,9 +125,7 @@ def tick(book: FragmentBook, present: Present, now: float, rules: Rules, timing:
 def next_deadline(book: FragmentBook, present: Present, rules: Rules, timing: Timing) -> float | None:
     """When ``tick`` may change something without any message."""
     if book.active is not None:
-        active = book.active
-        first = rounds.next_deadline(active, rules)
-        return first
+        return rounds.next_deadline(book.active, rules)
     if book.orphan_since is not None:
         return book.orphan_since + timing.rollback_s
     if book.ready(present).holders:

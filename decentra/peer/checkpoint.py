@@ -1,0 +1,103 @@
+"""A model on disk: assemble anchors into one safetensors file with a config, and read it back verified. Knows no network.
+
+The folder is a Hugging Face checkpoint of the built-in decoder (model.safetensors, config.json) plus ``decentra.json``: the manifest, the anchors'
+digests and heights it was assembled from, and the sha256 of the weights.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from decentra.config import Manifest, ModelSpec, manifest_from_bytes
+from decentra.delta.anchor import decode_anchor
+from decentra.delta.flat import scatter
+from decentra.errors import ConfigError, IntegrityError
+from decentra.ids import Digest, FragmentId, digest_of
+from decentra.model.custom import layout_for, model_for
+from decentra.peer.disk import RealDisk, write_atomic
+
+WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "decentra.json"
+
+
+@dataclass(frozen=True)
+class Assembled:
+    """A model built from the anchors of one moment."""
+
+    manifest: Manifest
+    state: dict[str, Tensor]
+    anchors: dict[FragmentId, Digest]
+    heights: dict[FragmentId, int]
+
+
+def assemble(manifest: Manifest, blobs: Mapping[FragmentId, bytes], heights: Mapping[FragmentId, int], model_code: Path | None = None) -> Assembled:
+    """Weights by parameter name from anchor blobs. Raises RejectedPayload for a blob of another layout, ConfigError for a missing one."""
+    state: dict[str, Tensor] = {}
+    anchors: dict[FragmentId, Digest] = {}
+    for fragment in layout_for(manifest, model_code).fragments:
+        if fragment.id not in blobs:
+            raise ConfigError(f"anchor of {fragment.id} is missing; a model is assembled from all its fragments")
+        anchor = decode_anchor(fragment, blobs[fragment.id])
+        state |= {name: values.clone() for name, values in scatter(anchor.anchor_N, fragment).items()}
+        anchors[fragment.id] = digest_of(blobs[fragment.id])
+    return Assembled(manifest, state, anchors, dict(heights))
+
+
+def save_model(path: Path, model: Assembled, extra: Mapping[str, Any] = {}) -> None:
+    """Write the checkpoint folder; decentra.json is last, so a folder without it is not finished."""
+    disk = RealDisk(path)
+    weights = safetensors.torch.save(model.state, metadata={"format": "pt"})
+    write_atomic(disk, WEIGHTS, weights)
+    write_atomic(disk, CONFIG, json.dumps(qwen3_moe_config(model.manifest.model), indent=2).encode())
+    card = {
+        "format": 1, "run": model.manifest.run_id(), "manifest": json.loads(model.manifest.canonical_bytes()), "anchors": model.anchors,
+        "heights": model.heights, "weights_sha256": digest_of(weights), **extra,
+    }  # fmt: skip
+    write_atomic(disk, CARD, json.dumps(card, indent=1).encode())
+
+
+def load_model(path: Path, model_code: Path | None = None) -> tuple[Manifest, nn.Module]:
+    """The manifest and the model in a checkpoint folder. Raises ConfigError (no checkpoint), IntegrityError (damaged)."""
+    try:
+        card = json.loads((path / CARD).read_bytes())
+        weights = (path / WEIGHTS).read_bytes()
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path} holds no finished checkpoint ({Path(str(error.filename)).name} is missing); get one with 'decentra pull'") from None
+    except ValueError:
+        raise IntegrityError(f"{path / CARD} is damaged; pull the model again") from None
+    if digest_of(weights) != card.get("weights_sha256"):
+        raise IntegrityError(f"{path / WEIGHTS} is damaged: its sha256 is not the one in {CARD}; pull the model again")
+    manifest = manifest_from_bytes(json.dumps(card["manifest"]).encode(), str(path / CARD))
+    return manifest, model_from_state(manifest, safetensors.torch.load(weights), model_code)
+
+
+def model_from_state(manifest: Manifest, state: Mapping[str, Tensor], model_code: Path | None = None) -> nn.Module:
+    """The run's model with these weights, in evaluation mode."""
+    build, _ = model_for(manifest, model_code)
+    model = build(manifest.model, manifest.seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name not in state or state[name].shape != parameter.shape:
+                raise IntegrityError(f"weights of {name} are missing or have another shape; this checkpoint is of another model")
+            parameter.copy_(state[name])
+    return model.eval()
+
+
+def qwen3_moe_config(spec: ModelSpec) -> dict[str, Any]:
+    """``config.json`` under which transformers loads the weights as Qwen3MoeForCausalLM (parameter names are the same)."""
+    return {
+        "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "vocab_size": spec.vocab_size, "hidden_size": spec.hidden_size,
+        "num_hidden_layers": spec.num_layers, "num_attention_heads": spec.num_heads, "num_key_value_heads": spec.num_kv_heads,
+        "head_dim": spec.head_dim, "moe_intermediate_size": spec.expert_hidden_size, "intermediate_size": spec.expert_hidden_size,
+        "num_experts": spec.num_experts, "num_experts_per_tok": spec.num_experts_per_token, "norm_topk_prob": spec.norm_topk_prob,
+        "decoder_sparse_step": 1, "mlp_only_layers": [], "hidden_act": "silu", "rms_norm_eps": spec.rms_norm_eps, "rope_theta": spec.rope_theta,
+        "max_position_embeddings": spec.max_seq_len, "router_aux_loss_coef": spec.aux_loss_weight, "tie_word_embeddings": False,
+        "attention_bias": False, "use_cache": True, "dtype": "float32",
+    }  # fmt: skip

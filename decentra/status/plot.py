@@ -1,0 +1,47 @@
+"""Loss curves as a PNG file and as text for the terminal. Data in, picture out; imports its plotting library only when asked to draw."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+Curve = Sequence[tuple[float, float]]  # (seconds since the start, loss in nats per byte)
+Mark = tuple[float, str]  # (seconds, what happened)
+
+
+def loss_png(path: Path, curves: Mapping[str, Curve], marks: Sequence[Mark], levels: Mapping[str, float], title: str) -> None:
+    """Write a PNG of training losses with vertical marks and horizontal reference levels."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(9, 5), dpi=120)
+    for name, curve in curves.items():
+        axes.plot([t for t, _ in curve], [y for _, y in curve], label=name, linewidth=1.4)
+    for index, (name, level) in enumerate(levels.items()):
+        axes.axhline(level, linestyle="--", linewidth=1.0, color=f"C{index + len(curves)}", label=f"{name} {level:.3f}")
+    for at, what in marks:
+        axes.axvline(at, color="0.6", linewidth=0.8)
+        axes.annotate(what, (at, 0.98), xycoords=("data", "axes fraction"), rotation=90, va="top", ha="right", fontsize=8, color="0.3")
+    axes.set(xlabel="seconds", ylabel="loss (nats per byte)", title=title)
+    axes.grid(alpha=0.25)
+    axes.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path)
+    pyplot.close(figure)
+
+
+def loss_text(curves: Mapping[str, Curve], title: str, width: int = 78, height: int = 16) -> str:
+    """The same curves with text characters."""
+    import plotext
+
+    plotext.clear_figure()
+    plotext.theme("clear")
+    plotext.plotsize(width, height)
+    for name, curve in curves.items():
+        if curve:
+            plotext.plot([t for t, _ in curve], [y for _, y in curve], label=name, marker="braille")
+    plotext.title(title)
+    plotext.xlabel("seconds")
+    return str(plotext.build())

@@ -1,0 +1,109 @@
+"""A run's state as one plain dictionary, from the service's views; what ``status --json`` prints. No I/O."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from decentra.config import Manifest
+from decentra.ids import FragmentId, PeerId, expert_of, module_of_fragment
+from decentra.protocol.messages import FragmentView, MemberView, Phase, Role, SwarmView
+
+NUM_RECENT_PARTICIPATION = 2  # a peer participates when one of the last two confirmed rounds of some fragment has its packet
+
+
+def snapshot(manifest: Manifest, swarm: SwarmView, views: Sequence[FragmentView]) -> dict[str, Any]:
+    """Members, modules, rounds and sums. Keys are stable; new ones may be added."""
+    active = participants(views)
+    live = [m for m in swarm.members if m.is_live]
+    losses = [m.counters.loss for m in live if m.counters.loss is not None]
+    fragments = [_fragment(v, swarm) for v in views]
+    return {
+        "ok": True,
+        "schema": 1,
+        "run": manifest.run_id(),
+        "name": manifest.name,
+        "is_stopping": swarm.is_stopping,
+        "is_stopped": swarm.is_stopped,
+        "why": swarm.why,
+        "num_live": len(live),
+        "num_participating": len(active),
+        "tokens_per_expert": tokens_per_expert(manifest, views),
+        "members": [_member(m, m.peer in active) for m in swarm.members],
+        "modules": _modules(fragments, swarm),
+        "rounds_confirmed_trunk": min(
+            (v.tally.num_confirmed for v in views if expert_of(module_of_fragment(v.fragment)) is None), default=0
+        ),
+        "rounds_confirmed_min_expert": min((v.tally.num_confirmed for v in views if _is_expert(v.fragment)), default=0),
+        "rounds_abandoned": sum(v.tally.num_abandoned + v.tally.num_void for v in views),
+        "rounds_thin": sum(v.tally.num_thin for v in views),
+        "loss": round(sum(losses) / len(losses), 4) if losses else None,
+        "num_tokens": sum(m.counters.num_tokens for m in swarm.members),
+        "tx_bytes": sum(m.counters.tx_bytes for m in swarm.members),
+        "rx_bytes": sum(m.counters.rx_bytes for m in swarm.members),
+        "anchors_equal": agreement(views, live),
+    }
+
+
+def participants(views: Sequence[FragmentView]) -> frozenset[PeerId]:
+    """Peers whose packets are inside the newest confirmed rounds."""
+    found: set[PeerId] = set()
+    for view in views:
+        confirmed = [o for o in view.recent if o.phase is Phase.CONFIRMED and o.settlement is not None]
+        for outcome in confirmed[-NUM_RECENT_PARTICIPATION:]:
+            assert outcome.settlement is not None
+            found |= {e.peer for e in outcome.settlement.entries}
+    return frozenset(found)
+
+
+def tokens_per_expert(manifest: Manifest, views: Sequence[FragmentView]) -> list[int]:
+    """Tokens routed to each expert inside confirmed rounds."""
+    tokens = [0] * manifest.model.num_experts
+    for view in views:
+        if (expert := expert_of(module_of_fragment(view.fragment))) is not None:
+            tokens[expert] = max(tokens[expert], view.tally.num_tokens)
+    return tokens
+
+
+def agreement(views: Sequence[FragmentView], live: Sequence[MemberView]) -> bool:
+    """True when every live trainer and keeper that takes part in a fragment holds its confirmed anchor."""
+    for view in views:
+        expert = expert_of(module_of_fragment(view.fragment))
+        expected = {m.peer for m in live if m.role is Role.KEEPER or (m.role is Role.TRAINER and (expert is None or expert in m.experts))}
+        if not expected <= set(view.ready):
+            return False
+    return True
+
+
+def _is_expert(fragment: FragmentId) -> bool:
+    return expert_of(module_of_fragment(fragment)) is not None
+
+
+def _member(m: MemberView, is_participating: bool) -> dict[str, Any]:
+    c = m.counters
+    return {
+        "peer": m.peer, "name": m.name, "role": str(m.role), "is_live": m.is_live, "is_participating": is_participating, "experts": list(m.experts),
+        "state": c.state, "num_steps": c.num_steps, "num_tokens": c.num_tokens, "tokens_per_s": round(c.tokens_per_s, 1), "loss": c.loss,
+        "tx_bytes": c.tx_bytes, "rx_bytes": c.rx_bytes, "skipped_rounds": c.skipped_rounds, "addresses": list(m.addresses),
+    }  # fmt: skip
+
+
+def _fragment(v: FragmentView, swarm: SwarmView) -> dict[str, Any]:
+    names = {m.peer: m.name or m.peer for m in swarm.members}
+    return {
+        "fragment": v.fragment, "module": module_of_fragment(v.fragment), "height": v.height, "anchor": v.anchor, "round": v.round,
+        "phase": str(v.phase), "why": v.why, "ready": [names.get(p, p) for p in v.ready],
+        "offers": [names.get(o.peer, o.peer) for o in v.offers], "attesters": [names.get(p, p) for p in v.attesters],
+        "num_confirmed": v.tally.num_confirmed, "num_thin": v.tally.num_thin, "num_abandoned": v.tally.num_abandoned,
+        "num_void": v.tally.num_void, "num_tokens": v.tally.num_tokens,
+    }  # fmt: skip
+
+
+def _modules(fragments: list[dict[str, Any]], swarm: SwarmView) -> list[dict[str, Any]]:
+    modules: dict[str, dict[str, Any]] = {}
+    for fragment in fragments:
+        name = fragment["module"]
+        expert = expert_of(name)
+        holders = [m.name for m in swarm.members if m.role is Role.TRAINER and m.is_live and (expert is None or expert in m.experts)]
+        modules.setdefault(name, {"module": name, "holders": holders, "fragments": []})["fragments"].append(fragment)
+    return list(modules.values())
