@@ -368,7 +368,7 @@ def report(result: dict[str, Any], demo: Demo) -> None:
     from decentra.status.terminal import size
 
     console = Console()
-    console.print(loss_text(demo.curves, "training loss of each peer (nats per byte)"), highlight=False, markup=False)
+    print(loss_text(demo.curves, "training loss of each peer (nats per byte)"))
     table = Table(box=None, show_header=False, pad_edge=False)
     rows = {
         "held-out loss": f"{result['loss_start']:.3f} at the start, {result['loss_end']:.3f} at the end (assembled model, mean over the domains)",

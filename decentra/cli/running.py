@@ -11,7 +11,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from decentra.errors import ConfigError, DecentraError
 from decentra.ports import Events
@@ -48,6 +48,7 @@ def run_main(main: Callable[[StopRequest], Awaitable[T]]) -> T:
 
     async def whole() -> T:
         stop, loop = StopRequest(), asyncio.get_running_loop()
+        loop.set_exception_handler(_report)
         for number, word in ((signal.SIGINT, "Ctrl-C"), (signal.SIGTERM, "SIGTERM")):
             loop.add_signal_handler(number, stop.set, word)
         return await main(stop)
@@ -60,6 +61,16 @@ def run_main(main: Callable[[StopRequest], Awaitable[T]]) -> T:
         return uvloop.run(whole())
     except BaseExceptionGroup as group:
         raise _first_of_ours(group) from None
+
+
+def _report(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """The loop's last resort. hivemind's DHT drops waiting ``Event.wait()`` tasks when a store is cancelled; that is no news to a user."""
+    task = context.get("task")
+    if isinstance(task, asyncio.Task) and "destroyed but it is pending" in str(context.get("message")):
+        code = getattr(task.get_coro(), "cr_code", None)
+        if code is not None and code.co_qualname == "Event.wait":
+            return
+    loop.default_exception_handler(context)
 
 
 def _first_of_ours(group: BaseExceptionGroup[BaseException]) -> BaseException:

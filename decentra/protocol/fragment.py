@@ -251,8 +251,15 @@ def _counted(tally: Tally, over: Round) -> Tally:
 
 
 def _expected(book: FragmentBook, present: Present) -> frozenset[PeerId]:
-    """Whom the next opening waits for: everybody the first time, then the last roster."""
-    return present.all if book.round is None else book.round.roster & present.all
+    """Whom the next opening waits for: everybody the first time, then the last roster and all who are one anchor behind.
+
+    Without the latter a roster that started small would stay small: those who follow it are always a moment later than those who attest.
+    """
+    if book.round is None:
+        return present.all
+    previous = book.history[-1][0] if book.history else None
+    behind = {p for p, digest in book.holdings.items() if digest == previous}
+    return (book.round.roster | behind) & present.all
 
 
 def _is_gathered(book: FragmentBook, ready: Present, present: Present, now: float, timing: Timing) -> bool:

@@ -33,6 +33,8 @@ from decentra.protocol.messages import (
 )
 from decentra.protocol.round import Reject, Rules
 
+DETACHED_S = 3.0  # a member whose stream ended is suspected after this
+
 
 @dataclass(frozen=True, slots=True)
 class Member:
@@ -213,7 +215,9 @@ class RoundBook:
                 self._hear(event, now, effects)
             case Detached(peer, nonce):
                 if (member := self.members.get(peer)) and member.nonce == nonce:
-                    self.members[peer] = replace(member, nonce="")
+                    # a killed process closes its stream at once: give it a moment to come back instead of its whole lease
+                    heard_at = min(member.heard_at, now - self.manifest.rounds.lease_s + DETACHED_S)
+                    self.members[peer] = replace(member, nonce="", heard_at=heard_at)
             case Stop(why):
                 self._stop(why, effects)
             case Revoke(subject, why):

@@ -16,7 +16,7 @@ from decentra.ids import Digest, FragmentId, PeerId, digest_of
 from decentra.modules import Layout
 from decentra.peer.disk import write_atomic
 from decentra.ports import Session
-from decentra.protocol.messages import Hello, MemberMessage, Offer, Outcome, ServiceMessage
+from decentra.protocol.messages import Hello, MemberMessage, Outcome, ServiceMessage
 from decentra.service.driver import Driver
 from decentra.service.mailbox import Mailbox
 
@@ -145,9 +145,11 @@ class SimJournal:
     """The service's ledger storage; what ``append`` returned for is durable."""
 
     records: list[bytes] = field(default_factory=list)
+    on_append: Callable[[Sequence[bytes]], None] = lambda _: None
 
     def append(self, records: Sequence[bytes]) -> None:
         self.records.extend(records)
+        self.on_append(records)
 
     def load(self) -> Iterable[bytes]:
         return list(self.records)
@@ -294,6 +296,7 @@ class SimTrainer:
 
     def __init__(self, layout: Layout, rng: Random, step_s: float, on_step: Callable[[int], None]) -> None:
         self.live = {f.id: torch.zeros(f.num_elements) for f in layout.fragments}
+        self.moved = {f.id: torch.zeros(f.num_elements, dtype=torch.float64) for f in layout.fragments}  # sum of all steps so far
         self.trained: frozenset[FragmentId] = frozenset()
         self.num_steps = 0
         self._rng, self._step_s, self._on_step = rng, step_s, on_step
@@ -303,8 +306,9 @@ class SimTrainer:
             await asyncio.sleep(self._step_s * self._rng.uniform(0.8, 1.2))
             for fragment in sorted(self.trained):
                 live_N = self.live[fragment]
-                moved = torch.tensor([self._rng.uniform(-0.01, 0.01) for _ in range(live_N.numel())])
-                self.live[fragment] = live_N + moved
+                step_N = torch.tensor([self._rng.uniform(-0.01, 0.01) for _ in range(live_N.numel())])
+                self.live[fragment] = live_N + step_N
+                self.moved[fragment] = self.moved[fragment] + step_N
             self.num_steps += 1
             self._on_step(self.num_steps)
 
@@ -327,15 +331,3 @@ class SimEvents:
 
     def emit(self, event: str, **fields: Any) -> None:
         self.log.append((asyncio.get_running_loop().time(), self.who, event, fields))
-
-
-def offers_seen(into: dict[tuple[PeerId, FragmentId, int], Digest]) -> Callable[[MemberMessage], None]:
-    """A watcher that asserts: one (peer, fragment, round) has one digest for ever."""
-
-    def watch(message: MemberMessage) -> None:
-        if isinstance(message, Offer):
-            key = (message.peer, message.fragment, message.round)
-            known = into.setdefault(key, message.packet)
-            assert known == message.packet, f"{key} was offered with two digests: {known[:12]} and {message.packet[:12]}"
-
-    return watch

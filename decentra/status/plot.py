@@ -44,4 +44,4 @@ def loss_text(curves: Mapping[str, Curve], title: str, width: int = 78, height: 
             plotext.plot([t for t, _ in curve], [y for _, y in curve], label=name, marker="braille")
     plotext.title(title)
     plotext.xlabel("seconds")
-    return str(plotext.build())
+    return str(plotext.uncolorize(plotext.build()))
