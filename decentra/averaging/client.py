@@ -146,6 +146,14 @@ class AveragingClient:
         """What this member shows at every door; empty before ``join``."""
         return self._credentials
 
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        return self._addresses
+
+    def use_addresses(self, addresses: Sequence[str]) -> None:
+        """Where to look from the next connection on; whoever answers there still has to show the run's certificate."""
+        self._addresses = tuple(addresses)
+
     async def describe(self) -> RunDescription:
         async with _Using(self) as link:
             return await describe_over(link, self._trust, credentials=self._credentials, token=self._token)

@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from decentra.cli import look
 from decentra.cli.controls import controls_of
@@ -44,12 +44,15 @@ class Child:
 
     async def start(self) -> None:
         env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-        self.log.mkdir(parents=True, exist_ok=True)
-        with open(self.log / f"{self.name}.out", "ab") as out, open(self.log / f"{self.name}.log", "ab") as err:
+        with self._file("out") as out, self._file("log") as err:
             self.process = await asyncio.create_subprocess_exec(
                 sys.executable, "-m", "decentra.cli.main", *self.args, stdin=asyncio.subprocess.DEVNULL, stdout=out, stderr=err, env=env,
                 start_new_session=True,
             )  # fmt: skip
+
+    def _file(self, kind: str) -> BinaryIO:
+        self.log.mkdir(parents=True, exist_ok=True)
+        return open(self.log / f"{self.name}.{kind}", "ab")
 
     @property
     def is_running(self) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from decentra.cli.rundir import DAY_S, RunDir
 from decentra.cli.running import StopRequest, locked_dir, watch_loop
 from decentra.cli.wiring import Door, gossip, member_runtime, new_nonce
 from decentra.config import Manifest, PeerConfig
-from decentra.errors import ConfigError, Refused
+from decentra.errors import ConfigError, DecentraError, Refused
 from decentra.gossip import records
 from decentra.gossip.bootstrap import run_bootstrap
 from decentra.gossip.node import GossipNode
@@ -186,7 +186,8 @@ def _public_multiaddr(node: GossipNode, address: str) -> str:
 async def _beacon(node: GossipNode, service: Service, services: Sequence[str], events: Events) -> None:
     """Advertise the service in the DHT, for peers whose invite is older than its address."""
     while True:
-        await records.publish(node, records.service_key(service.identity.run), "\n".join(services).encode(), BEACON_TTL_S)
+        with suppress(DecentraError):  # the node reports its own troubles
+            await records.publish(node, records.service_key(service.identity.run), "\n".join(services).encode(), BEACON_TTL_S)
         await asyncio.sleep(BEACON_S)
 
 

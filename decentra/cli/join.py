@@ -10,7 +10,7 @@ from typing import Any
 
 from decentra.cli.console import LogEvents
 from decentra.cli.running import StopRequest, locked_dir, watch_loop
-from decentra.cli.wiring import check_data, gossip, join_again, member_runtime, open_door, state_dir
+from decentra.cli.wiring import check_data, follow_service, gossip, join_again, member_runtime, open_door, state_dir
 from decentra.config import PeerConfig
 from decentra.errors import ExitCode
 from decentra.ids import short
@@ -41,6 +41,7 @@ async def run_member(invite: Invite, config: PeerConfig, stop: StopRequest, *, p
                 asyncio.create_task(watch_loop(events)),
                 asyncio.create_task(_progress(runtime, events)),
                 asyncio.create_task(join_again(door, config, root, events)),
+                asyncio.create_task(follow_service(door, node, invite.services, events)),
             ]
             began = time.monotonic()
             try:

@@ -16,13 +16,14 @@ import platformdirs
 from decentra.averaging.client import AveragingClient
 from decentra.config import Manifest, PeerConfig, manifest_from_bytes
 from decentra.data.windows import source_for
-from decentra.errors import DecentraError, IntegrityError, Refused, Unreachable
+from decentra.errors import DecentraError, Refused, Unreachable
+from decentra.gossip import records
 from decentra.gossip.blobs import BlobStore
 from decentra.gossip.exchange import HivemindExchange
 from decentra.gossip.node import GossipNode
 from decentra.identity import Keypair, load_or_create_key
 from decentra.ids import PeerId, RunId
-from decentra.invite import Invite
+from decentra.invite import Invite, split_address
 from decentra.model.custom import layout_for, model_for
 from decentra.peer.compute import DeltaThread, SystemClock
 from decentra.peer.disk import RealDisk, write_atomic
@@ -32,6 +33,7 @@ from decentra.protocol.messages import Role
 from decentra.wire.trust import TrustChain
 
 RETRY_S, MAX_RETRY_S = 2.0, 15.0
+SERVICE_LOOKUP_S, MAX_SERVICE_ADDRESSES = 30.0, 8
 MANIFEST_FILE, CREDENTIALS_FILE, KNOWN_FILE = "manifest.json", "credentials", "known-peers.json"
 
 
@@ -180,6 +182,30 @@ async def join_again(door: Door, config: PeerConfig, root: Path, events: Events)
         door.is_admitted = True
 
 
-def check_run_id(invite: Invite, manifest: Manifest) -> None:
-    if manifest.run_id() != invite.run_id:
-        raise IntegrityError(f"the invite is for run {invite.run_id[:12]}, this manifest is run {manifest.run_id()[:12]}")
+async def follow_service(door: Door, node: GossipNode, invited: Sequence[str], events: Events) -> None:
+    """Learn from the DHT where the averaging service is now; an invite may be older than its address.
+
+    Anybody can publish an address: the certificate chain to the run key decides whom we talk to.
+    """
+    while True:
+        await asyncio.sleep(SERVICE_LOOKUP_S)
+        try:
+            answers = await records.lookup(node, records.service_key(door.trust.run_id))
+        except DecentraError:
+            continue  # the node reports its own troubles
+        found = [line for _, body in answers for line in _address_lines(body)]
+        addresses = tuple(dict.fromkeys([*invited, *found]))[:MAX_SERVICE_ADDRESSES]
+        if addresses != door.client.addresses:
+            door.client.use_addresses(addresses)
+            events.emit("service-addresses", addresses=list(addresses))
+
+
+def _address_lines(body: bytes) -> list[str]:
+    lines = []
+    for line in body.decode(errors="replace").splitlines()[:MAX_SERVICE_ADDRESSES]:
+        try:
+            split_address(line)
+        except DecentraError:
+            continue
+        lines.append(line)
+    return lines

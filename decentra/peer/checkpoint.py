@@ -37,7 +37,9 @@ class Assembled:
     heights: dict[FragmentId, int]
 
 
-def assemble(manifest: Manifest, blobs: Mapping[FragmentId, bytes], heights: Mapping[FragmentId, int], model_code: Path | None = None) -> Assembled:
+def assemble(
+    manifest: Manifest, blobs: Mapping[FragmentId, bytes], heights: Mapping[FragmentId, int], model_code: Path | None = None
+) -> Assembled:
     """Weights by parameter name from anchor blobs. Raises RejectedPayload for a blob of another layout, ConfigError for a missing one."""
     state: dict[str, Tensor] = {}
     anchors: dict[FragmentId, Digest] = {}
@@ -69,7 +71,9 @@ def load_model(path: Path, model_code: Path | None = None) -> tuple[Manifest, nn
         card = json.loads((path / CARD).read_bytes())
         weights = (path / WEIGHTS).read_bytes()
     except FileNotFoundError as error:
-        raise ConfigError(f"{path} holds no finished checkpoint ({Path(str(error.filename)).name} is missing); get one with 'decentra pull'") from None
+        raise ConfigError(
+            f"{path} holds no finished checkpoint ({Path(str(error.filename)).name} is missing); get one with 'decentra pull'"
+        ) from None
     except ValueError:
         raise IntegrityError(f"{path / CARD} is damaged; pull the model again") from None
     if digest_of(weights) != card.get("weights_sha256"):

@@ -180,16 +180,17 @@ class Replica:
         self._repin(account.anchor_digest, anchor)
         move = {Ending.APPLIED: account.applied, Ending.EXCLUDED: account.excluded, Ending.FOLLOWED: account.followed}[ending]
         shift_N = move(state, anchor)
+        if self.live is not None:
+            await self.live.shift(self.fragment.id, shift_N)
         if ending is Ending.FOLLOWED and bool(account.residual_N.any()):
             await self._rewrite_record(number)  # the note alone would forget the residual
         self._tentative, self.pending_offer = None, None
-        if self.live is not None:
-            await self.live.shift(self.fragment.id, shift_N)
         await self._collect_garbage()
 
     async def cancel(self, number: int) -> None:
         """The pending packet's round gave nothing: as if it had never been encoded."""
-        self._account().cancelled()
+        if self._account().pending is not None:  # a second try after a full disk finds it cancelled
+            self._account().cancelled()
         await self._rewrite_record(number)
         self.pending_offer = None
         self._tokens_at_encode = self._tokens_before

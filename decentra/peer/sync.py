@@ -59,7 +59,8 @@ class PeerLoop:
     _inbox: asyncio.Queue[m.Event] = field(init=False, default_factory=asyncio.Queue)
     _outbox: asyncio.Queue[MemberMessage] | None = field(init=False, default=None)
     _group: asyncio.TaskGroup = field(init=False)
-    _finished: asyncio.Future[str] = field(init=False)
+    _finished: asyncio.Future[str] | None = field(init=False, default=None)
+    _why_left: str | None = field(init=False, default=None)
     _jobs: set[asyncio.Task[None]] = field(init=False, default_factory=set)
     _seq: int = field(init=False, default=0)
 
@@ -84,17 +85,19 @@ class PeerLoop:
         """Say goodbye and end."""
         if self._outbox is not None:
             self._outbox.put_nowait(Goodbye(self.me.peer, why))
-        if not self._finished.done():
-            self._finished.set_result(why)
+        self._finish(why)
 
     async def run(self) -> str:
         """Take part until the run is over or ``leave``. Raises Refused when the service turns this peer away for good."""
-        self._finished = asyncio.get_running_loop().create_future()
+        finished: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self._finished = finished
+        if self._why_left is not None:
+            return self._why_left
         try:
             async with asyncio.TaskGroup() as group:
                 self._group = group
                 tasks = [group.create_task(c) for c in (self._pump(), self._attend_forever(), self._beat(), self._ticks())]
-                why = await self._finished
+                why = await finished
                 await self._say_last(why)
                 for task in tasks:
                     task.cancel()
@@ -102,6 +105,11 @@ class PeerLoop:
         except* DecentraError as failures:
             raise failures.exceptions[0] from None
         return why
+
+    def _finish(self, why: str) -> None:
+        self._why_left = self._why_left or why
+        if self._finished is not None and not self._finished.done():
+            self._finished.set_result(why)
 
     # ------------------------------------------------------------ loops
 
@@ -174,8 +182,7 @@ class PeerLoop:
             case m.Say(message):
                 self._say(message)
             case m.Finish(why):
-                if not self._finished.done():
-                    self._finished.set_result(why)
+                self._finish(why)
             case m.SetTrained(fragments):
                 self._work(self._set_trained(fragments))
             case m.Fetch():

@@ -31,14 +31,23 @@ class Timing:
 
 @dataclass(frozen=True, slots=True)
 class Present:
-    """Members that are here and may take part in this fragment: trainers that hold the module, and keepers."""
+    """Members that are here: trainers that hold the module, keepers, and trainers that only follow it.
+
+    Followers are never in a roster, but they have anchors like everybody: others recover from them, and what they hold is not lost.
+    """
 
     holders: frozenset[PeerId] = frozenset()
     keepers: frozenset[PeerId] = frozenset()
+    followers: frozenset[PeerId] = frozenset()
+
+    @property
+    def roster(self) -> frozenset[PeerId]:
+        """Who may be in a round."""
+        return self.holders | self.keepers
 
     @property
     def all(self) -> frozenset[PeerId]:
-        return self.holders | self.keepers
+        return self.holders | self.keepers | self.followers
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +71,7 @@ class FragmentBook:
     def ready(self, present: Present) -> Present:
         """Those present who hold the confirmed anchor."""
         has = frozenset(p for p, digest in self.holdings.items() if digest == self.anchor)
-        return Present(present.holders & has, present.keepers & has)
+        return Present(present.holders & has, present.keepers & has, present.followers & has)
 
     @property
     def active(self) -> Round | None:
@@ -144,7 +153,7 @@ def waits_for(book: FragmentBook, present: Present, *, may_open: bool = True) ->
         return "no holder has its anchor yet" if present.holders else "nobody present trains it"
     if not may_open:
         return "the run is ending"
-    late = ", ".join(sorted(short(p) for p in _expected(book, present) - ready.all))
+    late = ", ".join(sorted(short(p) for p in _expected(book, present) - ready.roster))
     return f"gathers; {late} not on the newest anchor yet" if late else "opens at once"
 
 
@@ -263,7 +272,7 @@ def _expected(book: FragmentBook, present: Present) -> frozenset[PeerId]:
 
 
 def _is_gathered(book: FragmentBook, ready: Present, present: Present, now: float, timing: Timing) -> bool:
-    return _expected(book, present) <= ready.all or now >= book.idle_since + timing.gather_s
+    return _expected(book, present) <= ready.roster or now >= book.idle_since + timing.gather_s
 
 
 def _open(book: FragmentBook, ready: Present, now: float, timing: Timing) -> Step:

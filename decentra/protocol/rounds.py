@@ -254,8 +254,9 @@ class RoundBook:
     def _present(self, fragment: FragmentId) -> Present:
         expert = expert_of(module_of_fragment(fragment))
         live = [m for m in self.members.values() if m.is_live and m.has_greeted]
-        holders = frozenset(m.peer for m in live if m.role is Role.TRAINER and (expert is None or expert in m.experts))
-        return Present(holders, frozenset(m.peer for m in live if m.role is Role.KEEPER))
+        trainers = frozenset(m.peer for m in live if m.role is Role.TRAINER)
+        holders = frozenset(m.peer for m in live if m.peer in trainers and (expert is None or expert in m.experts))
+        return Present(holders, frozenset(m.peer for m in live if m.role is Role.KEEPER), trainers - holders)
 
     def _each(self, change: Callable[[FragmentBook], books.Step], effects: list[Effect]) -> None:
         for name in sorted(self.fragments):

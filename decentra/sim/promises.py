@@ -91,7 +91,9 @@ class Promises:
     def _on_record(self, record: ledger.Record) -> None:
         match record:
             case ledger.Opened():
-                self.expect(record.base == self._current[record.fragment][0], f"round {record.round} of {record.fragment} opens on another anchor")
+                self.expect(
+                    record.base == self._current[record.fragment][0], f"round {record.round} of {record.fragment} opens on another anchor"
+                )
             case ledger.Settled(settlement):
                 self._on_settled(settlement)
             case ledger.Confirmed():
@@ -107,7 +109,9 @@ class Promises:
         self._settled[settlement.fragment, settlement.round] = settlement
         for entry in settlement.entries:
             offered = self._offers.get((entry.peer, settlement.fragment, settlement.round))
-            self.expect(offered == entry.packet, f"round {settlement.round} of {settlement.fragment} settled a packet {entry.peer} never offered")
+            self.expect(
+                offered == entry.packet, f"round {settlement.round} of {settlement.fragment} settled a packet {entry.peer} never offered"
+            )
 
     def _on_confirmed(self, record: ledger.Confirmed) -> None:
         settlement, where = self._settled[record.fragment, record.round], f"round {record.round} of {record.fragment}"

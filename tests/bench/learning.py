@@ -128,9 +128,7 @@ class Swarm:
                 num_tokens = snapshot.num_tokens - peer.tokens_at_encode.get(fragment, 0)
                 peer.tokens_at_encode[fragment] = snapshot.num_tokens
                 codec = self.manifest.codec
-                pending = account.encode(
-                    self.num_rounds, snapshot.live_N, codec.name, codec.error_feedback, num_tokens, snapshot.num_steps
-                )
+                pending = account.encode(self.num_rounds, snapshot.live_N, codec.name, codec.error_feedback, num_tokens, snapshot.num_steps)
                 self.packet_bytes += len(pending.packet)
 
     def adopt(self) -> None:
@@ -226,7 +224,9 @@ def run_alone(manifest: Manifest, lab: Lab, key: str, domain: str | None, say: C
         if inner.is_diverged:
             raise TrainingError(f"{key}: five inner steps in a row were not finite; lower train.lr")
         if lab.report_every and domain is None and step % lab.report_every == 0:
-            say(f"{key} step {step}: train {inner.totals(0.0).loss_ema:.3f}, model {mean_loss(inner._model, manifest, 24):.3f} (24 windows)")
+            say(
+                f"{key} step {step}: train {inner.totals(0.0).loss_ema:.3f}, model {mean_loss(inner._model, manifest, 24):.3f} (24 windows)"
+            )
     assert isinstance(inner._model, Decoder), "the lab trains the reference decoder"
     return inner._model
 
@@ -238,9 +238,7 @@ def _layout(manifest: Manifest) -> Layout:
     return build_layout(shapes, trunk_fragments=manifest.rounds.trunk_fragments)
 
 
-def _loop(
-    manifest: Manifest, lab: Lab, layout: Layout, config: PeerConfig, peer: PeerId, trained: frozenset[FragmentId]
-) -> ScheduledLoop:
+def _loop(manifest: Manifest, lab: Lab, layout: Layout, config: PeerConfig, peer: PeerId, trained: frozenset[FragmentId]) -> ScheduledLoop:
     model = build_model(manifest.model, manifest.seed)
     inner = ScheduledLoop(manifest, layout, model, source_for(manifest, config, peer), torch.device("cpu"), trained)
     inner.lab = lab

@@ -157,7 +157,7 @@ async def man_in_the_middle(service: str, folder: Path) -> AsyncIterator[str]:
 
 
 def test_services_that_are_not_the_runs_own(tmp_path: Path) -> None:
-    """Another run's service, and one that stands between: its answers are the service's, its TLS certificate is not."""
+    """The same manifest under another run key, and one that stands between: its answers are the service's, its TLS certificate is not."""
 
     async def story() -> list[Finding]:
         async with lab(tmp_path / "mine") as mine, lab(tmp_path / "other") as other, man_in_the_middle(mine.service, tmp_path) as middle:
@@ -166,7 +166,7 @@ def test_services_that_are_not_the_runs_own(tmp_path: Path) -> None:
 
     other_run, middle, mine = run(story())
     assert other_run.level is middle.level is Level.FAIL
-    assert "the run served at" in other_run.found
+    assert "no valid certificate of the run key" in other_run.found
     assert "somebody stands between" in middle.found
     assert "do not join" in middle.fix
     assert exit_code([middle]) is ExitCode.FAILED
