@@ -98,6 +98,10 @@ class Journal(Protocol):
 
     def load(self) -> Iterable[bytes]: ...
 
+    def read(self, after: int, limit: int) -> list[bytes]:
+        """At most ``limit`` records after the first ``after``; blocks."""
+        ...
+
 
 class Disk(Protocol):
     """The only way to write files. Each call is one crash point."""

@@ -66,6 +66,12 @@ class SqliteJournal:
             if len(rows) < _PAGE_ROWS:
                 return
 
+    def read(self, after: int, limit: int) -> list[bytes]:
+        """At most ``limit`` records after the first ``after``."""
+        with self._lock, self._mapped():
+            rows = self._db.execute("SELECT body FROM record WHERE seq > ? ORDER BY seq LIMIT ?", (after, limit)).fetchall()
+        return [bytes(body) for (body,) in rows]
+
     def count(self) -> int:
         with self._lock, self._mapped():
             return int(self._db.execute("SELECT count(*) FROM record").fetchone()[0])

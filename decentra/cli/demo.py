@@ -231,7 +231,7 @@ class Demo:
         num_rounds = self.snap["rounds_confirmed_trunk"]
         return {
             "num_peers": len(members), "num_experts": self.manifest.model.num_experts,
-            "experts_per_peer": {m["name"]: m["experts"] for m in members},
+            "experts_per_peer": max((len(m["experts"]) for m in members), default=0), "experts_of": {m["name"]: m["experts"] for m in members},
             "rounds_confirmed_trunk": num_rounds, "rounds_confirmed_min_expert": self.snap["rounds_confirmed_min_expert"],
             "rounds_abandoned": self.snap["rounds_abandoned"], "rounds_thin": self.snap["rounds_thin"],
             "seconds_to_first_confirmed": self.first_confirmed_s, "seconds": round(self.elapsed(), 1),

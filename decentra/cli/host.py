@@ -20,6 +20,7 @@ from decentra.config import Manifest, PeerConfig
 from decentra.errors import ConfigError, DecentraError, Refused
 from decentra.gossip import records
 from decentra.gossip.bootstrap import run_bootstrap
+from decentra.gossip.exchange import HivemindExchange
 from decentra.gossip.node import GossipNode
 from decentra.identity import is_signed, load_or_create_key
 from decentra.invite import Invite
@@ -34,6 +35,7 @@ from decentra.wire.trust import Admission, ServiceCertificate, TrustChain, pack_
 CERTIFICATE_DAYS = 90
 LEDGER_PURPOSE = "ledger"
 BEACON_S, BEACON_TTL_S = 60.0, 300.0
+OVER_S, ADVERTISE_S = 2.0, 120.0
 
 
 @dataclass
@@ -43,6 +45,19 @@ class Service:
     driver: Driver
     identity: ServiceIdentity
     port: int
+    pump: asyncio.Task[None]  # ends only with an error, such as a full disk under the ledger
+
+    async def until(self, *others: asyncio.Task[None]) -> None:
+        """Wait for all of ``others``. Raises the service's error if that comes first."""
+        waiting = asyncio.ensure_future(asyncio.gather(*others))
+        try:
+            await asyncio.wait([waiting, self.pump], return_when=asyncio.FIRST_COMPLETED)
+            if self.pump.done():
+                self.pump.result()
+            await waiting
+        finally:
+            waiting.cancel()
+            await asyncio.gather(waiting, return_exceptions=True)
 
 
 def service_identity(run: RunDir, manifest: Manifest) -> ServiceIdentity:
@@ -86,18 +101,12 @@ async def averaging_service(run: RunDir, manifest: Manifest, listen: str, events
         stack.push_async_callback(server.close)
         pump = asyncio.create_task(driver.run())
         stack.push_async_callback(_end, pump)
-        pump.add_done_callback(lambda t: _report_end(t, events))
-        yield Service(driver, identity, port)
+        yield Service(driver, identity, port, pump)
 
 
 async def _end(task: asyncio.Task[None]) -> None:
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
-
-
-def _report_end(task: asyncio.Task[None], events: Events) -> None:
-    if not task.cancelled() and (error := task.exception()) is not None:
-        events.emit("operation-failed", why=f"the averaging service stopped: {error!r}")
 
 
 async def run_host(
@@ -124,12 +133,17 @@ async def run_host(
             invite = _invite(run, uses, days, bootstrap, services) if run.has_run_key() else None
             if callable(on_ready):
                 on_ready(invite, (bootstrap,), services)
-            tasks = [asyncio.create_task(watch_loop(events)), asyncio.create_task(_beacon(node, service, services, events))]
+            chores = (watch_loop(events), _beacon(node, service, services, events), _advertise_result(exchange, service))
+            tasks = [asyncio.create_task(chore) for chore in chores]
             for task in tasks:
                 stack.push_async_callback(_end, task)
-            await _keep(service, door, config, run, node, exchange, stop, events)
-            await stop.event.wait()
+            keeping = asyncio.create_task(_keep(service, door, config, run, node, exchange, stop, events))
+            await service.until(keeping, asyncio.create_task(_stopped(stop)))
             return stop.why
+
+
+async def _stopped(stop: StopRequest) -> None:
+    await stop.event.wait()
 
 
 def _invite(run: RunDir, uses: int, days: float, bootstrap: str, services: Sequence[str]) -> Invite:
@@ -191,12 +205,22 @@ async def _beacon(node: GossipNode, service: Service, services: Sequence[str], e
         await asyncio.sleep(BEACON_S)
 
 
+async def _advertise_result(exchange: HivemindExchange, service: Service) -> None:
+    """Once the run is over no member has to stay: the host keeps its anchors findable for those who come late or pull."""
+    while True:
+        if not service.driver.book.is_over:
+            await asyncio.sleep(OVER_S)
+            continue
+        await exchange.announce([view.anchor for view in service.driver.status()[1]])
+        await asyncio.sleep(ADVERTISE_S)
+
+
 async def run_averager(run: RunDir, *, listen: str, address: str, stop: StopRequest, events: Events) -> str:
     """The averaging service alone."""
     with locked_dir(run.host):
         async with averaging_service(run, run.manifest(), listen, events) as service:
             print(f"averaging service of run {service.identity.run[:12]} at {address}:{service.port}", flush=True)
-            await stop.event.wait()
+            await service.until(asyncio.create_task(_stopped(stop)))
             return stop.why
 
 

@@ -31,8 +31,12 @@ class Fetcher:
         """
         if (mine := await self._exchange.read(digest)) is not None:
             return mine
+        began = asyncio.get_running_loop().time()
         async with self._gate:
-            return await self._from_sources(digest, max_bytes, sources)
+            try:
+                return await self._from_sources(digest, max_bytes, sources)
+            finally:
+                self._events.emit("fetch-measured", digest=digest[:12], s=round(asyncio.get_running_loop().time() - began, 3), sources=len(sources))
 
     async def _from_sources(self, digest: Digest, max_bytes: int, sources: Sequence[PeerId]) -> bytes:
         got = bytearray()

@@ -265,10 +265,10 @@ def _expected(book: FragmentBook, present: Present) -> frozenset[PeerId]:
     Without the latter a roster that started small would stay small: those who follow it are always a moment later than those who attest.
     """
     if book.round is None:
-        return present.all
+        return present.roster
     previous = book.history[-1][0] if book.history else None
     behind = {p for p, digest in book.holdings.items() if digest == previous}
-    return (book.round.roster | behind) & present.all
+    return (book.round.roster | behind) & present.roster
 
 
 def _is_gathered(book: FragmentBook, ready: Present, present: Present, now: float, timing: Timing) -> bool:

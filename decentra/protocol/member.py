@@ -239,6 +239,7 @@ class FragmentLife:
     encoded_at_steps: int = 0
     encoded_before_steps: int = 0
     sat_out: int = 0  # newest round this peer abstained from
+    why_sat_out: str = ""
     no_replay_to: Digest | None = None  # replaying towards this anchor failed: fetch it whole
     told: frozenset[tuple[str, str]] = frozenset()  # said on this stream
     retry_at: float = 0.0
@@ -288,10 +289,10 @@ def _catch_up(life: FragmentLife, view: FragmentView, me: Self) -> Result:
     if life.tentative is not None and life.tentative[1] == link.anchor:
         return _commit(life, link.settlement, link.anchor)
     if life.tentative is not None and life.tentative[0] == link.settlement.round:
-        return replace(life, no_replay_to=view.anchor, tentative=None), ()  # we computed another digest: fetch theirs
-    life, fetches = _fetch_entries(life, view, link.settlement, me)
+        return _catch_up(replace(life, no_replay_to=view.anchor, tentative=None), view, me)  # we computed another digest: fetch theirs
     if any(e.packet in life.bad_packets for e in link.settlement.entries):
-        return replace(life, no_replay_to=view.anchor), fetches
+        return _catch_up(replace(life, no_replay_to=view.anchor), view, me)
+    life, fetches = _fetch_entries(life, view, link.settlement, me)
     if all(e.packet in life.packets for e in link.settlement.entries):
         return replace(life, busy="apply"), (*fetches, Apply(link.settlement))
     return life, fetches
@@ -343,7 +344,8 @@ def _close_pending(life: FragmentLife, view: FragmentView, me: Self) -> Result:
     if pending.round == view.round and view.phase in (Phase.OPEN, Phase.SETTLED, Phase.TENTATIVE):
         return life, ()
     for outcome in view.recent:
-        if outcome.round == pending.round and outcome.phase is Phase.CONFIRMED and outcome.settlement and outcome.anchor:
+        is_here = outcome.phase is Phase.CONFIRMED and outcome.anchor == life.anchor  # else it was rolled back since
+        if outcome.round == pending.round and is_here and outcome.settlement and outcome.anchor:
             return _commit(life, outcome.settlement, outcome.anchor)
     why = next((o.why for o in view.recent if o.round == pending.round), "its round ended without a result")
     return replace(life, busy="cancel"), (Cancel(life.fragment, pending.round, why),)
@@ -353,6 +355,9 @@ def _take_part(life: FragmentLife, view: FragmentView, me: Self, num_steps: int,
     effects: tuple[Effect, ...] = ()
     if me.peer in view.holders and life.trains and view.round > life.sat_out:
         life, effects = _offer(life, view, me, num_steps, now)
+    elif me.peer in view.holders and view.round == life.sat_out:
+        abstention = Abstention(life.fragment, view.round, me.peer, life.why_sat_out)
+        life, effects = _say(life, ("abstain", str(view.round)), abstention)
     for offer in view.offers:
         if offer.base != life.anchor:
             continue
@@ -471,17 +476,16 @@ class MemberMachine:
                 self.lives[offer.fragment] = replace(life, busy="", pending=offer, packets=life.packets | {offer.packet})
                 return (offer.fragment,)
             case _:
-                return self._take_result(event, now, effects)
+                return self._take_result(event, now)
         return None
 
-    def _take_result(self, event: Event, now: float, effects: list[Effect]) -> tuple[FragmentId, ...]:
+    def _take_result(self, event: Event, now: float) -> tuple[FragmentId, ...]:
         assert not isinstance(event, Connected | Disconnected | Viewed | SwarmViewed | Stepped | Tick | Encoded)
         life = self.lives[event.fragment]
         match event:
-            case Skipped(fragment, number, why):
+            case Skipped(_, number, why):
                 self.skipped_rounds += 1
-                life = replace(life, busy="", sat_out=number)
-                effects.append(Say(Abstention(fragment, number, self.me.peer, why)))
+                life = replace(life, busy="", sat_out=number, why_sat_out=why)
             case Fetched(_, packet):
                 life = replace(life, fetching=life.fetching - {packet}, packets=life.packets | {packet})
             case FetchFailed(_, packet, is_bad):

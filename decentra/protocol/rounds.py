@@ -149,10 +149,10 @@ class RoundBook:
             return []
         if known and known.role is not role:
             raise Refused(f"{short(peer)} is a {known.role} of this run and asks to be a {role}; use another --name or --dir")
-        if token is not None:
-            self.token_uses.setdefault(token, set()).add(peer)
         if known:
             return []
+        if token is not None:
+            self.token_uses.setdefault(token, set()).add(peer)
         self.members[peer] = Member(peer, role, "", heard_at=now)
         return [Write(ledger.Admitted(peer, role, "", token or ""))]
 
@@ -168,7 +168,7 @@ class RoundBook:
             if token in self.revoked:
                 raise Refused("the organiser revoked this invite; ask for a new one")
             used = self.token_uses.get(token, set())
-            if role is not Role.WATCHER and peer not in used and len(used) >= token_uses:
+            if role is not Role.WATCHER and not known and len(used) >= token_uses:
                 raise Refused(f"this invite is used up ({token_uses} of {token_uses} peers); ask for a new one")
         if not known and role is not Role.WATCHER and len(self.members) >= self.manifest.admission.max_members:
             raise Refused(f"the run is full: {self.manifest.admission.max_members} members")
@@ -225,7 +225,7 @@ class RoundBook:
         if not isinstance(event, Tick | Stop | Revoke | Goodbye | Detached):
             self._mark_alive(event.peer, now, effects)
         self._tick_fragments(now, effects)
-        self._consider_end(effects)
+        self._consider_end(now, effects)
         return effects
 
     def next_deadline(self, now: float) -> float | None:
@@ -374,11 +374,19 @@ class RoundBook:
         elif stop.date is not None and wall_s >= stop.date:
             self._stop("the run's last day is over", effects)
 
-    def _consider_end(self, effects: list[Effect]) -> None:
-        if self.stopping is not None and not self.is_over and all(b.active is None for b in self.fragments.values()):
-            self.is_over = True
-            effects.append(Write(ledger.Stopping(self.stopping, True)))
-            self._swarm_changed(effects)
+    def _consider_end(self, now: float, effects: list[Effect]) -> None:
+        """Over when no round is active and everybody present has the last anchors: whoever confirmed them may leave then."""
+        if self.stopping is None or self.is_over or any(self._is_draining(b, now) for b in self.fragments.values()):
+            return
+        self.is_over = True
+        effects.append(Write(ledger.Stopping(self.stopping, True)))
+        self._swarm_changed(effects)
+
+    def _is_draining(self, book: FragmentBook, now: float) -> bool:
+        if book.active is not None:
+            return True
+        present = self._present(book.fragment)
+        return not present.roster <= book.ready(present).roster and now < book.idle_since + self.manifest.rounds.attest_s
 
     def _swarm_changed(self, effects: list[Effect]) -> None:
         self.swarm_version += 1

@@ -20,6 +20,7 @@ from decentra.service.mailbox import Mailbox
 
 MAX_TICK_S = 1.0
 MAX_BATCH = 256
+MAX_OUTCOMES = 4096  # of the newest rounds, answered from memory; older ones are in the ledger
 SIGNATURE_BYTES = 64
 
 Seal = Callable[[bytes], bytes]  # 64-byte signature of the service key over a ledger line
@@ -54,7 +55,6 @@ class Driver:
     check_seal: Callable[[bytes, bytes], bool] | None = None
     book: RoundBook = field(init=False)
     _ledger: Ledger = field(init=False, default_factory=Ledger)
-    _records: list[bytes] = field(init=False, default_factory=list)
     _outcomes: dict[tuple[FragmentId, int], Outcome] = field(init=False, default_factory=dict)
     _mailboxes: dict[PeerId, Mailbox] = field(init=False, default_factory=dict)
     _queue: asyncio.Queue[_Work] = field(init=False, default_factory=asyncio.Queue)
@@ -68,7 +68,6 @@ class Driver:
             if self.check_seal is not None and not self.check_seal(line, signature):
                 raise IntegrityError(f"ledger record {len(records) + 1} has a wrong signature; restore the ledger from its backup")
             records.append(self._ledger.accept(line))
-            self._records.append(raw)
             self._note(records[-1])
         if records:
             self.book = RoundBook.restore(self.manifest, records, now)
@@ -93,7 +92,6 @@ class Driver:
             lines = self._lines(effects)
             if lines:
                 await self.compute.run(self.journal.append, lines)
-                self._records.extend(lines)
             self._publish(effects, now)
             for work, refusal in refusals:
                 if work.done is not None and not work.done.done():
@@ -136,7 +134,7 @@ class Driver:
 
     async def ledger(self, after_seq: int, limit: int) -> list[bytes]:
         """Sealed journal records from position ``after_seq`` (0 = all) on."""
-        return self._records[after_seq : after_seq + limit]
+        return await self.compute.run(self.journal.read, after_seq, limit)
 
     async def command(self, kind: str, argument: str) -> str:
         """Carry out an organiser's command; its authority was checked at the door."""
@@ -180,9 +178,7 @@ class Driver:
         return self.book.handle(work.event, now)
 
     def _append(self, effects: Iterable[Effect]) -> None:
-        lines = self._lines(effects)
-        self.journal.append(lines)
-        self._records.extend(lines)
+        self.journal.append(self._lines(effects))
 
     def _lines(self, effects: Iterable[Effect]) -> list[bytes]:
         lines = []
@@ -207,6 +203,8 @@ class Driver:
                 )
             case ledger.GaveUp():
                 self._outcomes[record.fragment, record.round] = Outcome(record.round, record.phase, record.why)
+        while len(self._outcomes) > MAX_OUTCOMES:
+            del self._outcomes[next(iter(self._outcomes))]
 
     def _publish(self, effects: Sequence[Effect], now: float) -> None:
         fragments: dict[FragmentId, None] = {}

@@ -154,6 +154,9 @@ class SimJournal:
     def load(self) -> Iterable[bytes]:
         return list(self.records)
 
+    def read(self, after: int, limit: int) -> list[bytes]:
+        return self.records[after : after + limit]
+
 
 @dataclass
 class SimNet:

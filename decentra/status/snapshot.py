@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from decentra.config import Manifest
-from decentra.ids import FragmentId, PeerId, expert_of, module_of_fragment
+from decentra.ids import FragmentId, PeerId, expert_of, module_of_fragment, short
 from decentra.protocol.messages import FragmentView, MemberView, Phase, Role, SwarmView
 
 NUM_RECENT_PARTICIPATION = 2  # a peer participates when one of the last two confirmed rounds of some fragment has its packet
@@ -29,7 +29,7 @@ def snapshot(manifest: Manifest, swarm: SwarmView, views: Sequence[FragmentView]
         "num_live": len(live),
         "num_participating": len(active),
         "tokens_per_expert": tokens_per_expert(manifest, views),
-        "members": [_member(m, m.peer in active) for m in swarm.members],
+        "members": [_member(m, m.peer in active) for m in sorted(swarm.members, key=lambda m: (m.role, m.name))],
         "modules": _modules(fragments, swarm),
         "rounds_confirmed_trunk": min(
             (v.tally.num_confirmed for v in views if expert_of(module_of_fragment(v.fragment)) is None), default=0
@@ -92,11 +92,18 @@ def _fragment(v: FragmentView, swarm: SwarmView) -> dict[str, Any]:
     names = {m.peer: m.name or m.peer for m in swarm.members}
     return {
         "fragment": v.fragment, "module": module_of_fragment(v.fragment), "height": v.height, "anchor": v.anchor, "round": v.round,
-        "phase": str(v.phase), "why": v.why, "ready": [names.get(p, p) for p in v.ready],
+        "phase": str(v.phase), "why": _with_names(v.why, names), "ready": [names.get(p, p) for p in v.ready],
         "offers": [names.get(o.peer, o.peer) for o in v.offers], "attesters": [names.get(p, p) for p in v.attesters],
         "num_confirmed": v.tally.num_confirmed, "num_thin": v.tally.num_thin, "num_abandoned": v.tally.num_abandoned,
         "num_void": v.tally.num_void, "num_tokens": v.tally.num_tokens,
     }  # fmt: skip
+
+
+def _with_names(why: str, names: dict[PeerId, str]) -> str:
+    """The service speaks of peers by the end of their id; people know them by name."""
+    for peer, name in names.items():
+        why = why.replace(short(peer), name)
+    return why
 
 
 def _modules(fragments: list[dict[str, Any]], swarm: SwarmView) -> list[dict[str, Any]]:

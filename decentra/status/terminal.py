@@ -37,7 +37,7 @@ def _headline(snap: dict[str, Any]) -> Text:
         f" least expert {snap['rounds_confirmed_min_expert']}, given up {snap['rounds_abandoned']}, thin {snap['rounds_thin']}"
         f"   loss {loss}   tokens {count(snap['num_tokens'])}   up {size(snap['tx_bytes'])}   down {size(snap['rx_bytes'])}"
     )
-    agree = ("   anchors agree", "green") if snap["anchors_equal"] else ("   some members are not on the newest anchors", "yellow")
+    agree = ("   anchors agree", "green") if snap["anchors_equal"] else ("   anchors differ for now", "yellow")
     text.append(*agree)
     return text
 

@@ -1,0 +1,152 @@
+"""A whole swarm of real processes: four peers train, one is killed and returns, the host is killed and returns, and nothing confirmed is lost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from processes import Command, Lab, confirmed, ctrl_c, lab, ledger_records
+
+from decentra.cli.rundir import RunDir
+from decentra.invite import parse_invite
+from decentra.protocol import ledger
+
+NUM_PEERS, NUM_ROUNDS = 4, 14
+KILL_PEER_AT, KILL_HOST_AT = 2, 6  # heights of the trunk
+
+
+def trunk(host: Command) -> int:
+    return host.heights().get("trunk/0", 0)
+
+
+def entries_of(records: list[ledger.Record], peer: str) -> list[int]:
+    """Heights of the trunk whose settlement holds a packet of ``peer``, in confirmed rounds only."""
+    settled = {(r.settlement.fragment, r.settlement.round): r.settlement for r in records if isinstance(r, ledger.Settled)}
+    done = [settled[r.fragment, r.round] for r in records if isinstance(r, ledger.Confirmed) and r.fragment == "trunk/0"]
+    return [s.height for s in done if any(e.peer == peer for e in s.entries)]
+
+
+def assert_status_names_everything(status: dict[str, Any], run: RunDir, names: set[str]) -> None:
+    """Members, modules, holders, rounds and why each waits, in one JSON object."""
+    assert status["run"] == run.manifest().run_id()
+    members = {m["name"]: m for m in status["members"]}
+    assert names | {"host"} <= members.keys()
+    assert members["host"]["role"] == "keeper"
+    for name in names:
+        assert members[name]["role"] == "trainer"
+        assert len(members[name]["experts"]) == 2
+    modules = {m["module"]: m for m in status["modules"]}
+    assert modules.keys() == {"trunk", "router", "expert.0", "expert.1", "expert.2", "expert.3"}
+    assert set(modules["trunk"]["holders"]) <= names
+    for expert in range(4):
+        expected = {n for n in names if members[n]["is_live"] and expert in members[n]["experts"]}
+        assert set(modules[f"expert.{expert}"]["holders"]) == expected
+    for module in modules.values():
+        for fragment in module["fragments"]:
+            assert fragment["round"] >= 1
+            assert fragment["phase"]
+            assert fragment["why"], f"{fragment['fragment']} does not say what it waits for"
+
+
+def start_swarm(world: Lab, host: Command) -> tuple[str, list[Command]]:
+    invite = world.invite_of(host.start())
+    domains = ("code", "prose", "headers", "math")
+    peers = [
+        world.member("join", invite, f"peer-{i}", "--domain", domain, "--threads", "1").start()
+        for i, domain in enumerate(domains[:NUM_PEERS])
+    ]
+    world.wait_for("everybody trains", lambda: all(p.events("training") for p in peers))
+    return invite, peers
+
+
+def kill_and_return(world: Lab, host: Command, victim: Command) -> None:
+    world.wait_for("the first rounds", lambda: trunk(host) >= KILL_PEER_AT)
+    victim.kill()
+    at = trunk(host)
+    world.wait_for("rounds go on without the killed peer", lambda: trunk(host) >= at + 1)
+    victim.start()
+
+
+def kill_host_and_return(world: Lab, host: Command, run: RunDir, invite: str) -> list[tuple[str, int, int, str]]:
+    """kill -9 of bootstrap node, averaging service and keeper together; the same ports afterwards. What was confirmed before."""
+    host.kill()
+    before = confirmed(ledger_records(run, world.root / "ledger-before"))
+    parsed = parse_invite(invite)
+    bootstrap_port, service_port = parsed.bootstrap[0].split("/")[4], parsed.services[0].split(":")[1]
+    again = world.host(run, bootstrap_port=int(bootstrap_port), service_port=int(service_port))
+    host.args = again.args
+    host.start()
+    return before
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(280)
+def test_a_swarm_survives_a_killed_peer_and_a_killed_host(tmp_path: Path) -> None:
+    with lab(tmp_path) as world:
+        run = world.init(f"stop.rounds={NUM_ROUNDS}")
+        host = world.host(run)
+        invite, peers = start_swarm(world, host)
+        victim = peers[-1]
+        kill_and_return(world, host, victim)
+
+        world.wait_for("some more rounds", lambda: trunk(host) >= KILL_HOST_AT and len(victim.events("training")) == 2)
+        before = kill_host_and_return(world, host, run, invite)
+        world.wait_for("the service resumed from its ledger", lambda: host.events("service-resumed"))
+        world.wait_for("rounds after the restart", lambda: trunk(host) > max(h for f, _, h, _ in before if f == "trunk/0"))
+        code, status, _ = world.run("status", invite, "--json")
+        assert code == 0
+        assert_status_names_everything(status, run, {p.name for p in peers})
+
+        assert [p.exit_code(120) for p in peers] == [0] * NUM_PEERS
+        results = [p.last_json() for p in peers]
+        assert all(r["ok"] and "rounds of the trunk are confirmed" in r["why"] for r in results)
+        check_model(world, invite)
+        code, seconds = ctrl_c(host)
+        assert (code, seconds < 8.0) == (0, True), host.tail()
+
+        records = ledger_records(run, world.root / "ledger-after")
+        check_ledger(before, records, results, victim.last_json()["peer"])
+        world.assert_nothing_left()
+
+
+def check_ledger(
+    before: list[tuple[str, int, int, str]], records: list[ledger.Record], results: list[dict[str, Any]], victim: str
+) -> None:
+    after = confirmed(records)
+    assert after[: len(before)] == before, "a round that was confirmed before the kill is not in the ledger after it"
+    heights: dict[str, int] = {}
+    newest: dict[str, str] = {}
+    for fragment, _, height, anchor in after:
+        assert height == heights.get(fragment, 0) + 1, f"{fragment} jumped from height {heights.get(fragment, 0)} to {height}"
+        heights[fragment], newest[fragment] = height, anchor
+    assert not [r for r in records if isinstance(r, ledger.RolledBack)]
+    assert heights["trunk/0"] >= NUM_ROUNDS
+    for result in results:
+        assert result["anchors"] == newest, f"{result['name']} ended with other anchors than the ledger's"
+    contributed = entries_of(records, victim)
+    assert contributed[0] <= KILL_PEER_AT + 1
+    assert contributed[-1] > KILL_HOST_AT, f"the killed peer never contributed again: {contributed}"
+
+
+def check_model(world: Lab, invite: str) -> None:
+    """The pulled model is what the ledger says and has learned: clearly below the loss of the genesis anchors."""
+    code, pulled, err = world.run("pull", invite, str(world.root / "model"), "--json")
+    assert code == 0, err
+    assert pulled["heights"]["trunk/0"] >= NUM_ROUNDS
+    code, result, err = world.run("eval", str(world.root / "model"), "--json")
+    assert code == 0, err
+    genesis = genesis_loss(world)
+    assert result["loss"] < genesis - 0.5, f"{result['loss']:.3f} after training, {genesis:.3f} before"
+
+
+def genesis_loss(world: Lab) -> float:
+    """Held-out loss of the model the run began with, from the files init made."""
+    from decentra.cli.look import evaluate_checkpoint
+    from decentra.peer.checkpoint import assemble, save_model
+
+    run = RunDir(world.root / "run")
+    manifest = run.manifest()
+    blobs = run.genesis_blobs(manifest)
+    save_model(world.root / "genesis", assemble(manifest, {f: blobs[d] for f, d in manifest.genesis.items()}, {}))
+    return float(evaluate_checkpoint(world.root / "genesis")["loss"])
