@@ -80,7 +80,7 @@ class TrainSpec(_Frozen):
 class RoundSpec(_Frozen):
     """The outer loop's timing. Times are seconds."""
 
-    inner_steps: int = Field(10, ge=1, le=100_000, description="H: inner steps between two outer steps of a fragment")
+    inner_steps: int = Field(12, ge=1, le=100_000, description="H: inner steps between two outer steps of a fragment")
     cut_off_s: float = Field(60.0, gt=0, description="a round settles with its quorum at this age until arrivals are known")
     grace_s: float = Field(60.0, gt=0, description="without a quorum the round is abandoned this long after the cut-off")
     attest_s: float = Field(30.0, gt=0, description="a settled round nobody attests is voided after this")

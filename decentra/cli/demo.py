@@ -25,8 +25,8 @@ from decentra.invite import parse_invite
 
 DEMO_SETTINGS: tuple[str, ...] = (
     'name="demo"',
-    "rounds.inner_steps=20",
-    "stop.rounds=22",
+    "rounds.inner_steps=12",
+    "stop.rounds=25",
 )
 KILL_AT, BACK_AFTER = 0.35, 0.12  # shares of the run's rounds
 LOOK_S, DEADLINE_S, END_S = 1.0, 1500.0, 30.0

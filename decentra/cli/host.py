@@ -16,14 +16,14 @@ from decentra.averaging.tls import load_or_create_tls
 from decentra.cli.rundir import DAY_S, RunDir
 from decentra.cli.running import StopRequest, locked_dir, watch_loop
 from decentra.cli.wiring import Door, gossip, member_runtime, new_nonce
-from decentra.config import Manifest, PeerConfig
+from decentra.config import Manifest, PeerConfig, differing_keys, load_toml, manifest_from_bytes
 from decentra.errors import ConfigError, DecentraError, Refused
 from decentra.gossip import records
 from decentra.gossip.bootstrap import run_bootstrap
 from decentra.gossip.exchange import HivemindExchange
 from decentra.gossip.node import GossipNode
 from decentra.identity import is_signed, load_or_create_key
-from decentra.invite import Invite
+from decentra.invite import Invite, parse_invite
 from decentra.peer.compute import DeltaThread, SystemClock
 from decentra.peer.disk import RealDisk, write_atomic
 from decentra.ports import Events
@@ -79,9 +79,36 @@ def service_identity(run: RunDir, manifest: Manifest) -> ServiceIdentity:
     return ServiceIdentity(TrustChain(manifest.run_id(), run_public), manifest, sealed_manifest, certificate, service_key, tls)
 
 
+def check_frozen(run: RunDir, manifest: Manifest, events: Events) -> None:
+    """A run's manifest is frozen. Raises ManifestMismatch when it is not the one of the first start; says which keys of run.toml are ignored."""
+    disk = RealDisk(run.host)
+    served = disk.read("manifest.json")
+    if served is None:
+        write_atomic(disk, "manifest.json", manifest.canonical_bytes())
+    elif served != manifest.canonical_bytes():
+        before = manifest_from_bytes(served, str(run.host / "manifest.json"))
+        keys = differing_keys(manifest, before)
+        what = f"{run.root / 'manifest.json'} was changed after the run began (put it back, or make a new run with 'decentra init'): it"
+        raise ManifestMismatch(manifest.run_id()[:12], before.run_id()[:12], keys, what)
+    if run.toml.exists() and (ignored := ignored_settings(run.toml, manifest)):
+        why = "run.toml was changed after 'decentra init'; the frozen manifest.json counts. Make a new run to use them"
+        events.emit("settings-ignored", keys=list(ignored), why=why)
+
+
+def ignored_settings(toml: Path, manifest: Manifest) -> tuple[str, ...]:
+    """Keys of run.toml that say something else than the manifest; the ones that ``init`` computes are left out."""
+    try:
+        written = load_toml(Manifest, toml)
+    except ConfigError:
+        return ("run.toml cannot be read",)
+    computed = ("genesis", "data.held_out")
+    return tuple(key for key in differing_keys(written, manifest) if not key.startswith(computed) or key == "data.held_out_bytes")
+
+
 @asynccontextmanager
 async def averaging_service(run: RunDir, manifest: Manifest, listen: str, events: Events) -> AsyncIterator[Service]:
-    """The averaging service of a run directory, from its ledger on."""
+    """The averaging service of a run directory, from its ledger on. Raises ManifestMismatch when the manifest was edited since."""
+    check_frozen(run, manifest, events)
     identity = service_identity(run, manifest)
     purpose = f"{LEDGER_PURPOSE}/{identity.run}"
     async with AsyncExitStack() as stack:
@@ -148,17 +175,21 @@ async def _stopped(stop: StopRequest) -> None:
 
 def _invite(run: RunDir, uses: int, days: float, bootstrap: str, services: Sequence[str]) -> Invite:
     """The host's own invite: made once and shown again at each start, so that a restart does not use invites up."""
-    from decentra.invite import parse_invite
-
     disk = RealDisk(run.host)
     stored = disk.read("invite")
-    if stored is not None:
-        invite = parse_invite(stored.decode())
+    if stored is not None and (invite := _parsed(stored)) is not None:
         if invite.bootstrap == (bootstrap,) and invite.services == tuple(services):
             return invite
     invite = run.make_invite(uses, days, bootstrap=(bootstrap,), services=services)
     write_atomic(disk, "invite", invite.encode().encode())
     return invite
+
+
+def _parsed(stored: bytes) -> Invite | None:
+    try:
+        return parse_invite(stored.decode(errors="replace"))
+    except InviteError:
+        return None  # damaged: a new one is made
 
 
 async def _own_door(service: Service, peer: str, run: RunDir, manifest: Manifest, events: Events) -> Door:

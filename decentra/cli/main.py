@@ -30,7 +30,7 @@ def main() -> None:
 
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # the p2p daemon is started with exec; gRPC would warn about the fork before it
     try:
-        app(standalone_mode=False)
+        app(prog_name="decentra", standalone_mode=False)
     except typer.Exit as leaving:
         sys.exit(leaving.exit_code)
     except (DecentraError, OSError) as error:
@@ -40,8 +40,8 @@ def main() -> None:
     except Exception as error:
         if not hasattr(error, "format_message"):
             raise
-        print(f"decentra: {error.format_message()}; see 'decentra --help'", file=sys.stderr)
-        sys.exit(int(ExitCode.USAGE))
+        usage = ConfigError(f"{error.format_message().rstrip('.')}; see 'decentra --help'")
+        sys.exit(fail(usage, as_json="--json" in sys.argv).exit_code)
 
 
 def _version(asked: bool) -> None:
@@ -218,6 +218,7 @@ def invite(
     if role is not None and role not in ("trainer", "keeper", "watcher"):
         raise ConfigError(f"--role is trainer, keeper or watcher, got {role!r}")
     run = RunDir(run_dir)
+    run.manifest()  # a directory that is no run is the first thing to say
     if bootstrap and service:
         where = tuple(bootstrap), tuple(service)
     else:
@@ -240,7 +241,7 @@ def _command(run_dir: Path, kind: str, argument: str, services: list[str] | None
     from decentra.wire.trust import TrustChain
 
     run = RunDir(run_dir)
-    key, manifest = run.run_key(), run.manifest()
+    manifest, key = run.manifest(), run.run_key()
     where = tuple(services) if services else run.addresses()[1]
 
     async def ask(_stop: Any) -> str:

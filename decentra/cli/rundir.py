@@ -76,8 +76,11 @@ class RunDir:
         path = self.host / "addresses.json"
         if not path.exists():
             raise ConfigError(f"the host of {self.root} has not run yet; start 'decentra host {self.root}' first, or give the addresses")
-        raw = json.loads(path.read_bytes())
-        return tuple(raw["bootstrap"]), tuple(raw["services"])
+        try:
+            raw = json.loads(path.read_bytes())
+            return tuple(map(str, raw["bootstrap"])), tuple(map(str, raw["services"]))
+        except (ValueError, KeyError, TypeError):
+            raise ConfigError(f"{path} is damaged; start 'decentra host {self.root}' again, or give the addresses") from None
 
     def make_invite(self, uses: int, days: float, *, bootstrap: Sequence[str], services: Sequence[str], role: str | None = None) -> Invite:
         from decentra.protocol.messages import Role

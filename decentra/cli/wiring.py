@@ -69,7 +69,7 @@ async def open_door(invite: Invite, config: PeerConfig, root: Path, events: Even
     disk, nonce = RealDisk(root), new_nonce()
     credentials = disk.read(CREDENTIALS_FILE) or b""
     client = AveragingClient(invite.services, trust, events, key=key, token=invite.token, credentials=credentials)
-    stored = _stored_manifest(disk, invite.run_id)
+    stored = _stored_manifest(disk, invite.run_id, events)
     deadline, retry_s = time.monotonic() + patience_s, RETRY_S
     while True:
         try:
@@ -96,12 +96,32 @@ async def open_door(invite: Invite, config: PeerConfig, root: Path, events: Even
     return Door(manifest, key, trust, client, nonce, is_admitted=True)
 
 
-def _stored_manifest(disk: RealDisk, run: RunId) -> Manifest | None:
+def _stored_manifest(disk: RealDisk, run: RunId, events: Events) -> Manifest | None:
     data = disk.read(MANIFEST_FILE)
     if data is None:
         return None
-    manifest = manifest_from_bytes(data, "stored manifest")
+    try:
+        manifest = manifest_from_bytes(data, f"stored {MANIFEST_FILE}")
+    except ConfigError as error:
+        events.emit("damaged-file", file=MANIFEST_FILE, why=f"{error}; the service is asked for it again")
+        return None
     return manifest if manifest.run_id() == run else None
+
+
+def _known_peers(disk: RealDisk, events: Events) -> list[str]:
+    """Addresses that answered last time; a damaged file is said and forgotten, the invite has addresses too."""
+    data = disk.read(KNOWN_FILE)
+    if data is None:
+        return []
+    try:
+        raw = json.loads(data)
+        if isinstance(raw, list) and all(isinstance(one, str) for one in raw):
+            return raw
+        why = "it is no list of addresses"
+    except ValueError as error:
+        why = f"not JSON: {error}"
+    events.emit("damaged-file", file=KNOWN_FILE, why=why)
+    return []
 
 
 def credential_check(trust: TrustChain) -> Callable[[PeerId, bytes], None]:
@@ -119,7 +139,7 @@ async def gossip(
 ) -> AsyncIterator[tuple[GossipNode, HivemindExchange]]:
     """This peer's node and blob exchange, closed in reverse; known peers are remembered for the next start."""
     disk = RealDisk(root)
-    known = json.loads(disk.read(KNOWN_FILE) or b"[]")
+    known = _known_peers(disk, events)
     async with AsyncExitStack() as stack:
         node = await GossipNode.start(
             root / "identity.key", listen=config.listen, announce=config.announce, initial_peers=invite_bootstrap, known_peers=known, events=events

@@ -1,83 +1,239 @@
-"""Getting a blob by digest from whoever has it: whom to ask, resume, verify, give up in time. Knows the Exchange port, no network."""
+"""Getting a blob by digest from whoever has it: whom to ask first, when to ask a second one, resume, verify, give up. Knows the Exchange port, no network.
+
+Many peers sit behind a router that lets nobody in: dialling one is silent for seconds. So a peer that does not answer soon is not waited for alone,
+and one that did not answer lately, or has no address, is asked last. A keeper often has a packet a moment later than it is asked: it is asked again.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
 
-from decentra.errors import Refused, RejectedPayload, Unreachable
+from decentra.errors import DecentraError, Refused, RejectedPayload, Unreachable
 from decentra.ids import Digest, PeerId, digest_of, short
 from decentra.ports import Events, Exchange
 
-ATTEMPT_IDLE_S = 20.0
 MAX_AT_ONCE = 8
 MIN_BYTES_PER_S = 8_192
 
 Directory = Callable[[PeerId], Sequence[str]]
+Source = tuple[PeerId, tuple[str, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """How long one source, or all of them, are waited for. Seconds."""
+
+    hedge_s: float = 1.0  # a source that sent nothing for this long gets company
+    attempt_s: float = 20.0  # one source, on top of the time the bytes need at MIN_BYTES_PER_S
+    again_s: tuple[float, ...] = (0.2, 0.4, 0.8)  # pauses before asking once more those who do not have it yet
+    shun_s: float = 60.0  # a source that did not answer is asked last for this long; doubles each time
+    max_shun_s: float = 900.0
+
+
+class Reachability:
+    """Who answered lately, to ask first those who will answer. A memory of this process, never a reason to ask nobody."""
+
+    def __init__(self, patience: Patience) -> None:
+        self._patience = patience
+        self._answered: set[PeerId] = set()
+        self._shunned: dict[PeerId, tuple[float, int]] = {}  # until when, how often in a row
+
+    def answered(self, peer: PeerId) -> None:
+        self._answered.add(peer)
+        self._shunned.pop(peer, None)
+
+    def silent(self, peer: PeerId, now: float) -> None:
+        """``peer`` could not be reached. Several tries that ran at the same time count once."""
+        self._answered.discard(peer)
+        until, num_times = self._shunned.get(peer, (0.0, 0))
+        if now >= until:
+            pause_s = min(self._patience.max_shun_s, self._patience.shun_s * 2**num_times)
+            self._shunned[peer] = (now + pause_s, num_times + 1)
+
+    def in_order(self, sources: Sequence[Source], now: float) -> list[Source]:
+        """``sources`` with the likely ones first: unknown or answering, then those without an address, then the silent; else as they came."""
+
+        def rank(source: Source) -> int:
+            peer, addresses = source
+            if now < self._shunned.get(peer, (0.0, 0))[0]:
+                return 2
+            return 0 if addresses or peer in self._answered else 1
+
+        return sorted(sources, key=rank)
 
 
 class Fetcher:
-    """Fetches at most ``MAX_AT_ONCE`` blobs at a time; a blob asked for twice is fetched once."""
+    """Fetches at most ``MAX_AT_ONCE`` blobs at a time. ``rx_bytes`` counts every byte that came, also useless ones."""
 
-    def __init__(self, exchange: Exchange, directory: Directory, events: Events) -> None:
-        self._exchange, self._directory, self._events = exchange, directory, events
+    def __init__(self, exchange: Exchange, directory: Directory, events: Events, patience: Patience = Patience()) -> None:
+        self._exchange, self._directory, self._events, self._patience = exchange, directory, events, patience
         self._gate = asyncio.Semaphore(MAX_AT_ONCE)
+        self._reachability = Reachability(patience)
         self.rx_bytes = 0
 
     async def fetch(self, digest: Digest, max_bytes: int, sources: Sequence[PeerId]) -> bytes:
         """The blob's bytes, from this peer's own store if it is there.
 
-        Raises Unreachable when no source could give it, RejectedPayload('size' | 'digest') when what came was wrong from every source.
+        Raises Unreachable when no source could give it, RejectedPayload('size' | 'digest') when what came was wrong.
         """
         if (mine := await self._exchange.read(digest)) is not None:
             return mine
-        began = asyncio.get_running_loop().time()
         async with self._gate:
-            try:
-                return await self._from_sources(digest, max_bytes, sources)
-            finally:
-                self._events.emit("fetch-measured", digest=digest[:12], s=round(asyncio.get_running_loop().time() - began, 3), sources=len(sources))
+            began_s = _now()
+            hunt = _Hunt(digest, max_bytes)
+            await self._search(hunt, sources)
+            if hunt.blob is None:
+                raise hunt.failure()
+            self._events.emit(
+                "fetched", digest=digest[:12], num_bytes=len(hunt.blob), seconds=round(_now() - began_s, 3), num_asked=hunt.num_asked
+            )
+            return hunt.blob
 
-    async def _from_sources(self, digest: Digest, max_bytes: int, sources: Sequence[PeerId]) -> bytes:
-        got = bytearray()
-        reasons: list[str] = []
-        candidates = [(p, tuple(self._directory(p))) for p in sources]
-        wrong: RejectedPayload | None = None
-        asked_dht = False
+    async def _search(self, hunt: _Hunt, sources: Sequence[PeerId]) -> None:
+        """Ask the sources, then again those who had nothing yet, then whoever advertises the blob."""
+        known = {peer: tuple(self._directory(peer)) for peer in sources}
+        await self._ask(hunt, list(known.items()))
+        for pause_s in self._patience.again_s:
+            if hunt.blob is not None or not hunt.refused:
+                break
+            await asyncio.sleep(pause_s)
+            again, hunt.refused = hunt.refused, []
+            await self._ask(hunt, again)
+        if hunt.blob is None:
+            advertised = await self._exchange.providers(hunt.digest)
+            await self._ask(hunt, [(p, a) for p, a in advertised if p not in known or not set(a) <= set(known[p])])
+
+    async def _ask(self, hunt: _Hunt, sources: Sequence[Source]) -> None:
+        """Race the sources, each with a head start of ``hedge_s`` before the next; the first to send is listened to, the others are left."""
+        waiting = self._reachability.in_order(sources, _now())
+        while waiting and hunt.blob is None:
+            async with self._racing() as race:
+                winner = await self._race(hunt, waiting, race)
+                waiting = [*(a.source for a in race if a is not winner), *waiting]  # they did nothing wrong
+                if winner is not None and (error := await self._listen(hunt, winner)) is not None:
+                    self._note(hunt, winner, error, waiting)
+
+    @asynccontextmanager
+    async def _racing(self) -> AsyncIterator[list[_Attempt]]:
+        """The attempts of one race; whatever is unfinished at its end is broken off."""
+        race: list[_Attempt] = []
+        try:
+            yield race
+        finally:
+            for attempt in race:
+                attempt.first.cancel()
+            await asyncio.gather(*(a.first for a in race), return_exceptions=True)
+            await asyncio.gather(*(a.stream.aclose() for a in race), return_exceptions=True)
+
+    async def _race(self, hunt: _Hunt, waiting: list[Source], race: list[_Attempt]) -> _Attempt | None:
+        """The first attempt that sends something. None when all failed, or when they have to start again from the blob's beginning."""
+        num_kept_bytes = len(hunt.got)
         while True:
-            if not candidates:
-                if asked_dht:
-                    break
-                asked_dht = True
-                known = set(sources)
-                candidates = [(p, a) for p, a in await self._exchange.providers(digest) if p not in known]
-                continue
-            peer, addresses = candidates.pop(0)
-            try:
-                async with asyncio.timeout(ATTEMPT_IDLE_S + max_bytes / MIN_BYTES_PER_S):
-                    await self._append(got, peer, addresses, digest, max_bytes)
-            except (Unreachable, Refused) as error:
-                reasons.append(f"{short(peer)}: {error}")
-                continue
-            except TimeoutError:
-                reasons.append(f"{short(peer)}: too slow")
-                continue
-            except RejectedPayload as error:
-                wrong, got = error, bytearray()
-                self._events.emit("bad-blob", peer=short(peer), digest=digest[:12], why=str(error))
-                continue
-            if digest_of(got) == digest:
-                return bytes(got)
-            wrong = RejectedPayload("digest", f"expected {digest[:12]}, the bytes have {digest_of(got)[:12]}", peer=short(peer))
-            self._events.emit("bad-blob", peer=short(peer), digest=digest[:12], why=wrong.detail)
-            got = bytearray()
-        if wrong is not None:
-            raise wrong
-        raise Unreachable(f"nobody gave blob {digest[:12]}: {'; '.join(reasons) or 'no source is known'}")
+            if waiting:
+                race.append(self._attempt(hunt, waiting.pop(0)))
+            elif not race:
+                return None
+            timeout_s = self._patience.hedge_s if waiting else None
+            await asyncio.wait([a.first for a in race], timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+            for attempt in [a for a in race if a.first.done()]:
+                error = attempt.first.exception()
+                if error is None:
+                    return attempt
+                race.remove(attempt)
+                self._note(hunt, attempt, error, waiting)
+                if len(hunt.got) != num_kept_bytes:
+                    return None
 
-    async def _append(self, got: bytearray, peer: PeerId, addresses: Sequence[str], digest: Digest, max_bytes: int) -> None:
-        async for chunk in self._exchange.get(peer, addresses, digest, len(got)):
-            self.rx_bytes += len(chunk)
-            if len(got) + len(chunk) > max_bytes:
-                raise RejectedPayload("size", f"blob {digest[:12]} is longer than the {max_bytes} bytes it may have", peer=short(peer))
-            got += chunk
+    def _attempt(self, hunt: _Hunt, source: Source) -> _Attempt:
+        hunt.num_asked += 1
+        offset = len(hunt.got)
+        stream: Any = self._exchange.get(source[0], source[1], hunt.digest, offset)
+        return _Attempt(source, offset, stream, asyncio.create_task(_first_chunk(stream, self._patience.attempt_s)))
+
+    async def _listen(self, hunt: _Hunt, attempt: _Attempt) -> Exception | None:
+        """Take what the winner sends, to its end; what went wrong, if anything. What came before it broke off is kept for the next to go on from."""
+        peer = attempt.source[0]
+        self._reachability.answered(peer)
+        try:
+            async with asyncio.timeout(self._patience.attempt_s + hunt.max_bytes / MIN_BYTES_PER_S):
+                self._take(hunt, attempt.first.result(), peer)
+                async for chunk in attempt.stream:
+                    self._take(hunt, chunk, peer)
+        except (DecentraError, TimeoutError) as error:
+            return error
+        if (found := digest_of(hunt.got)) != hunt.digest:
+            return RejectedPayload("digest", f"expected {hunt.digest[:12]}, the bytes have {found[:12]}", peer=short(peer))
+        hunt.blob = bytes(hunt.got)
+        return None
+
+    def _take(self, hunt: _Hunt, chunk: bytes, peer: PeerId) -> None:
+        self.rx_bytes += len(chunk)
+        if len(hunt.got) + len(chunk) > hunt.max_bytes:
+            detail = f"blob {hunt.digest[:12]} is longer than the {hunt.max_bytes} bytes it may have"
+            raise RejectedPayload("size", detail, peer=short(peer))
+        hunt.got += chunk
+
+    def _note(self, hunt: _Hunt, attempt: _Attempt, error: BaseException, waiting: list[Source]) -> None:
+        """Why a source did not give the blob: for the next choice and for the story. Who only added to foreign bytes is asked for all of them."""
+        peer = attempt.source[0]
+        match error:
+            case RejectedPayload():
+                hunt.got.clear()
+                if attempt.offset:
+                    waiting.insert(0, attempt.source)
+                    return
+                hunt.wrong = error
+                self._events.emit("bad-blob", peer=short(peer), digest=hunt.digest[:12], why=error.detail)
+            case Refused():
+                self._reachability.answered(peer)
+                hunt.refused.append(attempt.source)
+                hunt.reasons[peer] = str(error)
+            case Unreachable() | TimeoutError():
+                self._reachability.silent(peer, _now())
+                hunt.reasons[peer] = str(error) or "too slow"
+            case _:
+                raise error
+
+
+@dataclass
+class _Hunt:
+    """One blob being looked for."""
+
+    digest: Digest
+    max_bytes: int
+    got: bytearray = field(default_factory=bytearray)
+    blob: bytes | None = None
+    refused: list[Source] = field(default_factory=list)  # answered, but do not have it yet
+    reasons: dict[PeerId, str] = field(default_factory=dict)
+    wrong: RejectedPayload | None = None
+    num_asked: int = 0
+
+    def failure(self) -> DecentraError:
+        if self.wrong is not None:
+            return self.wrong
+        told = "; ".join(f"{short(peer)}: {reason}" for peer, reason in self.reasons.items())
+        return Unreachable(f"nobody gave blob {self.digest[:12]}: {told or 'no source is known'}")
+
+
+@dataclass(eq=False)
+class _Attempt:
+    """One source being asked; ``first`` is its first chunk on the way."""
+
+    source: Source
+    offset: int  # of the first byte asked for
+    stream: Any  # an async generator of bytes
+    first: asyncio.Task[bytes]
+
+
+async def _first_chunk(stream: AsyncIterator[bytes], timeout_s: float) -> bytes:
+    """The stream's first bytes, empty at its end. Raises TimeoutError and what the stream raises."""
+    async with asyncio.timeout(timeout_s):
+        return await anext(stream, b"")
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()

@@ -1,13 +1,14 @@
 """One fragment at this peer: its account, its live weights (at the trainer), its files. Does what the member machine says; decides nothing.
 
 Files: ``F.record`` is the whole account, written before an offer leaves; ``F.note`` says how the newest round after it ended. Anchors and packets are
-blobs. Both carry the round they were written in: a note of the record's pending round, or of a later one, is newer than the record.
+blobs. Every write has the next sequence number, so the newer of the two files is known; a file is written before memory changes, so a failed write
+can be tried again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from torch import Tensor
@@ -62,6 +63,7 @@ class Note:
     round: int
     ending: str  # an Ending or "reset"
     anchor: Digest
+    seq: int
     kept: tuple[tuple[int, tuple[Digest, ...]], ...] = ()  # (round, blobs)
 
 
@@ -80,6 +82,7 @@ class Replica:
     account: Account | None = None
     pending_offer: Offer | None = None
     _tentative: tuple[Digest, AnchorState] | None = None
+    _seq: int = 0  # of the newest file
     _tokens_at_encode: int = 0
     _tokens_before: int = 0
     _kept: dict[int, tuple[Digest, ...]] = field(default_factory=dict)
@@ -90,9 +93,11 @@ class Replica:
         """Read what the last process left. A file that is damaged is reported and dropped; the fragment then recovers from others."""
         note = self._read_note()
         record = await self._read_record()
+        record_seq = 0 if record is None else _seq_of(record)
+        self._seq = record_seq if note is None else max(record_seq, note.seq)
         if note is not None:
             self._kept = dict(note.kept)
-        if record is not None and (note is None or _is_newer(record, note)):
+        if record is not None and (note is None or record_seq > note.seq):
             self.account = record
         elif note is not None:
             self.account = await self._resolved(record, note)
@@ -131,7 +136,7 @@ class Replica:
         if snapshot.has_bad_steps:
             raise TrainingError("the loss was not finite in this round's inner steps")
         num_tokens = max(0, snapshot.num_tokens - self._tokens_at_encode)
-        account.extra = _stamp(number, snapshot.cursor)
+        account.extra = self._next_stamp(snapshot.cursor)
         codec, beta = self.manifest.codec.name, self.manifest.codec.error_feedback
         try:
             pending = await self.compute.run(account.encode, number, snapshot.live_N, codec, beta, num_tokens, snapshot.num_steps)
@@ -139,7 +144,7 @@ class Replica:
             await self.live.load(self.fragment.id, account.anchor_state.anchor_N)
             raise
         try:
-            await self.compute.run(self._write_record, account)
+            await self._write_record(account)
             offer = self._offer(number, base, pending.packet, num_tokens, snapshot.num_steps)
             await self.exchange.put(offer.packet, pending.packet)
         except OSError:
@@ -165,33 +170,42 @@ class Replica:
         state, blob = await self.compute.run(self._aggregate, settlement, packets)
         digest = anchor_digest(blob)
         await self.exchange.put(digest, blob)
-        self._tentative = (digest, state)
+        self._set_tentative((digest, state))
         self._keep(settlement.round, (*(e.packet for e in settlement.entries), digest))
         return digest
 
     async def commit(self, number: int, anchor: Digest, ending: Ending) -> None:
         """The tentative anchor is confirmed: close the account's pending packet and move live."""
-        account = self._account()
-        if self._tentative is None or self._tentative[0] != anchor:
-            raise IntegrityError(f"anchor {anchor[:12]} of {self.fragment.id} is confirmed, but this peer has not computed it")
-        state = self._tentative[1]
+        account, state = self._account(), self._computed(anchor)
         self._keep(number, (*self._kept.get(number, ()), account.anchor_digest))
-        await self._write_note(Note(number, ending, anchor))
+        self._seq += 1
+        note = Note(number, ending, anchor, self._seq)
+        if ending is Ending.FOLLOWED and bool(account.residual_N.any()):
+            # a note alone would forget the residual: the whole account goes first, and counts as newer than the note
+            await self._write_record(
+                Account(self.fragment, state, anchor, residual_N=account.residual_N, extra=self._next_stamp(cursor_of(account)))
+            )
+        await self._write_note(note)
         self._repin(account.anchor_digest, anchor)
         move = {Ending.APPLIED: account.applied, Ending.EXCLUDED: account.excluded, Ending.FOLLOWED: account.followed}[ending]
         shift_N = move(state, anchor)
         if self.live is not None:
             await self.live.shift(self.fragment.id, shift_N)
-        if ending is Ending.FOLLOWED and bool(account.residual_N.any()):
-            await self._rewrite_record(number)  # the note alone would forget the residual
-        self._tentative, self.pending_offer = None, None
+        self.pending_offer = None
+        self._set_tentative(None)
         await self._collect_garbage()
 
     async def cancel(self, number: int) -> None:
         """The pending packet's round gave nothing: as if it had never been encoded."""
-        if self._account().pending is not None:  # a second try after a full disk finds it cancelled
-            self._account().cancelled()
-        await self._rewrite_record(number)
+        account = self._account()
+        if (pending := account.pending) is None or pending.round != number:
+            raise IntegrityError(f"round {number} of {self.fragment.id} has no pending packet that could be cancelled")
+        extra = self._next_stamp(cursor_of(account))
+        await self._write_record(
+            Account(self.fragment, account.anchor_state, account.anchor_digest, residual_N=pending.residual_before_N, extra=extra)
+        )
+        account.cancelled()
+        account.extra = extra
         self.pending_offer = None
         self._tokens_at_encode = self._tokens_before
 
@@ -201,13 +215,15 @@ class Replica:
             raise RejectedPayload("digest", f"anchor {anchor[:12]} of {self.fragment.id} came with other bytes")
         state = await self.compute.run(decode_anchor, self.fragment, blob)
         await self.exchange.put(anchor, blob)
-        await self._write_note(Note(number, "reset", anchor))
+        self._seq += 1
+        await self._write_note(Note(number, "reset", anchor, self._seq))
         self._repin(self.anchor, anchor)
         if self.account is None:
             self.account = Account(self.fragment, state, anchor)
         else:
             self.account.reset(state, anchor)
-        self._tentative, self.pending_offer = None, None
+        self.pending_offer = None
+        self._set_tentative(None)
         if self.live is not None:
             await self.live.load(self.fragment.id, state.anchor_N)
             await self.begin_training()
@@ -241,16 +257,16 @@ class Replica:
     def _file(self) -> str:
         return self.fragment.id.replace("/", "-")
 
-    async def _rewrite_record(self, number: int) -> None:
-        account = self._account()
-        account.extra = _stamp(number, account.extra[_STAMP_BYTES:])
-        await self.compute.run(self._write_record, account)
+    def _next_stamp(self, cursor: bytes) -> bytes:
+        """What a record carries beside the account: its sequence number and the trainer's place in its data."""
+        self._seq += 1
+        return self._seq.to_bytes(_STAMP_BYTES, "big") + cursor
 
-    def _write_record(self, account: Account) -> None:
-        write_atomic(self.disk, f"{self._file}.record", to_record(account))
+    async def _write_record(self, account: Account) -> None:
+        await self.compute.run(lambda: write_atomic(self.disk, f"{self._file}.record", to_record(account)))
 
     async def _write_note(self, note: Note) -> None:
-        whole = Note(note.round, note.ending, note.anchor, tuple(sorted(self._kept.items())))
+        whole = replace(note, kept=tuple(sorted(self._kept.items())))
         await self.compute.run(write_atomic, self.disk, f"{self._file}.note", canonical.to_bytes(whole))
 
     def _read_note(self) -> Note | None:
@@ -290,9 +306,28 @@ class Replica:
         except DecentraError:
             return None
 
+    def _computed(self, anchor: Digest) -> AnchorState:
+        """The state of a confirmed anchor: the tentative one, or ours if the round moved nothing. Raises IntegrityError."""
+        account = self._account()
+        if self._tentative is not None and self._tentative[0] == anchor:
+            return self._tentative[1]
+        if account.anchor_digest == anchor:
+            return account.anchor_state
+        raise IntegrityError(f"anchor {anchor[:12]} of {self.fragment.id} is confirmed, but this peer has not computed it")
+
+    def _set_tentative(self, tentative: tuple[Digest, AnchorState] | None) -> None:
+        """An attested anchor is not evicted: others count on it."""
+        old, self._tentative = self._tentative, tentative
+        if tentative is not None:
+            self.exchange.pin(tentative[0])
+        if old is not None:
+            self.exchange.unpin(old[0])
+
     def _repin(self, old: Digest | None, new: Digest) -> None:
+        if old == new:
+            return
         self.exchange.pin(new)
-        if old is not None and old != new:
+        if old is not None:
             self.exchange.unpin(old)
 
     def _keep(self, number: int, blobs: Sequence[Digest]) -> None:
@@ -304,23 +339,17 @@ class Replica:
         still = {d for number, blobs in self._kept.items() if number not in old for d in blobs} | {self.anchor}
         for number in old:
             for digest in self._kept.pop(number):
-                if digest not in still:
+                if digest in still:
+                    continue
+                try:
                     await self.exchange.drop(digest)
-
-
-def _stamp(number: int, cursor: bytes) -> bytes:
-    """What the record carries beside the account: the round it was written in and the trainer's place in its data."""
-    return number.to_bytes(_STAMP_BYTES, "big") + cursor
+                except OSError as error:  # the round is committed all the same
+                    self.events.emit("not-dropped", digest=digest[:12], why=str(error))
 
 
 def cursor_of(account: Account) -> bytes:
     return account.extra[_STAMP_BYTES:]
 
 
-def _is_newer(record: Account, note: Note) -> bool:
-    """True when the record was written after the note."""
-    number = int.from_bytes(record.extra[:_STAMP_BYTES], "big")
-    if number == note.round:
-        # a pending record of the note's round came before its outcome, unless the outcome was a recovery to the very anchor it starts from
-        return record.pending is None or (note.ending == "reset" and record.anchor_digest == note.anchor)
-    return number > note.round
+def _seq_of(record: Account) -> int:
+    return int.from_bytes(record.extra[:_STAMP_BYTES], "big")

@@ -103,9 +103,11 @@ class PeerRuntime:
         raw = self.ports.disk.read(TRAINED_FILE)
         try:
             names = json.loads(raw) if raw is not None else []
-        except ValueError:
+        except ValueError as error:
+            self.ports.events.emit("damaged-file", file=TRAINED_FILE, why=f"not JSON: {error}")
             names = []
-        return frozenset(FragmentId(n) for n in names if n in self.manifest.genesis)
+        known = names if isinstance(names, list) else []
+        return frozenset(FragmentId(n) for n in known if isinstance(n, str) and n in self.manifest.genesis)
 
     async def _load_state(self) -> None:
         assert self.trainer is not None

@@ -63,6 +63,7 @@ class PeerLoop:
     _why_left: str | None = field(init=False, default=None)
     _jobs: set[asyncio.Task[None]] = field(init=False, default_factory=set)
     _seq: int = field(init=False, default=0)
+    _training: frozenset[FragmentId] = field(init=False, default=frozenset())
 
     def __post_init__(self) -> None:
         lives = {
@@ -226,22 +227,27 @@ class PeerLoop:
             await self.exchange.announce([offer.packet])
 
     async def _fetch(self, effect: m.Fetch) -> None:
-        replica = self.replicas[effect.fragment]
         try:
             data = await self.fetcher.fetch(effect.packet, effect.num_bytes, effect.sources)
+        except (DecentraError, OSError) as error:  # wrong bytes are the fault of who sent them, not of the packet: it is asked for again
+            self._fetch_failed(effect, "fetch-failed", error)
+            return
+        try:
             if len(data) != effect.num_bytes:
                 raise RejectedPayload(
                     "size", f"{len(data)} bytes, the offer said {effect.num_bytes}", peer=effect.sender, round=effect.round
                 )
-            await replica.check_packet(effect.packet, data, effect.sender, effect.round)
+            await self.replicas[effect.fragment].check_packet(effect.packet, data, effect.sender, effect.round)
         except RejectedPayload as error:
-            self.events.emit("packet-refused", fragment=effect.fragment, round=effect.round, peer=short(effect.sender), why=str(error))
-            self._inbox.put_nowait(m.FetchFailed(effect.fragment, effect.packet, True))
+            self._fetch_failed(effect, "packet-refused", error, is_bad=True)
         except (DecentraError, OSError) as error:
-            self.events.emit("fetch-failed", fragment=effect.fragment, round=effect.round, peer=short(effect.sender), why=str(error))
-            self._inbox.put_nowait(m.FetchFailed(effect.fragment, effect.packet, False))
+            self._fetch_failed(effect, "fetch-failed", error)
         else:
             self._inbox.put_nowait(m.Fetched(effect.fragment, effect.packet))
+
+    def _fetch_failed(self, effect: m.Fetch, event: str, error: Exception, *, is_bad: bool = False) -> None:
+        self.events.emit(event, fragment=effect.fragment, round=effect.round, peer=short(effect.sender), why=str(error))
+        self._inbox.put_nowait(m.FetchFailed(effect.fragment, effect.packet, is_bad))
 
     async def _apply(self, effect: m.Apply) -> None:
         settlement = effect.settlement
@@ -270,8 +276,9 @@ class PeerLoop:
     async def _set_trained(self, fragments: frozenset[FragmentId]) -> None:
         if self.on_trained is not None:
             await self.on_trained(fragments)
-        for fragment in sorted(fragments):
+        for fragment in sorted(fragments - self._training):  # the others go on counting their tokens
             await self.replicas[fragment].begin_training()
+        self._training = fragments
 
     # ------------------------------------------------------------ words
 

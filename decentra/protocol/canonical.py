@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import types
 from dataclasses import MISSING, fields, is_dataclass
 from enum import Enum
@@ -66,15 +67,32 @@ def _build(kind: Any, raw: Any, where: str) -> Any:
         except ValueError:
             raise RejectedPayload("malformed", f"{where}: {raw!r} is no {kind.__name__}") from None
     if kind is bytes:
-        try:
-            return bytes.fromhex(raw)
-        except (ValueError, TypeError):
-            raise RejectedPayload("malformed", f"{where}: expected hex bytes") from None
-    if kind is float and type(raw) is int:
-        return float(raw)
+        return _build_bytes(raw, where)
+    if kind is float:
+        return _build_float(raw, where)
     if type(raw) is not kind:
         raise RejectedPayload("malformed", f"{where}: expected {getattr(kind, '__name__', kind)}, got {type(raw).__name__}")
     return raw
+
+
+def _build_bytes(raw: Any, where: str) -> bytes:
+    try:
+        value = bytes.fromhex(raw)
+    except (ValueError, TypeError):
+        value = None
+    if value is None or value.hex() != raw:  # fromhex takes capitals and spaces, too
+        raise RejectedPayload("malformed", f"{where}: expected bytes as lower-case hex")
+    return value
+
+
+def _build_float(raw: Any, where: str) -> float:
+    try:
+        value = float(raw) if type(raw) in (int, float) else math.nan
+    except OverflowError:
+        value = math.inf
+    if not math.isfinite(value):
+        raise RejectedPayload("malformed", f"{where}: expected a finite number, got {str(raw)[:40]!r}")
+    return value
 
 
 def _build_dataclass(kind: Any, raw: Any, where: str) -> Any:

@@ -292,10 +292,13 @@ def _new_round(
 
 
 def _consider_rollback(book: FragmentBook, present: Present, now: float, timing: Timing) -> Step:
-    """Nobody present holds the confirmed anchor: after ``rollback_s`` fall back to the newest earlier one that somebody present has."""
+    """Nobody present holds the confirmed anchor: after ``rollback_s`` fall back to the newest earlier one that somebody present has.
+
+    Only while somebody is here to train it: with nobody waiting there is no hurry, and its holders may come back.
+    """
     heights = dict(book.history)
     known = [(heights[d], d) for p, d in sorted(book.holdings.items()) if p in present.all and d in heights]
-    if not known:
+    if not known or not present.holders:
         return (replace(book, orphan_since=None) if book.orphan_since is not None else book), ()
     if book.orphan_since is None:
         return replace(book, orphan_since=now, version=book.version + 1), ()

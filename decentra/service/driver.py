@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from decentra.config import Manifest
 from decentra.errors import IntegrityError, Refused
 from decentra.ids import FragmentId, PeerId, short
 from decentra.ports import Clock, Compute, Events, Journal
 from decentra.protocol import ledger
-from decentra.protocol.fragment import Write
+from decentra.protocol.fragment import FragmentBook, Write
 from decentra.protocol.ledger import Ledger, Record
 from decentra.protocol.messages import FragmentView, Hello, MemberMessage, Outcome, Phase, Rejected, Role, SwarmView
 from decentra.protocol.round import Reject
@@ -19,6 +19,8 @@ from decentra.protocol.rounds import Detached, Effect, Event, Revoke, RoundBook,
 from decentra.service.mailbox import Mailbox
 
 MAX_TICK_S = 1.0
+REFRESH_S = 2.0  # news that nobody acts on at once (a receipt, one more holder) waits this long for company
+NUM_PUSHED_OUTCOMES = 2  # enough for whoever follows closely; a new stream gets all that the view has
 MAX_BATCH = 256
 MAX_OUTCOMES = 4096  # of the newest rounds, answered from memory; older ones are in the ledger
 SIGNATURE_BYTES = 64
@@ -57,6 +59,9 @@ class Driver:
     _ledger: Ledger = field(init=False, default_factory=Ledger)
     _outcomes: dict[tuple[FragmentId, int], Outcome] = field(init=False, default_factory=dict)
     _mailboxes: dict[PeerId, Mailbox] = field(init=False, default_factory=dict)
+    _pushed: dict[FragmentId, tuple[object, ...]] = field(init=False, default_factory=dict)
+    _waiting: dict[FragmentId, None] = field(init=False, default_factory=dict)
+    _refreshed_at: float = field(init=False, default=0.0)
     _queue: asyncio.Queue[_Work] = field(init=False, default_factory=asyncio.Queue)
 
     def recover(self) -> None:
@@ -114,6 +119,10 @@ class Driver:
         self._mailboxes[hello.peer] = mailbox
         mailbox.nonce = hello.nonce
         await self._submit(_Work(hello))
+        now = self.clock.now()
+        for fragment in sorted(self.book.fragments):
+            mailbox.put(self.book.view(fragment, now))
+        mailbox.put(self.book.swarm())
 
     async def deliver(self, message: MemberMessage) -> None:
         self._queue.put_nowait(_Work(message))
@@ -222,10 +231,31 @@ class Driver:
                 case Write(record):
                     self._tell(record)
         views: list[SwarmView | FragmentView] = [self.book.swarm()] if swarm_changed else []
-        views += [self.book.view(f, now) for f in fragments]
+        views += [self._short_view(f, now) for f in self._due(fragments, now)]
         for mailbox in self._mailboxes.values():
             for view in views:
                 mailbox.put(view)
+
+    def _due(self, changed: Iterable[FragmentId], now: float) -> list[FragmentId]:
+        """Which of the changed fragments to push now: those with something to act on, and every two seconds the rest."""
+        due = []
+        for fragment in changed:
+            news = _to_act_on(self.book.fragments[fragment])
+            if self._pushed.get(fragment) != news:
+                self._pushed[fragment] = news
+                self._waiting.pop(fragment, None)
+                due.append(fragment)
+            else:
+                self._waiting[fragment] = None
+        if self._waiting and now >= self._refreshed_at + REFRESH_S:
+            due += list(self._waiting)
+            self._waiting.clear()
+            self._refreshed_at = now
+        return due
+
+    def _short_view(self, fragment: FragmentId, now: float) -> FragmentView:
+        view = self.book.view(fragment, now)
+        return replace(view, recent=view.recent[-NUM_PUSHED_OUTCOMES:])
 
     def _tell(self, record: Record) -> None:
         match record:
@@ -248,3 +278,9 @@ class Driver:
                 self.events.emit("admitted", peer=short(record.peer), role=str(record.role))
             case ledger.Placed():
                 self.events.emit("placed", peer=short(record.peer), experts=list(record.experts))
+
+
+def _to_act_on(book: FragmentBook) -> tuple[object, ...]:
+    """The part of a fragment's state that makes a member do something."""
+    phase, offers = (book.round.phase, book.round.offers) if book.round is not None else (Phase.IDLE, ())
+    return book.anchor, book.number, phase, offers, any(digest == book.anchor for digest in book.holdings.values())

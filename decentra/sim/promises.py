@@ -165,7 +165,8 @@ class AuditedReplica(Replica):
         self.begin_audit()
 
     def _balance(self) -> Tensor:
-        assert self.account is not None and self.trainer is not None
+        assert self.account is not None
+        assert self.trainer is not None
         account, live_N = self.account, self.trainer.live[self.fragment.id]
         home_N = (account.anchor_state.anchor_N - live_N + account.residual_N).double()
         return home_N + self.trainer.moved[self.fragment.id]

@@ -131,7 +131,7 @@ class Lab:
 
     def init(self, *settings: str) -> RunDir:
         """A run of the tiny model."""
-        sets = [f"name=\"{self.root.name[:40]}\"", *TINY, *settings]
+        sets = [f'name="{self.root.name[:40]}"', *TINY, *settings]
         return create(self.root / "run", None, sets)[0]
 
     def host(self, run: RunDir, *args: str, bootstrap_port: int = 0, service_port: int = 0) -> Command:

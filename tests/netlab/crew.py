@@ -91,7 +91,9 @@ class Child:
 
     def said(self) -> dict[str, Any]:
         """The last JSON object on its stdout, empty when there is none."""
-        lines = [line for line in self.out.read_text().splitlines() if line.startswith("{") and line.endswith("}")] if self.out.exists() else []
+        lines = (
+            [line for line in self.out.read_text().splitlines() if line.startswith("{") and line.endswith("}")] if self.out.exists() else []
+        )
         return dict(json.loads(lines[-1])) if lines else {}
 
     def story(self, num_lines: int = 15) -> str:
@@ -147,6 +149,12 @@ class Crew:
         child.start()
         return child
 
+    def stop_run(self) -> None:
+        """The organiser ends the run."""
+        line = self.lab.command(ORGANISER, [sys.executable, "-m", "decentra.cli.main", "stop", str(self.run)])
+        done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+
     def _child(self, name: str, args: Sequence[str]) -> Child:
         line = [sys.executable, "-m", "decentra.cli.main", *args, "--verbose", "--log-json"]
         return Child(name, self.lab.command(name, line), self.folder)
@@ -174,7 +182,7 @@ class Crew:
         """Wait until every peer left by itself; what each says it did. Ends the host."""
         peers = self.peers.values()
         self.until(lambda: all(child.status is not None for child in peers), timeout_s, "every peer has left")
-        assert {child.name: child.status for child in peers} == {name: 0 for name in self.peers}
+        assert {child.name: child.status for child in peers} == dict.fromkeys(self.peers, 0)
         assert self.host.end() == 0, self.host.story()
         return {name: child.said() for name, child in self.peers.items()}
 
@@ -201,7 +209,12 @@ class Tale:
         return Counter(peer for peers in self.contributors.values() for peer in peers)
 
 
-def tale_of(records: Sequence[Record], fragment: str) -> Tale:
+def tales_of(records: Sequence[Record]) -> dict[str, Tale]:
+    """The tale of every fragment; each must have a confirmed round."""
+    return {fragment: _tale_of(records, fragment) for fragment in sorted({r.fragment for r in records if isinstance(r, Opened)})}
+
+
+def _tale_of(records: Sequence[Record], fragment: str) -> Tale:
     settled = {r.settlement.round: r.settlement for r in records if isinstance(r, Settled) and r.settlement.fragment == fragment}
     confirmed = [r for r in records if isinstance(r, Confirmed) and r.fragment == fragment]
     assert confirmed, f"no round of {fragment} was confirmed"

@@ -15,13 +15,17 @@ from lab import KernelLab, left_over, sweep, why_impossible
 WHY_NOT = why_impossible(needs_filter=True)
 pytestmark = [pytest.mark.netlab, pytest.mark.skipif(WHY_NOT is not None, reason=f"no network lab: {WHY_NOT}")]
 
-LISTEN = "import socket; s = socket.create_server(('0.0.0.0', 9000)); print('ready', flush=True)\nwhile True: s.accept()[0].sendall(b'hello')"
+LISTEN = (
+    "import socket; s = socket.create_server(('0.0.0.0', 9000)); print('ready', flush=True)\nwhile True: s.accept()[0].sendall(b'hello')"
+)
 DIAL = "import socket, sys; s = socket.create_connection((sys.argv[1], 9000), 1.0); print(s.recv(5).decode())"
 
 
 def dial(lab: KernelLab, source: str, target: str) -> bool:
     """Whether ``source`` can open a TCP connection to ``target``, where ``listening`` listens."""
-    done = subprocess.run(lab.command(source, [sys.executable, "-c", DIAL, lab.address(target)]), capture_output=True, text=True, timeout=20)
+    done = subprocess.run(
+        lab.command(source, [sys.executable, "-c", DIAL, lab.address(target)]), capture_output=True, text=True, timeout=20
+    )
     return done.returncode == 0 and done.stdout.strip() == "hello"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ _FENCE = re.compile(r"^```[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
 _INLINE = re.compile(r"`([^`\n]+)`")
 
 
+@lru_cache(maxsize=1)
 def cli() -> Any:
     """The command group people type."""
     return typer.main.get_command(app)
@@ -46,10 +48,10 @@ def _commands(lines: list[str]) -> Iterator[str]:
                 yield part.removeprefix(".venv/bin/")
 
 
-def problem_of(line: str, group: Any = None) -> str | None:
+def problem_of(line: str) -> str | None:
     """What is wrong with a command line: no such command, no such option. None when it could be typed."""
     words = shlex.split(line)[1:]
-    group = group or cli()
+    group = cli()
     if not words or words[0].startswith("-"):
         known = {option for parameter in group.params for option in parameter.opts} | {"--help"}
         return next((f"no option {w} of decentra itself in {line!r}" for w in words if w not in known), None)

@@ -1,0 +1,74 @@
+"""What the protocol tests share: names, rules, small records and strategies for them."""
+
+from __future__ import annotations
+
+from hypothesis import strategies as st
+
+from decentra.config import AdmissionSpec, Manifest, ModelSpec, PlacementSpec, RoundSpec
+from decentra.ids import Digest, FragmentId, PeerId, digest_of
+from decentra.protocol.messages import Abstention, Attestation, Offer, Receipt
+from decentra.protocol.round import Returned, Round, Rules, Suspected, Tick
+
+FRAGMENT = FragmentId("trunk/0")
+RULES = Rules(cut_off_s=10.0, grace_s=5.0, attest_s=8.0, outer_lr=0.7, outer_momentum=0.9)
+PEERS = tuple(PeerId(f"peer-{i}") for i in range(5))
+
+
+def digest(text: str) -> Digest:
+    return digest_of(text.encode())
+
+
+BASE = digest("base")
+
+
+def packet_of(peer: PeerId, number: int = 1, variant: int = 0) -> Digest:
+    return digest(f"packet {peer} {number} {variant}")
+
+
+def offer(peer: PeerId, number: int = 1, *, num_tokens: int = 100, base: Digest = BASE, variant: int = 0, fragment: FragmentId = FRAGMENT) -> Offer:
+    return Offer(fragment, number, peer, base, packet_of(peer, number, variant), 64, num_tokens, 10)
+
+
+def receipt(peer: PeerId, sender: PeerId, number: int = 1, *, variant: int = 0, fragment: FragmentId = FRAGMENT) -> Receipt:
+    return Receipt(fragment, number, peer, sender, packet_of(sender, number, variant))
+
+
+def attestation(peer: PeerId, anchor: Digest, number: int = 1, *, fragment: FragmentId = FRAGMENT) -> Attestation:
+    return Attestation(fragment, number, peer, anchor, proof=peer.encode())
+
+
+def new_round(num_holders: int, num_keepers: int = 0, number: int = 1) -> Round:
+    holders, keepers = PEERS[:num_holders], PEERS[num_holders : num_holders + num_keepers]
+    return Round(FRAGMENT, number, 0, BASE, frozenset(holders), frozenset(keepers), opened_at=0.0, cut_off_at=10.0)
+
+
+def manifest(*, num_experts: int = 2, genesis: tuple[str, ...] = ("expert.0/0", "expert.1/0", "trunk/0"), **changes: object) -> Manifest:
+    values: dict[str, object] = {
+        "name": "test",
+        "model": ModelSpec(num_experts=num_experts),
+        "rounds": RoundSpec(
+            inner_steps=2, cut_off_s=10, grace_s=5, attest_s=8, gather_s=2, heartbeat_s=2, lease_s=6, rollback_s=20
+        ),
+        "placement": PlacementSpec(holders=2, experts_per_peer=1),
+        "admission": AdmissionSpec(max_members=4),
+        "genesis": {FragmentId(f): digest(f"genesis {f}") for f in genesis},
+    }  # fmt: skip
+    return Manifest.model_validate({**values, **changes})
+
+
+peers = st.sampled_from(PEERS)
+anchors = st.sampled_from([digest("anchor a"), digest("anchor b")])
+
+
+def round_events(number: int = 1) -> st.SearchStrategy[object]:
+    """Events of one round, honest ones mostly, with strangers, lies and repetitions among them."""
+    return st.one_of(
+        st.builds(lambda p, t, v: offer(p, number, num_tokens=t, variant=v), peers, st.integers(-1, 1000), st.sampled_from([0, 0, 0, 0, 1])),
+        st.builds(lambda p: offer(p, number, base=digest("another base")), peers),
+        st.builds(lambda p, s, v: receipt(p, s, number, variant=v), peers, peers, st.sampled_from([0, 0, 0, 1])),
+        st.builds(lambda p: Abstention(FRAGMENT, number, p, "no tokens"), peers),
+        st.builds(lambda p, a: attestation(p, a, number), peers, anchors),
+        st.builds(Suspected, peers),
+        st.builds(Returned, peers),
+        st.just(Tick()),
+    )

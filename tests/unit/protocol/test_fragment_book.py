@@ -1,0 +1,305 @@
+"""The book of one fragment: one active round, numbers that never repeat, opening, roll-back, and a restart that loses nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from protocol_world import BASE, FRAGMENT, PEERS, RULES, attestation, digest, offer, packet_of, receipt
+
+from decentra.ids import PeerId
+from decentra.protocol import fragment as books
+from decentra.protocol import ledger
+from decentra.protocol.fragment import FragmentBook, Present, Timing, Write
+from decentra.protocol.messages import Abstention, Holding, Phase
+from decentra.protocol.round import Reject
+
+A, B, C, D, E = PEERS
+TIMING = Timing(cut_off_s=10.0, gather_s=2.0, rollback_s=20.0)
+
+
+@dataclass
+class Desk:
+    """A book with its clock and everything it wrote; each call checks the law."""
+
+    book: FragmentBook
+    present: Present
+    now: float = 0.0
+    may_open: bool = True
+
+    def __post_init__(self) -> None:
+        self.records: list[ledger.Record] = []
+        self.rejects: list[Reject] = []
+
+    def take(self, step: books.Step) -> None:
+        before, (self.book, effects) = self.book, step
+        self.records += [e.record for e in effects if isinstance(e, Write)]
+        self.rejects += [e for e in effects if isinstance(e, Reject)]
+        assert self.book.version >= before.version
+        assert before == self.book or self.book.version > before.version or self.book.orphan_since != before.orphan_since
+        assert self.book.number - before.number == sum(isinstance(e, Write) and isinstance(e.record, ledger.Opened) for e in effects)
+
+    def hear(self, *messages: object) -> None:
+        for message in messages:
+            self.take(books.hear(self.book, message, self.now, RULES))  # type: ignore[arg-type]
+            self.tick()
+
+    def hold(self, *peers: PeerId, anchor: str | None = None) -> None:
+        for peer in peers:
+            self.book = books.hold(self.book, Holding(peer, FRAGMENT, anchor or self.book.anchor))  # type: ignore[arg-type]
+        self.tick()
+
+    def tick(self, wait_s: float = 0.0) -> None:
+        self.now += wait_s
+        self.take(books.tick(self.book, self.present, self.now, RULES, TIMING, may_open=self.may_open))
+
+    def lose(self, peer: PeerId) -> None:
+        p = self.present
+        self.present = Present(p.holders - {peer}, p.keepers - {peer}, p.followers - {peer})
+        self.take(books.gone(self.book, peer, self.now, RULES))
+        self.tick()
+
+    def confirm_round(self, anchor: str) -> None:
+        """Everybody present takes part in the active round."""
+        assert self.book.active is not None
+        number, active = self.book.number, self.book.active
+        for peer in sorted(active.holders):
+            self.hear(offer(peer, number, base=self.book.anchor))
+        for peer in sorted(active.holders):
+            if other := next((p for p in sorted(active.roster) if p != peer), None):
+                self.hear(receipt(other, peer, number))
+        for peer in sorted(active.roster):
+            self.hear(attestation(peer, digest(anchor), number))
+
+    def kinds(self) -> list[str]:
+        return [type(r).__name__ for r in self.records]
+
+
+def desk(holders: Sequence[PeerId] = (A, B), keepers: Sequence[PeerId] = (), followers: Sequence[PeerId] = ()) -> Desk:
+    return Desk(FragmentBook(FRAGMENT, BASE), Present(frozenset(holders), frozenset(keepers), frozenset(followers)))
+
+
+def restored(desk: Desk) -> FragmentBook:
+    book = FragmentBook(FRAGMENT, BASE)
+    for record in desk.records:
+        book = books.restore(book, record, desk.now, TIMING)
+    return book
+
+
+def test_the_first_round_waits_for_all_then_for_the_gathering_time() -> None:
+    d = desk((A, B), (C,))
+    d.hold(A)
+    assert d.book.active is None
+    assert "gathers" in books.waits_for(d.book, d.present)
+    d.tick(2.0)
+    assert d.book.active is not None
+    assert d.book.active.roster == {A}
+    d = desk((A, B), (C,))
+    d.hold(A, B, C)
+    assert d.book.active is not None
+    assert (d.book.active.holders, d.book.active.keepers) == ({A, B}, {C})
+
+
+def test_a_follower_is_in_no_roster_and_nobody_waits_for_it() -> None:
+    d = desk((A,), (C,), (D,))
+    d.hold(A, C)
+    assert d.book.active is not None
+    assert d.book.active.roster == {A, C}
+    d.hold(D)
+    assert books.view(d.book, d.present, d.now).ready == (A, C, D), "but others may fetch from it"
+
+
+def test_a_confirmed_round_moves_the_anchor_and_opens_the_next_on_it() -> None:
+    d = desk((A, B))
+    d.hold(A, B)
+    d.confirm_round("one")
+    assert (d.book.anchor, d.book.height) == (digest("one"), 1)
+    assert d.book.active is not None, "both attested, so both are ready"
+    assert (d.book.number, d.book.active.base) == (2, digest("one"))
+    assert d.kinds() == ["Opened", "Settled", "Confirmed", "Opened"]
+    assert d.book.tally.num_confirmed == 1
+    assert d.book.tally.num_tokens == 200
+
+
+def test_without_a_holder_no_round_opens() -> None:
+    d = desk((), (C,))
+    d.hold(C)
+    d.tick(100)
+    assert d.book.active is None
+    assert "nobody present trains it" in books.waits_for(d.book, d.present)
+
+
+def test_an_ending_run_finishes_its_round_and_opens_no_other() -> None:
+    d = desk((A, B))
+    d.hold(A, B)
+    d.may_open = False
+    d.confirm_round("one")
+    d.tick(100)
+    assert d.book.height == 1
+    assert d.book.active is None
+
+
+def test_an_offer_of_the_future_is_rejected_and_one_of_the_past_is_not_heard() -> None:
+    d = desk((A, B))
+    d.hold(A, B)
+    d.hear(offer(A, 7))
+    assert [r.reason for r in d.rejects] == ["future"]
+    d.confirm_round("one")
+    before = d.book
+    d.hear(offer(A, 1))
+    assert d.book == before
+    assert len(d.rejects) == 1
+
+
+def test_a_late_attester_is_ready() -> None:
+    d = desk((A, B), (C,))
+    d.hold(A, B, C)
+    for message in (offer(A), offer(B), receipt(B, A), receipt(A, B), attestation(A, digest("x")), attestation(B, digest("x"))):
+        d.hear(message)
+    assert d.book.anchor == digest("x")
+    assert C not in d.book.ready(d.present).all
+    d.hear(attestation(C, digest("x")))
+    assert C in d.book.ready(d.present).all
+    d.hear(attestation(D, digest("y")))
+    assert D not in d.book.holdings
+
+
+def test_rolled_back_when_nobody_has_the_anchor_and_not_before_the_time() -> None:
+    d = desk((A, B), (), (D,))
+    d.hold(A, B)
+    d.hold(D)
+    d.confirm_round("one")
+    d.lose(A)
+    d.lose(B)
+    d.tick(100)
+    d.tick(100)
+    assert d.book.height == 1, "nobody waits for it"
+    d.present = replace(d.present, holders=frozenset({E}))
+    d.tick()
+    d.tick(TIMING.rollback_s - 1)
+    assert d.book.height == 1
+    d.tick(1)
+    assert (d.book.anchor, d.book.height) == (BASE, 0), "the follower still has the genesis anchor"
+    assert d.kinds()[-1] == "RolledBack"
+    number = d.book.number
+    d.hold(E)
+    assert (d.book.number, d.book.active and d.book.active.base) == (number + 1, BASE), "round numbers go on"
+
+
+def test_a_follower_that_has_the_anchor_saves_it() -> None:
+    d = desk((A, B), (), (D,))
+    d.hold(A, B)
+    d.confirm_round("one")
+    d.hold(D)
+    d.lose(A)
+    d.lose(B)
+    d.present = replace(d.present, holders=frozenset({E}))
+    d.tick(100)
+    d.tick(100)
+    assert d.book.height == 1
+
+
+def test_nothing_to_roll_back_to_waits() -> None:
+    d = desk((A, B))
+    d.hold(A, B)
+    d.confirm_round("one")
+    d.lose(A)
+    d.lose(B)
+    d.present = Present(frozenset({E}))
+    d.tick(100)
+    d.tick(100)
+    assert d.book.height == 1
+    assert books.waits_for(d.book, d.present) == "nobody present holds its anchor"
+
+
+def test_after_an_abandoned_round_the_next_has_a_longer_cut_off() -> None:
+    d = desk((A, B))
+    d.hold(A, B)
+    d.tick(TIMING.cut_off_s + RULES.grace_s)
+    assert d.book.recent[-1].phase is Phase.ABANDONED
+    assert d.book.active is not None
+    assert d.book.active.cut_off_at - d.now == 2 * TIMING.cut_off_s
+
+
+# ---------------------------------------------------------------- any story
+
+peers = st.sampled_from(PEERS[:4])
+moves = st.one_of(
+    st.tuples(st.just("hold"), peers, st.booleans()),
+    st.tuples(st.just("offer"), peers, st.integers(0, 1)),
+    st.tuples(st.just("receipt"), peers, peers),
+    st.tuples(st.just("attest"), peers, st.sampled_from("aab")),
+    st.tuples(st.just("abstain"), peers, st.just(0)),
+    st.tuples(st.just("gone"), peers, st.just(0)),
+    st.tuples(st.just("back"), peers, st.just(0)),
+    st.tuples(st.just("wait"), st.sampled_from([0.5, 3.0, 11.0, 30.0]), st.just(0)),
+    st.tuples(st.just("restart"), st.just(0), st.just(0)),
+)
+MEMBERS = Present(frozenset({A, B}), frozenset({C}), frozenset({D}))
+
+
+def act(d: Desk, move: tuple[str, object, object]) -> None:
+    kind, who, what = move
+    number, base = d.book.number, d.book.anchor
+    match kind:
+        case "hold":
+            d.hold(who, anchor=None if what else BASE)  # type: ignore[arg-type]
+        case "offer":
+            d.hear(offer(who, number, base=base, variant=what))  # type: ignore[arg-type]
+        case "receipt":
+            known = d.book.active.offer_of(what) if d.book.active is not None else None  # type: ignore[arg-type]
+            d.hear(replace(receipt(who, what, number), packet=known.packet if known else packet_of(what, number)))  # type: ignore[arg-type]
+        case "attest":
+            d.hear(attestation(who, digest(f"{base} {number} {what}"), number))  # type: ignore[arg-type]
+        case "abstain":
+            d.hear(Abstention(FRAGMENT, number, who, "why"))  # type: ignore[arg-type]
+        case "gone":
+            d.lose(who)  # type: ignore[arg-type]
+        case "back":
+            p = d.present
+            d.present = Present(*(now | ({who} & all_) for now, all_ in zip((p.holders, p.keepers, p.followers), (MEMBERS.holders, MEMBERS.keepers, MEMBERS.followers), strict=True)))  # type: ignore[arg-type]
+            d.take(books.back(d.book, who, d.now, RULES))  # type: ignore[arg-type]
+            d.tick()
+        case "wait":
+            d.tick(who)  # type: ignore[arg-type]
+        case "restart":
+            d.book = restored(d)
+            d.tick()
+
+
+@given(st.lists(moves, max_size=60))
+@settings(max_examples=200, deadline=None)
+def test_any_story_keeps_the_law_and_survives_a_restart_at_its_end(story: list[tuple[str, object, object]]) -> None:
+    d = Desk(FragmentBook(FRAGMENT, BASE), MEMBERS)
+    for move in story:
+        act(d, move)
+        check_book(d)
+    again = restored(d)
+    for name in ("anchor", "height", "number", "history", "tally"):
+        assert getattr(again, name) == getattr(d.book, name), name
+    assert [(o.round, o.phase, o.anchor, o.settlement) for o in again.recent] == [
+        (o.round, o.phase, o.anchor, o.settlement) for o in d.book.recent
+    ]
+    assert (again.active is None) == (d.book.active is None)
+    if again.active is not None and d.book.active is not None:
+        assert (again.active.roster, again.active.base, again.active.settlement) == (
+            d.book.active.roster, d.book.active.base, d.book.active.settlement,
+        )  # fmt: skip
+
+
+def check_book(d: Desk) -> None:
+    opened = [r.round for r in d.records if isinstance(r, ledger.Opened)]
+    assert opened == list(range(1, len(opened) + 1)), "numbers never repeat"
+    ended = [r.round for r in d.records if isinstance(r, ledger.Confirmed | ledger.GaveUp)]
+    assert ended == opened[: len(ended)], "a round opens when the one before it is over"
+    assert len(opened) - len(ended) == (d.book.active is not None)
+    if (active := d.book.active) is not None:
+        assert (active.base, active.number) == (d.book.anchor, d.book.number)
+    assert d.book.height == len(d.book.history) or any(isinstance(r, ledger.RolledBack) for r in d.records)
+    deadline = books.next_deadline(d.book, d.present, RULES, TIMING)
+    assert deadline is not None or not d.book.ready(d.present).holders
+    view = books.view(d.book, d.present, d.now)
+    assert (view.anchor, view.height, view.round) == (d.book.anchor, d.book.height, d.book.number)
+    assert view.why

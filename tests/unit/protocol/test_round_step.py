@@ -1,0 +1,263 @@
+"""The round as a value machine: its law holds after any sequence of events."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from protocol_world import BASE, PEERS, RULES, attestation, digest, new_round, offer, receipt, round_events
+
+from decentra.bits import bits_float, float_bits
+from decentra.protocol.messages import Abstention, Phase
+from decentra.protocol.round import (
+    DidConfirm,
+    DidGiveUp,
+    DidSettle,
+    Reject,
+    Returned,
+    Round,
+    RoundEffect,
+    Suspected,
+    Tick,
+    next_deadline,
+    step,
+    waits_for,
+)
+
+A, B, C, D, E = PEERS
+ANCHOR = digest("anchor a")
+timed_events = st.lists(st.tuples(st.floats(0, 6), round_events()), max_size=40)
+rosters = st.tuples(st.integers(1, 3), st.integers(0, 2))
+ORDER = {Phase.OPEN: 0, Phase.SETTLED: 1, Phase.TENTATIVE: 2, Phase.CONFIRMED: 3, Phase.ABANDONED: 3, Phase.VOID: 3}
+
+
+def play(round_: Round, *events: object, now: float = 1.0) -> tuple[Round, list[RoundEffect]]:
+    out: list[RoundEffect] = []
+    for event in events:
+        round_, effects = step(round_, event, now, RULES)  # type: ignore[arg-type]
+        out.extend(effects)
+    return round_, out
+
+
+@given(rosters, timed_events)
+@settings(max_examples=300, deadline=None)
+def test_the_law_holds_after_any_events(roster: tuple[int, int], events: Sequence[tuple[float, object]]) -> None:
+    round_, now = new_round(*roster), 0.0
+    ends = 0
+    for wait_s, event in events:
+        now += wait_s
+        after, effects = step(round_, event, now, RULES)  # type: ignore[arg-type]
+        check_step(round_, after, effects, now)
+        ends += sum(isinstance(e, DidConfirm | DidGiveUp) for e in effects)
+        round_ = after
+    assert ends == (not round_.is_active)
+
+
+def check_step(before: Round, after: Round, effects: Sequence[RoundEffect], now: float) -> None:
+    assert ORDER[after.phase] >= ORDER[before.phase], "phases go one way"
+    if not before.is_active:
+        assert after == before, "nothing changes a round that is over"
+        assert not effects
+    assert (after.number, after.height, after.base, after.holders, after.keepers) == (
+        before.number, before.height, before.base, before.holders, before.keepers,
+    )  # fmt: skip
+    assert after.suspects <= after.roster
+    assert {o.peer for o in after.offers} <= after.holders
+    assert len({o.peer for o in after.offers}) == len(after.offers)
+    if before.settlement is not None:
+        assert after.settlement == before.settlement, "a settlement is frozen"
+        assert after.offers == before.offers, "an offer after settling is too late"
+    if (settlement := after.settlement) is not None:
+        sound = {o.peer: o for o in after.sound_offers()}
+        assert settlement.base == after.base
+        assert settlement.height == after.height + 1
+        assert settlement.entries, "a settlement has offers"
+        assert [e.peer for e in settlement.entries] == sorted(e.peer for e in settlement.entries)
+        assert all(sound[e.peer].packet == e.packet for e in settlement.entries), "settled only with a receipt of another member"
+        weights = [bits_float(e.weight_bits) for e in settlement.entries]
+        assert math.isclose(sum(weights), 1.0, abs_tol=1e-6)
+        tokens = sum(e.num_tokens for e in settlement.entries)
+        assert all(e.weight_bits == float_bits(e.num_tokens / tokens) for e in settlement.entries)
+        assert (settlement.lr_bits, settlement.momentum_bits) == (float_bits(RULES.outer_lr), float_bits(RULES.outer_momentum))
+    if after.phase is Phase.CONFIRMED:
+        agreeing = {a.peer for a in after.attestations if a.anchor == after.anchor}
+        assert len(agreeing) >= min(2, len(after.roster))
+        assert after.thin == (len(agreeing) == 1)
+        assert agreeing <= after.roster
+    assert [type(e) for e in effects if not isinstance(e, Reject)] == expected_effects(before, after)
+    if after.is_active:
+        assert next_deadline(after, RULES) is not None
+    assert waits_for(after)
+
+
+def expected_effects(before: Round, after: Round) -> list[type]:
+    found: list[type] = []
+    if before.phase is Phase.OPEN and after.settlement is not None:
+        found.append(DidSettle)
+    if before.is_active and after.phase is Phase.CONFIRMED:
+        found.append(DidConfirm)
+    if before.is_active and after.phase in (Phase.ABANDONED, Phase.VOID):
+        found.append(DidGiveUp)
+    return found
+
+
+@given(rosters, timed_events)
+@settings(max_examples=100, deadline=None)
+def test_every_round_ends_by_itself(roster: tuple[int, int], events: Sequence[tuple[float, object]]) -> None:
+    round_, now = new_round(*roster), 0.0
+    for wait_s, event in events:
+        now += wait_s
+        round_, _ = step(round_, event, now, RULES)  # type: ignore[arg-type]
+    for _ in range(2):  # settling at the deadline, then the deadline for attesting
+        now += RULES.cut_off_s + RULES.grace_s + RULES.attest_s
+        round_, _ = step(round_, Tick(), now, RULES)
+    assert not round_.is_active
+
+
+@given(rosters, timed_events, round_events())
+@settings(max_examples=100, deadline=None)
+def test_hearing_a_thing_twice_is_hearing_it_once(roster: tuple[int, int], events: Sequence[tuple[float, object]], event: object) -> None:
+    round_, now = new_round(*roster), 0.0
+    for wait_s, earlier in events:
+        now += wait_s
+        round_, _ = step(round_, earlier, now, RULES)  # type: ignore[arg-type]
+    once, _ = step(round_, event, now, RULES)  # type: ignore[arg-type]
+    twice, effects = step(once, event, now, RULES)  # type: ignore[arg-type]
+    if once.phase is round_.phase:
+        assert twice == once
+    assert not any(isinstance(e, DidSettle | DidConfirm | DidGiveUp) for e in effects) or once.phase is not twice.phase
+
+
+def test_two_holders_settle_and_confirm() -> None:
+    round_, effects = play(new_round(2), offer(A, num_tokens=300), offer(B, num_tokens=100), receipt(B, A), receipt(A, B))
+    (settled,) = effects
+    assert isinstance(settled, DidSettle)
+    assert [bits_float(e.weight_bits) for e in settled.settlement.entries] == [0.75, 0.25]
+    assert settled.settlement.why == "all 2 due offers are in"
+    round_, effects = play(round_, attestation(A, ANCHOR))
+    assert round_.phase is Phase.TENTATIVE
+    assert effects == []
+    round_, effects = play(round_, attestation(B, ANCHOR))
+    assert effects == [DidConfirm(ANCHOR, (attestation(A, ANCHOR), attestation(B, ANCHOR)), False, f"2 attested {ANCHOR[:12]}")]
+
+
+def test_an_offer_without_a_receipt_of_another_is_not_settled() -> None:
+    round_, effects = play(new_round(2), offer(A), offer(B), receipt(A, A), receipt(B, B))
+    assert round_.phase is Phase.OPEN
+    assert effects == []
+    assert "second holder" in waits_for(round_)
+    round_, _ = step(round_, Tick(), 15.0, RULES)
+    assert round_.phase is Phase.ABANDONED
+
+
+def test_a_lone_holder_is_thin_and_one_keeper_makes_it_sound() -> None:
+    round_, effects = play(new_round(1), offer(A), attestation(A, ANCHOR))
+    assert [type(e) for e in effects] == [DidSettle, DidConfirm]
+    assert round_.thin
+    round_, effects = play(new_round(1, 1), offer(A), receipt(B, A), attestation(A, ANCHOR))
+    assert round_.phase is Phase.TENTATIVE, "a roster of two needs two attesters"
+    round_, _ = play(round_, attestation(B, ANCHOR))
+    assert round_.phase is Phase.CONFIRMED
+    assert not round_.thin
+
+
+def test_confirm_does_not_follow_who_is_alive() -> None:
+    round_, _ = play(new_round(2), offer(A), offer(B), receipt(B, A), receipt(A, B), Suspected(B), attestation(A, ANCHOR))
+    assert round_.phase is Phase.VOID, "one attester of a roster of two never confirms; with the other one gone it is given up"
+
+
+def test_suspicion_removes_and_a_return_brings_back() -> None:
+    round_, effects = play(new_round(3), offer(A), offer(B), receipt(B, A), receipt(A, B))
+    assert effects == []
+    later, effects = play(round_, Suspected(C))
+    assert [type(e) for e in effects] == [DidSettle]
+    assert {e.peer for e in effects[0].settlement.entries} == {A, B}  # type: ignore[union-attr]
+    lone, _ = play(round_, Suspected(B), Returned(B))
+    assert lone.suspects == frozenset()
+    assert later.suspects == {C}
+
+
+def test_quorum_at_the_cut_off() -> None:
+    round_, _ = play(new_round(3, 1), offer(A), offer(B), receipt(D, A), receipt(D, B))
+    early, effects = step(round_, Tick(), 9.9, RULES)
+    assert early.phase is Phase.OPEN
+    assert effects == ()
+    settled, _ = step(round_, Tick(), 10.0, RULES)
+    assert settled.phase is Phase.SETTLED
+    one, _ = play(new_round(3, 1), offer(A), receipt(D, A))
+    assert step(one, Tick(), 14.9, RULES)[0].phase is Phase.OPEN
+    assert step(one, Tick(), 15.0, RULES)[0].phase is Phase.ABANDONED
+
+
+@pytest.mark.parametrize(("num_holders", "quorum"), [(1, 1), (2, 2), (3, 2), (4, 2), (5, 3)])
+def test_quorum(num_holders: int, quorum: int) -> None:
+    assert replace(new_round(1), holders=frozenset(PEERS[:num_holders])).quorum == quorum
+
+
+def test_abstentions_are_not_waited_for() -> None:
+    round_, _ = play(new_round(2, 1), offer(A), receipt(C, A))
+    assert round_.phase is Phase.OPEN
+    round_, effects = play(round_, Abstention(round_.fragment, 1, B, "loss not finite"))
+    assert [type(e) for e in effects] == [DidSettle]
+    given_up, _ = play(new_round(1, 1), Abstention(round_.fragment, 1, A, "no"))
+    assert given_up.phase is Phase.ABANDONED
+
+
+def test_nobody_trained_a_token() -> None:
+    round_, effects = play(new_round(1), offer(A, num_tokens=0))
+    assert round_.phase is Phase.ABANDONED
+    assert round_.settlement is None
+    assert [type(e) for e in effects] == [DidGiveUp]
+
+
+def test_attesters_that_disagree_void_the_round() -> None:
+    settled, _ = play(new_round(2), offer(A), offer(B), receipt(B, A), receipt(A, B))
+    round_, _ = play(settled, attestation(A, ANCHOR), attestation(B, digest("other")))
+    assert round_.phase is Phase.VOID
+    assert "disagree" in round_.why
+    three, _ = play(new_round(2, 1), offer(A), offer(B), receipt(B, A), receipt(A, B), attestation(A, ANCHOR), attestation(B, digest("other")))
+    assert three.phase is Phase.TENTATIVE, "the keeper decides"
+    three, _ = play(three, attestation(C, ANCHOR))
+    assert three.anchor == ANCHOR
+
+
+def test_attesting_too_slowly_voids() -> None:
+    settled, _ = play(new_round(2), offer(A), offer(B), receipt(B, A), receipt(A, B), attestation(A, ANCHOR))
+    assert step(settled, Tick(), 1.0 + RULES.attest_s - 0.1, RULES)[0].phase is Phase.TENTATIVE
+    assert step(settled, Tick(), 1.0 + RULES.attest_s, RULES)[0].phase is Phase.VOID
+
+
+@pytest.mark.parametrize(
+    ("event", "reason"),
+    [
+        (offer(E), "not-in-roster"),
+        (offer(C), "not-in-roster"),  # a keeper does not offer
+        (offer(A, base=digest("old")), "base"),
+        (offer(B, variant=1), "two-digests"),
+        (offer(A, num_tokens=-1), "malformed"),
+        (receipt(E, B), "not-in-roster"),
+        (receipt(C, A), "receipt"),
+        (receipt(C, B, variant=1), "receipt"),
+        (attestation(A, ANCHOR), "early"),
+        (attestation(E, ANCHOR), "not-in-roster"),
+    ],
+)
+def test_mistakes_are_rejected_by_name_and_change_nothing(event: object, reason: str) -> None:
+    round_, _ = play(new_round(2, 1), offer(B))
+    after, effects = step(round_, event, 1.0, RULES)  # type: ignore[arg-type]
+    (reject,) = effects
+    assert isinstance(reject, Reject)
+    assert reject.reason == reason
+    assert reject.detail
+    assert after == round_
+
+
+def test_a_late_offer_says_so() -> None:
+    settled, _ = play(new_round(3), offer(A), offer(B), receipt(B, A), receipt(A, B), Suspected(C))
+    _, effects = play(settled, Returned(C), offer(C))
+    assert [e.reason for e in effects if isinstance(e, Reject)] == ["late"]
+    assert BASE == settled.base
