@@ -17,8 +17,8 @@ from typing import Any, BinaryIO
 
 from decentra.cli import look
 from decentra.cli.controls import controls_of
-from decentra.cli.rundir import create
-from decentra.cli.running import StopRequest
+from decentra.cli.rundir import RunDir, create
+from decentra.cli.running import StopRequest, die_with_parent
 from decentra.config import Manifest
 from decentra.errors import ConfigError, DecentraError, Unreachable
 from decentra.invite import parse_invite
@@ -26,9 +26,8 @@ from decentra.invite import parse_invite
 DEMO_SETTINGS: tuple[str, ...] = (
     'name="demo"',
     "rounds.inner_steps=12",
-    "stop.rounds=25",
 )
-KILL_AT, BACK_AFTER = 0.35, 0.12  # shares of the run's rounds
+KILL_AT, BACK_AFTER, EXPERT_SHARE = 0.35, 0.12, 0.6  # shares of the run's rounds; the last: what the least trained expert must have
 LOOK_S, DEADLINE_S, END_S = 1.0, 1500.0, 30.0
 MARKER = "decentra-demo.json"
 
@@ -47,7 +46,7 @@ class Child:
         with self._file("out") as out, self._file("log") as err:
             self.process = await asyncio.create_subprocess_exec(
                 sys.executable, "-m", "decentra.cli.main", *self.args, stdin=asyncio.subprocess.DEVNULL, stdout=out, stderr=err, env=env,
-                start_new_session=True,
+                start_new_session=True, preexec_fn=die_with_parent,
             )  # fmt: skip
 
     def _file(self, kind: str) -> BinaryIO:
@@ -90,6 +89,7 @@ class Demo:
 
     root: Path
     num_peers: int
+    num_rounds: int  # the demo ends the run at this many confirmed rounds, once the killed peer is back
     with_controls: bool
     is_quiet: bool
     manifest: Manifest = field(init=False)
@@ -109,12 +109,11 @@ class Demo:
         self._prepare()
         base = [] if source is not None else list(DEMO_SETTINGS)
         run, self.manifest = await asyncio.to_thread(create, self.root / "run", source, [*base, *settings])
-        if self.manifest.stop.rounds is None:
-            raise ConfigError("a demo needs an end: set stop.rounds in the run's TOML")
+        self.num_rounds = self.manifest.stop.rounds or self.num_rounds
         self.say(f"run {self.manifest.run_id()[:12]}: {self.manifest.model.num_experts} experts in {run.root}")
         try:
             await self._start_all(run.root)
-            await self._watch(stop)
+            await self._watch(run, stop)
             return await self._finish(run.root)
         finally:
             await asyncio.gather(*(c.end(5.0) for c in self.peers), self.host.end(10.0), return_exceptions=True)
@@ -164,9 +163,9 @@ class Demo:
             await asyncio.sleep(0.2)
         raise Unreachable(f"the host was not ready within 120 s:\n{self.host.tail()}")
 
-    async def _watch(self, stop: StopRequest) -> None:
-        """Look every second until the run is over; kill one peer on the way and bring it back."""
-        goal = self.manifest.stop.rounds or 1
+    async def _watch(self, run: RunDir, stop: StopRequest) -> None:
+        """Look every second until the run is over; kill one peer on the way, bring it back, and end the run as its organiser."""
+        goal = self.num_rounds
         victim, killed_at, back_at = self.peers[-1], None, None
         rounds_at_kill = rounds_at_return = 0
         deadline, manifest = time.monotonic() + DEADLINE_S, None
@@ -195,10 +194,16 @@ class Demo:
                 elif back_at is not None and not self.num_rejoined and rounds > rounds_at_return + 2 and self._participates(victim.name):
                     self.num_rejoined = 1
                     self.mark(f"{victim.name} is in a confirmed round again")
+                elif self.num_rejoined and not self.snap["is_stopping"] and self._is_enough():
+                    await client.command(run.run_key(), "stop", f"the demo has its {goal} rounds")
                 if self.snap["is_stopped"]:
                     return
                 await asyncio.sleep(LOOK_S)
         raise KeyboardInterrupt
+
+    def _is_enough(self) -> bool:
+        least_expert = min(self.num_rounds, max(1, round(EXPERT_SHARE * self.num_rounds)))
+        return bool(self.snap["rounds_confirmed_trunk"] >= self.num_rounds and self.snap["rounds_confirmed_min_expert"] >= least_expert)
 
     async def _finish(self, run: Path) -> dict[str, Any]:
         self.say(f"the run is over: {self.snap['why']}")
@@ -212,7 +217,7 @@ class Demo:
         result = self._result(pulled, start, end, ends)
         if self.with_controls:
             result |= await self._controls(run, ends)
-        result["ok"] = bool(result["anchors_equal"] and result["rounds_confirmed_trunk"] >= (self.manifest.stop.rounds or 0))
+        result["ok"] = bool(result["anchors_equal"] and result["peers_killed"] == result["peers_rejoined"] == 1 and self._is_enough())
         self._draw(result)
         return result
 
@@ -253,7 +258,8 @@ class Demo:
             async with gate:
                 args = [str(run / "manifest.json"), name, domain or "-", str(factor), str(num_steps)]
                 process = await asyncio.create_subprocess_exec(
-                    sys.executable, "-m", "decentra.cli.controls", *args, stdout=asyncio.subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"}
+                    sys.executable, "-m", "decentra.cli.controls", *args, stdout=asyncio.subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"},
+                    preexec_fn=die_with_parent,
                 )  # fmt: skip
                 try:
                     out, _ = await process.communicate()
@@ -329,7 +335,7 @@ async def _view(demo: Demo) -> Any:
                 s = demo.snap
                 loss = "-" if s["loss"] is None else f"{s['loss']:.3f}"
                 demo.say(
-                    f"live {s['num_live']}, participating {s['num_participating']}, trunk rounds {s['rounds_confirmed_trunk']}/{demo.manifest.stop.rounds},"
+                    f"live {s['num_live']}, participating {s['num_participating']}, trunk rounds {s['rounds_confirmed_trunk']}/{demo.num_rounds},"
                     f" least expert {s['rounds_confirmed_min_expert']}, loss {loss}"
                 )
 
@@ -347,7 +353,6 @@ async def _view(demo: Demo) -> Any:
 
 def _evaluate_genesis(run: Path, manifest: Manifest) -> dict[str, Any]:
     """Held-out loss before training."""
-    from decentra.cli.rundir import RunDir
     from decentra.peer.checkpoint import assemble, save_model
 
     blobs = RunDir(run).genesis_blobs(manifest)

@@ -17,13 +17,14 @@ from decentra.cli.rundir import DAY_S, RunDir
 from decentra.cli.running import StopRequest, locked_dir, watch_loop
 from decentra.cli.wiring import Door, gossip, member_runtime, new_nonce
 from decentra.config import Manifest, PeerConfig, differing_keys, load_toml, manifest_from_bytes
-from decentra.errors import ConfigError, DecentraError, Refused
+from decentra.errors import ConfigError, DecentraError, InviteError, ManifestMismatch, Refused
 from decentra.gossip import records
 from decentra.gossip.bootstrap import run_bootstrap
 from decentra.gossip.exchange import HivemindExchange
 from decentra.gossip.node import GossipNode
 from decentra.identity import is_signed, load_or_create_key
 from decentra.invite import Invite, parse_invite
+from decentra.model.custom import model_for
 from decentra.peer.compute import DeltaThread, SystemClock
 from decentra.peer.disk import RealDisk, write_atomic
 from decentra.ports import Events
@@ -49,9 +50,9 @@ class Service:
 
     async def until(self, *others: asyncio.Task[None]) -> None:
         """Wait for all of ``others``. Raises the service's error if that comes first."""
-        waiting = asyncio.ensure_future(asyncio.gather(*others))
+        waiting: asyncio.Future[list[None]] = asyncio.ensure_future(asyncio.gather(*others))
         try:
-            await asyncio.wait([waiting, self.pump], return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((waiting, self.pump), return_when=asyncio.FIRST_COMPLETED)
             if self.pump.done():
                 self.pump.result()
             await waiting
@@ -69,6 +70,10 @@ def service_identity(run: RunDir, manifest: Manifest) -> ServiceIdentity:
     run_public = disk.read("run.public")
     if run.has_run_key():
         key = run.run_key()
+        if run_public not in (None, key.public):
+            raise ConfigError(
+                f"{run.run_key_file} is not the key this run began with; its invites name another. Restore it from your backup"
+            )
         not_after_s = int(time.time() + CERTIFICATE_DAYS * DAY_S)
         certificate = seal_certificate(key, manifest.run_id(), ServiceCertificate(service_key.public, tls.fingerprint, not_after_s))
         sealed_manifest, run_public = seal_manifest(key, manifest), key.public
@@ -138,15 +143,16 @@ async def _end(task: asyncio.Task[None]) -> None:
 
 async def run_host(
     run: RunDir, *, address: str, bootstrap_port: int, service_port: int, listen_host: str, uses: int, days: float, stop: StopRequest,
-    events: Events, on_ready: object = None,
+    events: Events, on_ready: object = None, model_code: Path | None = None,
 ) -> str:  # fmt: skip
     """Bootstrap node, averaging service and keeper in one process, until Ctrl-C. ``on_ready(invite, ports)`` is called once."""
     manifest = run.manifest()
+    model_for(manifest, model_code)  # before any port is taken
     with locked_dir(run.host):
         async with AsyncExitStack() as stack:
             service = await stack.enter_async_context(averaging_service(run, manifest, f"{listen_host}:{service_port}", events))
             key = load_or_create_key(run.host / "identity.key")
-            config = PeerConfig(name="host", role="keeper", listen=(f"/ip4/{listen_host}/tcp/{bootstrap_port}",))
+            config = PeerConfig(name="host", role="keeper", model_code=model_code, listen=(f"/ip4/{listen_host}/tcp/{bootstrap_port}",))
             door = await _own_door(service, key.peer_id, run, manifest, events)
             node, exchange = await stack.enter_async_context(
                 gossip(run.host, (), config, service.identity.chain, lambda: door.client.credentials, events)
@@ -177,9 +183,9 @@ def _invite(run: RunDir, uses: int, days: float, bootstrap: str, services: Seque
     """The host's own invite: made once and shown again at each start, so that a restart does not use invites up."""
     disk = RealDisk(run.host)
     stored = disk.read("invite")
-    if stored is not None and (invite := _parsed(stored)) is not None:
-        if invite.bootstrap == (bootstrap,) and invite.services == tuple(services):
-            return invite
+    invite = None if stored is None else _parsed(stored)
+    if invite is not None and (invite.bootstrap, invite.services) == ((bootstrap,), tuple(services)):
+        return invite
     invite = run.make_invite(uses, days, bootstrap=(bootstrap,), services=services)
     write_atomic(disk, "invite", invite.encode().encode())
     return invite
@@ -250,7 +256,9 @@ async def run_averager(run: RunDir, *, listen: str, address: str, stop: StopRequ
     """The averaging service alone."""
     with locked_dir(run.host):
         async with averaging_service(run, run.manifest(), listen, events) as service:
-            print(f"averaging service of run {service.identity.run[:12]} at {address}:{service.port}", flush=True)
+            where = f"{address}:{service.port}"
+            run.remember_addresses(run.addresses()[0] if run.has_addresses() else (), (where,))
+            print(f"averaging service of run {service.identity.run[:12]} at {where}", flush=True)
             await service.until(asyncio.create_task(_stopped(stop)))
             return stop.why
 

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from decentra.cli.console import LogEvents
+from decentra.cli.rundir import read_genesis
 from decentra.cli.running import StopRequest, locked_dir, watch_loop
 from decentra.cli.wiring import check_data, follow_service, gossip, join_again, member_runtime, open_door, state_dir
-from decentra.config import PeerConfig
+from decentra.config import Manifest, PeerConfig
 from decentra.errors import ExitCode
+from decentra.gossip.exchange import HivemindExchange
 from decentra.ids import short
 from decentra.invite import Invite
 from decentra.peer.runtime import PeerRuntime
@@ -21,7 +23,9 @@ from decentra.ports import Events
 PROGRESS_S = 10.0
 
 
-async def run_member(invite: Invite, config: PeerConfig, stop: StopRequest, *, patience_s: float) -> dict[str, Any]:
+async def run_member(
+    invite: Invite, config: PeerConfig, stop: StopRequest, *, patience_s: float, genesis: Path | None = None
+) -> dict[str, Any]:
     """Take part until the run is over, Ctrl-C, or the configured number of steps; returns what was contributed."""
     root: Path = state_dir(invite.run_id, config)
     with locked_dir(root):
@@ -35,6 +39,8 @@ async def run_member(invite: Invite, config: PeerConfig, stop: StopRequest, *, p
             node, exchange = await stack.enter_async_context(
                 gossip(root, invite.bootstrap, config, door.trust, lambda: door.client.credentials, events)
             )
+            if genesis is not None:
+                await _bring_genesis(genesis, door.manifest, exchange)
             runtime = member_runtime(door, config, root, node, exchange, events)
             stop.on_stop(runtime.leave)
             tasks = [
@@ -60,6 +66,13 @@ async def run_member(invite: Invite, config: PeerConfig, stop: StopRequest, *, p
                 "skipped_rounds": counters.skipped_rounds, "experts": sorted(e for e, _ in counters.expert_tokens),
                 "anchors": {f: r.anchor for f, r in runtime.replicas.items()}, "state_dir": str(root),
             }  # fmt: skip
+
+
+async def _bring_genesis(folder: Path, manifest: Manifest, exchange: HivemindExchange) -> None:
+    """Take the first anchors from files, so that a run can begin without a host. Raises IntegrityError."""
+    for digest, blob in read_genesis(folder, manifest).items():
+        await exchange.put(digest, blob)
+        exchange.pin(digest)
 
 
 async def _or_stop(job: Any, stop: StopRequest) -> Any:

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from decentra import __version__
+from decentra.cli.doctor import doctor_command
 from decentra.errors import ConfigError, DecentraError, ExitCode
 
 app = typer.Typer(
@@ -126,6 +127,7 @@ def host(
     listen: Annotated[str, typer.Option(help="interface to listen on")] = "0.0.0.0",
     uses: Annotated[int, typer.Option(min=1, help="how many peers may use the printed invite")] = 32,
     days: Annotated[float, typer.Option(min=0.001, help="how long it is valid")] = 30.0,
+    model_code: Annotated[Path | None, typer.Option(help="the run's own model code")] = None,
     as_json: JsonOpt = False,
     verbose: VerboseOpt = False,
     log_json: LogJsonOpt = False,
@@ -150,7 +152,7 @@ def host(
     why = run_main(
         lambda stop: run_host(
             run, address=where, bootstrap_port=bootstrap_port, service_port=service_port, listen_host=listen, uses=uses, days=days, stop=stop,
-            events=LogEvents(peer="host"), on_ready=ready,
+            events=LogEvents(peer="host"), on_ready=ready, model_code=model_code,
         )
     )  # fmt: skip
     print(f"host ended: {why}", file=sys.stderr)
@@ -224,6 +226,8 @@ def invite(
     else:
         known = run.addresses()
         where = tuple(bootstrap or known[0]), tuple(service or known[1])
+    if not where[0]:
+        raise ConfigError("no bootstrap node is known; give the address that 'decentra bootstrap' printed as --bootstrap")
     made = run.make_invite(uses, days, bootstrap=where[0], services=where[1], role=role)
     token_id = made.token[1:9].hex()
     if as_json:
@@ -303,6 +307,9 @@ NameOpt = Annotated[str | None, typer.Option(help="names this peer and its state
 DirOpt = Annotated[Path | None, typer.Option("--dir", help="state directory; default: the user state directory, by run and name")]
 ListenOpt = Annotated[list[str] | None, typer.Option(help="multiaddress to listen on; default: any port")]
 OutboundOpt = Annotated[bool, typer.Option("--outbound-only", help="listen nowhere; take part through a keeper")]
+GenesisOpt = Annotated[
+    Path | None, typer.Option(help="RUN_DIR/genesis, the first anchors: for the first member of a run that has no host to get them from")
+]
 PatienceOpt = Annotated[float, typer.Option("--wait", help="seconds to keep trying while the service is away", min=0.0)]
 
 
@@ -324,6 +331,7 @@ def join(
     outbound_only: OutboundOpt = False,
     max_steps: Annotated[int | None, typer.Option(min=1, help="leave after this many inner steps")] = None,
     model_code: Annotated[Path | None, typer.Option(help="the run's own model code")] = None,
+    genesis: GenesisOpt = None,
     patience_s: PatienceOpt = 300.0,
     as_json: JsonOpt = False,
     verbose: VerboseOpt = False,
@@ -335,7 +343,8 @@ def join(
         "shared_fraction": shared_fraction, "device": device, "threads": threads, "listen": list(listen or ()), "announce": list(announce or ()),
         "max_steps": max_steps, "model_code": model_code,
     }  # fmt: skip
-    _take_part(invite, _peer_config(config, given), outbound_only, patience_s, as_json, verbose, log_json)
+    peer = _peer_config(config, given)
+    _take_part(invite, peer, genesis, outbound_only, patience_s, as_json, verbose, log_json)
 
 
 @app.command()
@@ -346,17 +355,24 @@ def keep(
     state: DirOpt = None,
     listen: ListenOpt = None,
     announce: Annotated[list[str] | None, typer.Option()] = None,
+    model_code: Annotated[Path | None, typer.Option(help="the run's own model code")] = None,
+    genesis: GenesisOpt = None,
     patience_s: PatienceOpt = 300.0,
     as_json: JsonOpt = False,
     verbose: VerboseOpt = False,
     log_json: LogJsonOpt = False,
 ) -> None:
     """Be a keeper: follow every module, serve blobs, attest; trains nothing. A run with two keepers survives its organiser's disk."""
-    given = {"name": name or "keeper", "dir": state, "listen": list(listen or ()), "announce": list(announce or ()), "role": "keeper"}
-    _take_part(invite, _peer_config(config, given), False, patience_s, as_json, verbose, log_json)
+    given = {
+        "name": name or "keeper", "dir": state, "listen": list(listen or ()), "announce": list(announce or ()), "role": "keeper",
+        "model_code": model_code,
+    }  # fmt: skip
+    _take_part(invite, _peer_config(config, given), genesis, False, patience_s, as_json, verbose, log_json)
 
 
-def _take_part(invite: str, config: Any, outbound_only: bool, patience_s: float, as_json: bool, verbose: bool, log_json: bool) -> None:
+def _take_part(
+    invite: str, config: Any, genesis: Path | None, outbound_only: bool, patience_s: float, as_json: bool, verbose: bool, log_json: bool
+) -> None:
     _logging(verbose, log_json)
     line = _invite(invite)
     if outbound_only:
@@ -365,7 +381,7 @@ def _take_part(invite: str, config: Any, outbound_only: bool, patience_s: float,
     from decentra.cli.join import describe_peer, run_member
     from decentra.cli.running import run_main
 
-    result = run_main(lambda stop: run_member(line, config, stop, patience_s=patience_s))
+    result = run_main(lambda stop: run_member(line, config, stop, patience_s=patience_s, genesis=genesis))
     print(describe_peer(result), file=sys.stderr)
     if as_json:
         print_json(result)
@@ -515,6 +531,7 @@ def evaluate(
 def demo(
     source: Annotated[Path | None, typer.Argument(help="a run.toml; default: the built-in demo", metavar="[RUN.toml]")] = None,
     num_peers: Annotated[int, typer.Option("--peers", min=2, max=16)] = 4,
+    num_rounds: Annotated[int, typer.Option("--rounds", min=5, help="confirmed rounds of the trunk, where the run.toml sets no end")] = 25,
     controls: Annotated[
         bool, typer.Option("--controls", help="also train the same model alone, for comparison (up to 10 minutes more)")
     ] = False,
@@ -529,7 +546,7 @@ def demo(
     from decentra.cli.look import generate_text
     from decentra.cli.running import run_main
 
-    show = Demo(root.resolve(), num_peers, controls, as_json)
+    show = Demo(root.resolve(), num_peers, num_rounds, controls, as_json)
     result = run_main(lambda stop: show.run(source, settings or (), stop))
     result["sample"] = generate_text(root / "model", "def ", 240, 0.7, 20, 0, None)
     if as_json:
@@ -538,6 +555,9 @@ def demo(
         report(result, show)
     if not result["ok"]:
         raise typer.Exit(int(ExitCode.FAILED))
+
+
+app.command("doctor")(doctor_command)
 
 
 if __name__ == "__main__":

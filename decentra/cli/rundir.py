@@ -56,25 +56,19 @@ class RunDir:
 
     def genesis_blobs(self, manifest: Manifest) -> dict[Digest, bytes]:
         """The first anchors, verified. Raises IntegrityError."""
-        blobs = {}
-        for fragment, digest in manifest.genesis.items():
-            path = self.genesis / digest
-            data = path.read_bytes() if path.exists() else b""
-            if digest_of(data) != digest:
-                raise IntegrityError(
-                    f"genesis anchor of {fragment}: {path} is missing or damaged; restore it from the copy you made at init"
-                )
-            blobs[digest] = data
-        return blobs
+        return read_genesis(self.genesis, manifest)
 
     def remember_addresses(self, bootstrap: Sequence[str], services: Sequence[str]) -> None:
         body = json.dumps({"bootstrap": list(bootstrap), "services": list(services)}, indent=2).encode()
         write_atomic(RealDisk(self.host), "addresses.json", body)
 
+    def has_addresses(self) -> bool:
+        return (self.host / "addresses.json").exists()
+
     def addresses(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Bootstrap multiaddresses and service addresses of the last start. Raises ConfigError."""
         path = self.host / "addresses.json"
-        if not path.exists():
+        if not self.has_addresses():
             raise ConfigError(f"the host of {self.root} has not run yet; start 'decentra host {self.root}' first, or give the addresses")
         try:
             raw = json.loads(path.read_bytes())
@@ -89,6 +83,18 @@ class RunDir:
         manifest, key = self.manifest(), self.run_key()
         token = Token.generate(uses, int(time.time() + days * DAY_S), None if role is None else Role(role))
         return Invite(manifest.run_id(), key.public, tuple(bootstrap), tuple(services), seal_token(key, manifest.run_id(), token))
+
+
+def read_genesis(folder: Path, manifest: Manifest) -> dict[Digest, bytes]:
+    """The first anchors in a folder, each checked against the manifest's digest. Raises IntegrityError."""
+    blobs = {}
+    for fragment, digest in manifest.genesis.items():
+        path = folder / digest
+        data = path.read_bytes() if path.is_file() else b""
+        if digest_of(data) != digest:
+            raise IntegrityError(f"genesis anchor of {fragment}: {path} is missing or damaged; restore it from the copy you made at init")
+        blobs[digest] = data
+    return blobs
 
 
 def create(root: Path, source: Path | None, settings: Sequence[str], model_code: Path | None = None) -> tuple[RunDir, Manifest]:

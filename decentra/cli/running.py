@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import fcntl
 import os
 import signal
@@ -49,7 +50,7 @@ def run_main(main: Callable[[StopRequest], Awaitable[T]]) -> T:
     async def whole() -> T:
         stop, loop = StopRequest(), asyncio.get_running_loop()
         loop.set_exception_handler(_report)
-        for number, word in ((signal.SIGINT, "Ctrl-C"), (signal.SIGTERM, "SIGTERM")):
+        for number, word in ((signal.SIGINT, "Ctrl-C"), (signal.SIGTERM, "SIGTERM"), (signal.SIGHUP, "the terminal closed")):
             loop.add_signal_handler(number, stop.set, word)
         return await main(stop)
 
@@ -61,6 +62,12 @@ def run_main(main: Callable[[StopRequest], Awaitable[T]]) -> T:
         return uvloop.run(whole())
     except BaseExceptionGroup as group:
         raise _first_of_ours(group) from None
+
+
+def die_with_parent() -> None:
+    """Run in a child between fork and exec: the kernel sends SIGTERM when the parent ends, however it ends (Linux)."""
+    pr_set_pdeathsig = 1  # linux/prctl.h
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, int(signal.SIGTERM))
 
 
 def _report(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:

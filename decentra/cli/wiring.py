@@ -16,7 +16,7 @@ import platformdirs
 from decentra.averaging.client import AveragingClient
 from decentra.config import Manifest, PeerConfig, manifest_from_bytes
 from decentra.data.windows import source_for
-from decentra.errors import DecentraError, Refused, Unreachable
+from decentra.errors import ConfigError, DecentraError, Refused, Unreachable
 from decentra.gossip import records
 from decentra.gossip.blobs import BlobStore
 from decentra.gossip.exchange import HivemindExchange
@@ -67,7 +67,7 @@ async def open_door(invite: Invite, config: PeerConfig, root: Path, events: Even
     key = load_or_create_key(root / "identity.key")
     trust = TrustChain(invite.run_id, invite.run_public)
     disk, nonce = RealDisk(root), new_nonce()
-    credentials = disk.read(CREDENTIALS_FILE) or b""
+    credentials = _stored_credentials(disk, trust, key.peer_id, events)
     client = AveragingClient(invite.services, trust, events, key=key, token=invite.token, credentials=credentials)
     stored = _stored_manifest(disk, invite.run_id, events)
     deadline, retry_s = time.monotonic() + patience_s, RETRY_S
@@ -94,6 +94,19 @@ async def open_door(invite: Invite, config: PeerConfig, root: Path, events: Even
     write_atomic(disk, MANIFEST_FILE, manifest.canonical_bytes())
     write_atomic(disk, CREDENTIALS_FILE, client.credentials)
     return Door(manifest, key, trust, client, nonce, is_admitted=True)
+
+
+def _stored_credentials(disk: RealDisk, trust: TrustChain, peer: PeerId, events: Events) -> bytes:
+    """What an earlier process was given, while it holds; what is damaged or has expired would only be refused, the token may still do."""
+    credentials = disk.read(CREDENTIALS_FILE) or b""
+    if not credentials:
+        return b""
+    try:
+        trust.check_credentials(credentials, peer, time.time())
+    except DecentraError as error:
+        events.emit("damaged-file", file=CREDENTIALS_FILE, why=f"{error}; the service is asked for new ones")
+        return b""
+    return credentials
 
 
 def _stored_manifest(disk: RealDisk, run: RunId, events: Events) -> Manifest | None:

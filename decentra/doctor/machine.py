@@ -235,7 +235,7 @@ def check_keys(state_dir: Path) -> list[Finding]:
         mode = path.stat().st_mode & 0o777
         if mode & 0o077:
             found.append(
-                Finding("key file", Level.FAIL, f"{path} has mode {mode:04o}: others on this machine can read it", f"chmod 600 {path}")
+                Finding("key file", Level.FAIL, f"{path} has mode {mode:04o}: others on this machine can use it", f"chmod 600 {path}")
             )
             continue
         try:

@@ -40,8 +40,9 @@ class Timing:
     connect_s: float = 5.0
     few_s: float = 5.0  # between two looks at the network while few peers are connected
     calm_s: float = 30.0
+    renew_s: float = 30.0  # a p2pd that reaches nobody for this long is replaced
     retry_s: float = 1.0  # first wait when nobody answers; doubles
-    retry_max_s: float = 30.0
+    retry_max_s: float = 10.0  # nobody can dial a peer behind a router: how soon it is back after an outage is up to itself
 
 
 class GossipNode:
@@ -61,6 +62,7 @@ class GossipNode:
         self._handlers: dict[str, StreamHandler] = {}
         self._handling: set[asyncio.Task[None]] = set()
         self._attached = asyncio.Event()
+        self._is_stale = False  # p2pd waits longer and longer between two dials of an address, up to 5 min; a new one forgets that
         self._life: asyncio.Task[None] | None = None
 
     @classmethod
@@ -84,7 +86,7 @@ class GossipNode:
         node = cls(key_file, announce, contacts, events, timing)
         try:
             await node._build(tuple(listen))
-            await node._attach()
+            await node._greet_contacts()
         except BaseException:
             await node._tear_down()
             raise
@@ -251,6 +253,7 @@ class GossipNode:
         async with asyncio.TaskGroup() as group:
             group.create_task(self._forever(self._watch_daemon))
             group.create_task(self._forever(self._stay_attached))
+            group.create_task(self._look_up_self())
 
     async def _forever(self, step: Callable[[], Awaitable[None]]) -> None:
         while True:
@@ -262,9 +265,10 @@ class GossipNode:
 
     async def _watch_daemon(self) -> None:
         why = "p2pd is not running" if self._daemon is None else await self._failure(self._daemon)
-        self.events.emit("p2p-died", why=f"{why}; it is started again")
+        self.events.emit("p2p-renewed" if self._is_stale else "p2p-died", why=f"{why}; it is started again")
         started = time.monotonic()
         await self._rebuild()
+        self._is_stale = False
         self.events.emit("p2p-restarted", why="same identity, same addresses", restart_s=round(time.monotonic() - started, 2))
 
     async def _failure(self, daemon: Daemon) -> str:
@@ -276,6 +280,8 @@ class GossipNode:
                 await asyncio.wait({died}, timeout=self._timing.ping_s)
                 if died.done():
                     return died.result()
+                if self._is_stale:
+                    return f"p2pd reaches nobody for {self._timing.renew_s:.0f} s and dials less and less often"
                 try:
                     self._addresses = await daemon.addresses(self._timing.ping_s)
                     num_missed = 0
@@ -303,7 +309,7 @@ class GossipNode:
     # ------------------------------------------------------------ staying attached
 
     async def _stay_attached(self) -> None:
-        wait_s = self._timing.retry_s
+        wait_s, renew_at = self._timing.retry_s, time.monotonic() + self._timing.renew_s
         while not self._attached.is_set():
             if self._daemon is not None:
                 who = ", ".join(self._contacts.bootstraps) or "of the known peers"
@@ -312,6 +318,9 @@ class GossipNode:
             wait_s = min(2 * wait_s, self._timing.retry_max_s)
             if self._daemon is not None:
                 await self._attach()
+                if time.monotonic() > renew_at and not self._attached.is_set() and not await self.connected():
+                    self._is_stale, renew_at = True, time.monotonic() + self._timing.renew_s
+        self._is_stale = False
         await self._calm_down()
         if self._daemon is not None:  # while it is rebuilt, its watcher attaches it
             await self._attach()
@@ -326,23 +335,32 @@ class GossipNode:
 
     async def _attach(self) -> None:
         """Greet the bootstrap nodes and some known peers, and look up our own id, so that our routes and theirs are fresh."""
+        if await self._greet_contacts():
+            await self._look_up_self()
+
+    async def _greet_contacts(self) -> bool:
+        """Whether somebody answers."""
         if self._contacts.is_empty():
             self._attached.set()
-            return
+            return False
         dht, daemon = self.dht, self.daemon
         dht.blacklist.clear()
         targets = self._contacts.to_greet(NUM_GREETED)
-        greeted = await asyncio.gather(*(self._greet(daemon, dht, peer, addresses) for peer, addresses in targets))
-        num_answers = sum(greeted)
-        if num_answers:
-            with suppress(TimeoutError):
-                async with asyncio.timeout(2 * self._timing.connect_s):
-                    await dht.find_nearest_nodes([dht.node_id])
+        num_answers = sum(await asyncio.gather(*(self._greet(daemon, dht, peer, addresses) for peer, addresses in targets)))
         if num_answers and not self._attached.is_set():
             self._attached.set()
             self.events.emit("bootstrap-attached", why=f"{num_answers} of {len(targets)} known peers answer", num_peers=num_answers)
         elif not num_answers:
             self._attached.clear()
+        return num_answers > 0
+
+    async def _look_up_self(self) -> None:
+        """Takes seconds where others are behind routers that let nobody in, so nothing waits for it."""
+        try:
+            async with asyncio.timeout(2 * self._timing.connect_s):
+                await self.dht.find_nearest_nodes([self.dht.node_id])
+        except Exception as error:  # hivemind's calls raise whatever the other side's handler raised; the next look is in some seconds
+            self.events.emit("lookup-failed", key="own id", why=f"{type(error).__name__}: {error}")
 
     async def _greet(self, daemon: Daemon, dht: Any, peer: PeerId, addresses: Sequence[str]) -> bool:
         try:

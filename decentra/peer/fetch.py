@@ -94,28 +94,22 @@ class Fetcher:
             return hunt.blob
 
     async def _search(self, hunt: _Hunt, sources: Sequence[PeerId]) -> None:
-        """Ask the sources, then again those who had nothing yet, then whoever advertises the blob."""
+        """Ask the sources, then whoever advertises the blob."""
         known = {peer: tuple(self._directory(peer)) for peer in sources}
         await self._ask(hunt, list(known.items()))
-        for pause_s in self._patience.again_s:
-            if hunt.blob is not None or not hunt.refused:
-                break
-            await asyncio.sleep(pause_s)
-            again, hunt.refused = hunt.refused, []
-            await self._ask(hunt, again)
         if hunt.blob is None:
             advertised = await self._exchange.providers(hunt.digest)
             await self._ask(hunt, [(p, a) for p, a in advertised if p not in known or not set(a) <= set(known[p])])
 
     async def _ask(self, hunt: _Hunt, sources: Sequence[Source]) -> None:
-        """Race the sources, each with a head start of ``hedge_s`` before the next; the first to send is listened to, the others are left."""
-        waiting = self._reachability.in_order(sources, _now())
-        while waiting and hunt.blob is None:
+        """Race the sources; the first to send is listened to, the others are left, and come back when it breaks off."""
+        turns = _Turns(self._patience, self._reachability.in_order(sources, _now()), _now())
+        while hunt.blob is None and not turns.is_empty:
             async with self._racing() as race:
-                winner = await self._race(hunt, waiting, race)
-                waiting = [*(a.source for a in race if a is not winner), *waiting]  # they did nothing wrong
+                winner = await self._race(hunt, turns, race)
+                turns.put_back([a.source for a in race if a is not winner])  # they did nothing wrong
                 if winner is not None and (error := await self._listen(hunt, winner)) is not None:
-                    self._note(hunt, winner, error, waiting)
+                    self._note(hunt, winner, error, turns)
 
     @asynccontextmanager
     async def _racing(self) -> AsyncIterator[list[_Attempt]]:
@@ -129,24 +123,26 @@ class Fetcher:
             await asyncio.gather(*(a.first for a in race), return_exceptions=True)
             await asyncio.gather(*(a.stream.aclose() for a in race), return_exceptions=True)
 
-    async def _race(self, hunt: _Hunt, waiting: list[Source], race: list[_Attempt]) -> _Attempt | None:
+    async def _race(self, hunt: _Hunt, turns: _Turns, race: list[_Attempt]) -> _Attempt | None:
         """The first attempt that sends something. None when all failed, or when they have to start again from the blob's beginning."""
         num_kept_bytes = len(hunt.got)
-        while True:
-            if waiting:
-                race.append(self._attempt(hunt, waiting.pop(0)))
-            elif not race:
-                return None
-            timeout_s = self._patience.hedge_s if waiting else None
-            await asyncio.wait([a.first for a in race], timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        while race or not turns.is_empty:
+            while (source := turns.take(_now(), is_idle=not race)) is not None:
+                race.append(self._attempt(hunt, source))
+            pause_s = turns.pause_s(_now())
+            if not race:
+                await asyncio.sleep(pause_s or 0.0)
+                continue
+            await asyncio.wait([a.first for a in race], timeout=pause_s, return_when=asyncio.FIRST_COMPLETED)
             for attempt in [a for a in race if a.first.done()]:
                 error = attempt.first.exception()
                 if error is None:
                     return attempt
                 race.remove(attempt)
-                self._note(hunt, attempt, error, waiting)
+                self._note(hunt, attempt, error, turns)
                 if len(hunt.got) != num_kept_bytes:
                     return None
+        return None
 
     def _attempt(self, hunt: _Hunt, source: Source) -> _Attempt:
         hunt.num_asked += 1
@@ -177,26 +173,68 @@ class Fetcher:
             raise RejectedPayload("size", detail, peer=short(peer))
         hunt.got += chunk
 
-    def _note(self, hunt: _Hunt, attempt: _Attempt, error: BaseException, waiting: list[Source]) -> None:
+    def _note(self, hunt: _Hunt, attempt: _Attempt, error: BaseException, turns: _Turns) -> None:
         """Why a source did not give the blob: for the next choice and for the story. Who only added to foreign bytes is asked for all of them."""
         peer = attempt.source[0]
+        turns.hurry(_now())
         match error:
             case RejectedPayload():
                 hunt.got.clear()
                 if attempt.offset:
-                    waiting.insert(0, attempt.source)
+                    turns.put_back([attempt.source])
                     return
                 hunt.wrong = error
                 self._events.emit("bad-blob", peer=short(peer), digest=hunt.digest[:12], why=error.detail)
             case Refused():
                 self._reachability.answered(peer)
-                hunt.refused.append(attempt.source)
                 hunt.reasons[peer] = str(error)
+                turns.ask_again(attempt.source, _now())
             case Unreachable() | TimeoutError():
                 self._reachability.silent(peer, _now())
                 hunt.reasons[peer] = str(error) or "too slow"
             case _:
                 raise error
+
+
+class _Turns:
+    """Whose turn it is, and when: each source ``hedge_s`` after the one before or as soon as that failed; who refused, a little later once more."""
+
+    def __init__(self, patience: Patience, sources: Sequence[Source], now: float) -> None:
+        self._patience, self._fresh, self._next_at_s = patience, list(sources), now
+        self._later: list[tuple[float, Source]] = []
+        self._num_again: dict[PeerId, int] = {}
+
+    @property
+    def is_empty(self) -> bool:
+        return not self._fresh and not self._later
+
+    def take(self, now: float, *, is_idle: bool) -> Source | None:
+        """The next source to ask now, if any; ``is_idle``: nobody else is being asked."""
+        for at_s, source in self._later:
+            if at_s <= now:
+                self._later.remove((at_s, source))
+                return source
+        if self._fresh and (is_idle or self._next_at_s <= now):
+            self._next_at_s = now + self._patience.hedge_s
+            return self._fresh.pop(0)
+        return None
+
+    def pause_s(self, now: float) -> float | None:
+        """Until the next turn; None when nobody is left."""
+        times = [at_s for at_s, _ in self._later] + ([self._next_at_s] if self._fresh else [])
+        return max(0.0, min(times) - now) if times else None
+
+    def hurry(self, now: float) -> None:
+        self._next_at_s = now
+
+    def put_back(self, sources: Sequence[Source]) -> None:
+        self._fresh[:0] = sources
+
+    def ask_again(self, source: Source, now: float) -> None:
+        num_times = self._num_again.get(source[0], 0)
+        if num_times < len(self._patience.again_s):
+            self._num_again[source[0]] = num_times + 1
+            self._later.append((now + self._patience.again_s[num_times], source))
 
 
 @dataclass
@@ -207,7 +245,6 @@ class _Hunt:
     max_bytes: int
     got: bytearray = field(default_factory=bytearray)
     blob: bytes | None = None
-    refused: list[Source] = field(default_factory=list)  # answered, but do not have it yet
     reasons: dict[PeerId, str] = field(default_factory=dict)
     wrong: RejectedPayload | None = None
     num_asked: int = 0

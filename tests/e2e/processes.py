@@ -24,7 +24,7 @@ from decentra.service.driver import open_record
 
 READY_S = 60.0  # a loaded machine imports torch slowly
 LEFTOVER_S = 6.0  # p2pd ends by itself within 3 s of our kill -9
-POLL_S = 0.05
+POLL_S = 0.1
 
 # A model of 30 thousand parameters, so that a test's time is the protocol's.
 TINY = (
@@ -44,10 +44,12 @@ class Command:
     folder: Path
     env: dict[str, str] = field(default_factory=dict)
     popen: subprocess.Popen[bytes] | None = None
+    num_old_chars: int = 0  # of stdout, from before the last start
 
     def start(self) -> Command:
         self.folder.mkdir(parents=True, exist_ok=True)
         env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **self.env}
+        self.num_old_chars = len(self.out)
         with open(self.folder / f"{self.name}.out", "ab") as out, open(self.folder / f"{self.name}.err", "ab") as err:
             self.popen = subprocess.Popen(
                 [sys.executable, "-m", "decentra.cli.main", *self.args], stdin=subprocess.DEVNULL, stdout=out, stderr=err, env=env,
@@ -57,7 +59,8 @@ class Command:
 
     @property
     def out(self) -> str:
-        return (self.folder / f"{self.name}.out").read_text()
+        path = self.folder / f"{self.name}.out"
+        return path.read_text() if path.exists() else ""
 
     @property
     def err(self) -> str:
@@ -86,8 +89,8 @@ class Command:
             raise AssertionError(f"{self.name} did not end within {deadline_s:g} s:\n{self.tail()}") from None
 
     def last_json(self) -> dict[str, Any]:
-        """The JSON object of the last line of stdout; empty when there is none yet."""
-        lines = self.out.splitlines()
+        """The JSON object of the last line of stdout since the last start; empty when there is none yet."""
+        lines = self.out[self.num_old_chars :].splitlines()
         if not lines or not lines[-1].startswith("{"):
             return {}
         value: dict[str, Any] = json.loads(lines[-1])

@@ -22,7 +22,7 @@ from decentra.protocol.ledger import Confirmed, Opened, Record, Settled, replay
 from decentra.service.driver import open_record
 
 ROOT = Path(__file__).parents[2]
-LOOK_S = 0.1
+LOOK_S = 0.2
 END_S = 20.0
 ORGANISER = "org"
 BOOTSTRAP_PORT, SERVICE_PORT = 7410, 7411
@@ -43,6 +43,8 @@ class Child:
     command: Sequence[str]
     folder: Path
     process: subprocess.Popen[bytes] | None = None
+    _events: list[dict[str, Any]] = field(default_factory=list)
+    _num_read_bytes: int = 0
 
     def start(self) -> None:
         env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "HOME": str(self.folder)}
@@ -79,15 +81,21 @@ class Child:
             self.send(signal.SIGKILL)
             return self.process.wait(patience_s)
 
+    def end_now(self) -> None:
+        """Kill it: it has no time to say or save anything."""
+        self.send(signal.SIGKILL)
+        if self.process is not None:
+            self.process.wait(END_S)
+        self.out.unlink(missing_ok=True)
+
     def events(self, *names: str) -> list[dict[str, Any]]:
         """Log lines whose event is one of ``names``, all when none is given."""
-        found = []
-        for line in self.log.read_bytes().splitlines() if self.log.exists() else ():
-            if line.startswith(b"{") and line.endswith(b"}"):
-                event = json.loads(line)
-                if not names or event["event"] in names:
-                    found.append(event)
-        return found
+        with open(self.log, "rb") as log:
+            log.seek(self._num_read_bytes)
+            whole, newline, _ = log.read().rpartition(b"\n")
+        self._num_read_bytes += len(whole + newline)
+        self._events += [json.loads(line) for line in whole.splitlines() if line.startswith(b"{")]
+        return [event for event in self._events if not names or event["event"] in names]
 
     def said(self) -> dict[str, Any]:
         """The last JSON object on its stdout, empty when there is none."""

@@ -1,12 +1,11 @@
 """A laboratory of hosts in network namespaces, made and removed by the test that uses it. It knows nothing of decentra and needs root.
 
-Every host is a namespace with one link into a router namespace: a /30 of its own, the router its only way out. Nothing touches the machine's own
-network: both ends of a link are made inside the lab's namespaces. Names carry the process id, so labs run side by side, and what a killed test
-left behind is removed by the next one.
+Nothing touches the machine's own network: every link is inside the lab's namespaces. Names carry the process id, so labs run side by side, and what
+a killed test left behind is removed by the next one.
 
 - ``block(a, b)``: no route between two hosts; packets vanish, as they do at most home routers.
 - ``outbound_only(a)``: a stateful filter inside the host lets answers in and nothing else.
-- ``set_link(a, is_up=False)``: the cable is pulled at the router's end; the host keeps its address and its routes.
+- ``set_link(a, is_up=False)``: the cable is pulled at the other end; the host keeps its address and its routes.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
+from typing import Self
 
 PREFIX = "dclab"
 NETNS_DIR = Path("/run/netns")
@@ -40,29 +40,28 @@ def why_impossible(*, needs_filter: bool = False) -> str | None:
         return "neither 'nft' nor 'iptables' is installed"
     probe = f"{PREFIX}{os.getpid()}probe"
     try:
-        _ip("netns", "add", probe)
+        run_ip("netns", "add", probe)
         try:
-            _ip("-n", probe, "link", "add", "name", "probe0", "type", "veth", "peer", "name", "probe1")
+            run_ip("-n", probe, "link", "add", "name", "probe0", "type", "veth", "peer", "name", "probe1")
             if needs_filter:
                 _filter(probe)
         finally:
-            _ip("netns", "del", probe)
+            run_ip("netns", "del", probe)
     except (LabError, OSError, subprocess.TimeoutExpired) as error:
         return f"this machine makes no network namespaces: {error}"
     return None
 
 
-class KernelLab:
-    """``with KernelLab(("org", "a", "b")) as lab``: hosts that reach each other through a router until told otherwise."""
+class Lab:
+    """What every kind of laboratory has; ``_build`` makes the hosts, ``address`` says where they are."""
 
     def __init__(self, hosts: Sequence[str]) -> None:
         assert 1 <= len(hosts) <= 60, "a lab has 1 to 60 hosts"
         assert all(re.fullmatch(r"[a-z0-9]{1,8}", host) for host in hosts), "host names are short lower-case words"
         self.hosts = tuple(hosts)
-        self._router = f"{PREFIX}{os.getpid()}router"
         self._made: list[str] = []
 
-    def __enter__(self) -> KernelLab:
+    def __enter__(self) -> Self:
         sweep()
         try:
             self._build()
@@ -74,13 +73,27 @@ class KernelLab:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
+    def address(self, host: str) -> str:
+        """The host's IPv4 address."""
+        raise NotImplementedError
+
+    def block(self, one: str, other: str) -> None:
+        """From now on no packet passes between the two, in either direction, and nobody is told."""
+        raise NotImplementedError
+
+    def unblock(self, one: str, other: str) -> None:
+        raise NotImplementedError
+
+    def set_link(self, host: str, *, is_up: bool) -> None:
+        """Pull or plug the cable of ``host``."""
+        raise NotImplementedError
+
+    def _build(self) -> None:
+        raise NotImplementedError
+
     def namespace(self, host: str) -> str:
         assert host in self.hosts, f"no host {host}"
         return f"{PREFIX}{os.getpid()}{host}"
-
-    def address(self, host: str) -> str:
-        """The host's IPv4 address."""
-        return f"10.99.{self.hosts.index(host) + 1}.2"
 
     def command(self, host: str, args: Sequence[str]) -> list[str]:
         """``args`` as a command line that runs on ``host``; the process keeps the id that starting it gives."""
@@ -88,12 +101,35 @@ class KernelLab:
 
     def pids(self, host: str) -> list[int]:
         """Processes that live on ``host``."""
-        return [int(pid) for pid in _ip("netns", "pids", self.namespace(host)).split()]
+        return [int(pid) for pid in run_ip("netns", "pids", self.namespace(host)).split()]
 
-    # ------------------------------------------------------------ what may reach what
+    def outbound_only(self, host: str) -> None:
+        """Nobody can open a connection to ``host``; what it opens itself works. Raises LabError where no packet filter is installed."""
+        _filter(self.namespace(host))
+
+    def close(self) -> None:
+        """Kill what still runs inside and remove every namespace; the links go with them. Safe to call twice."""
+        for name in reversed(self._made):
+            _remove(name)
+        self._made.clear()
+
+    def _namespace(self, name: str) -> None:
+        self._made.append(name)
+        run_ip("netns", "add", name)
+        run_ip("-n", name, "link", "set", "lo", "up")
+
+
+class KernelLab(Lab):
+    """``with KernelLab(("org", "a", "b")) as lab``: each host has a /30 and one link into a router namespace, its only way out."""
+
+    def __init__(self, hosts: Sequence[str]) -> None:
+        super().__init__(hosts)
+        self._router = f"{PREFIX}{os.getpid()}router"
+
+    def address(self, host: str) -> str:
+        return f"10.99.{self.hosts.index(host) + 1}.2"
 
     def block(self, one: str, other: str) -> None:
-        """From now on no packet passes between the two, in either direction, and nobody is told."""
         self._rule("add", one, other)
         self._rule("add", other, one)
 
@@ -101,17 +137,8 @@ class KernelLab:
         self._rule("del", one, other)
         self._rule("del", other, one)
 
-    def outbound_only(self, host: str) -> None:
-        """Nobody can open a connection to ``host``; what it opens itself works. Raises LabError where no packet filter is installed."""
-        _filter(self.namespace(host))
-
     def set_link(self, host: str, *, is_up: bool) -> None:
-        """Pull or plug the cable at the router's end."""
-        _ip("-n", self._router, "link", "set", f"to-{host}", "up" if is_up else "down")
-        if is_up:
-            self._route(host)  # the kernel dropped the route with the link
-
-    # ------------------------------------------------------------ building and removing
+        run_ip("-n", self._router, "link", "set", f"to-{host}", "up" if is_up else "down")
 
     def _build(self) -> None:
         self._namespace(self._router)
@@ -119,32 +146,17 @@ class KernelLab:
         for number, host in enumerate(self.hosts, 1):
             name = self.namespace(host)
             self._namespace(name)
-            _ip("link", "add", "name", "net0", "netns", name, "type", "veth", "peer", "name", f"to-{host}", "netns", self._router)
-            _ip("-n", self._router, "addr", "add", f"10.99.{number}.1/30", "dev", f"to-{host}")
-            _ip("-n", self._router, "link", "set", f"to-{host}", "up")
-            _ip("-n", name, "addr", "add", f"10.99.{number}.2/30", "dev", "net0")
-            _ip("-n", name, "link", "set", "net0", "up")
-            _ip("-n", name, "route", "add", "default", "via", f"10.99.{number}.1")
-
-    def _namespace(self, name: str) -> None:
-        self._made.append(name)
-        _ip("netns", "add", name)
-        _ip("-n", name, "link", "set", "lo", "up")
+            run_ip("link", "add", "name", "net0", "netns", name, "type", "veth", "peer", "name", f"to-{host}", "netns", self._router)
+            run_ip("-n", self._router, "addr", "add", f"10.99.{number}.1/30", "dev", f"to-{host}")
+            run_ip("-n", self._router, "link", "set", f"to-{host}", "up")
+            run_ip("-n", name, "addr", "add", f"10.99.{number}.2/30", "dev", "net0")
+            run_ip("-n", name, "link", "set", "net0", "up")
+            run_ip("-n", name, "route", "add", "default", "via", f"10.99.{number}.1")
 
     def _rule(self, verb: str, source: str, target: str) -> None:
         priority = str(_BLOCK_PRIORITY + self.hosts.index(source))
         subnet = f"10.99.{self.hosts.index(target) + 1}.0/30"
-        _ip("-n", self._router, "rule", verb, "priority", priority, "iif", f"to-{source}", "to", subnet, "blackhole")
-
-    def _route(self, host: str) -> None:
-        subnet = f"10.99.{self.hosts.index(host) + 1}.0/30"
-        _ip("-n", self._router, "route", "replace", subnet, "dev", f"to-{host}")
-
-    def close(self) -> None:
-        """Kill what still runs inside and remove every namespace; the links go with them. Safe to call twice."""
-        for name in reversed(self._made):
-            _remove(name)
-        self._made.clear()
+        run_ip("-n", self._router, "rule", verb, "priority", priority, "iif", f"to-{source}", "to", subnet, "blackhole")
 
 
 def sweep() -> None:
@@ -163,11 +175,11 @@ def left_over(pid: int | None = None) -> list[str]:
 
 def _remove(name: str) -> None:
     with suppress(LabError, subprocess.TimeoutExpired):
-        for pid in _ip("netns", "pids", name).split():
+        for pid in run_ip("netns", "pids", name).split():
             with suppress(ProcessLookupError):
                 os.kill(int(pid), 9)
     with suppress(LabError, subprocess.TimeoutExpired):
-        _ip("netns", "del", name)
+        run_ip("netns", "del", name)
 
 
 def _filter_tool() -> str | None:
@@ -192,7 +204,8 @@ def _in(name: str, *args: str) -> str:
     return _run("ip", "netns", "exec", name, *args)
 
 
-def _ip(*args: str) -> str:
+def run_ip(*args: str) -> str:
+    """``ip`` with ``args``. Raises LabError."""
     return _run("ip", *args)
 
 

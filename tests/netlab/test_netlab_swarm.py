@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,8 @@ pytestmark = [
 ]  # fmt: skip
 HOMES = ("a", "b")
 SHARED = ("trunk/0", "router/0")
-SLOW_FETCH_S = 4.0  # a dial into nothing takes 5
+SLOW_FETCH_S = 5.0  # what a dial into nothing takes
+CUT_S = 20.0
 
 
 def two_homes(lab: KernelLab) -> None:
@@ -38,6 +40,11 @@ def num_shared_rounds(crew: Crew, fragment: str) -> int:
     return sum(event["fragment"] == fragment and event["num_offers"] == len(HOMES) for event in crew.host.events("round-settled"))
 
 
+def check_left_alone(lab: KernelLab) -> None:
+    """No process of ours is left on any host."""
+    assert {host: lab.pids(host) for host in lab.hosts} == {host: [] for host in lab.hosts}
+
+
 @pytest.mark.parametrize("options", [("--outbound-only",), ()], ids=["outbound-only", "listening-in-vain"])
 def test_three_hosts(tmp_path: Path, options: tuple[str, ...]) -> None:
     """Two homes contribute through the organiser alone, at the pace of rounds on a network where everybody reaches everybody."""
@@ -58,5 +65,51 @@ def test_three_hosts(tmp_path: Path, options: tuple[str, ...]) -> None:
                 assert len(together) >= 3, f"{fragment}: {tales[fragment].contributors}"
             slowest_s = max(event["seconds"] for child in crew.children() for event in child.events("fetched"))
             assert slowest_s < SLOW_FETCH_S, "a fetch waited for a peer that cannot be reached"
-        assert {host: lab.pids(host) for host in lab.hosts} == {host: [] for host in lab.hosts}
+        check_left_alone(lab)
+    assert left_over(os.getpid()) == []
+
+
+def test_partition(tmp_path: Path) -> None:
+    """A peer whose cable is pulled for a while is not waited for, and comes back and contributes without anybody's help."""
+    with KernelLab((ORGANISER, *HOMES)) as lab:
+        two_homes(lab)
+        with Crew(lab, tmp_path) as crew:
+            invite = crew.start_host()
+            for home in HOMES:
+                crew.join(home, invite)
+            crew.until(lambda: num_shared_rounds(crew, "trunk/0") >= 2, 90, "both homes contribute")
+            lab.set_link("b", is_up=False)
+            cut_at, num_before = time.monotonic(), crew.num_confirmed()
+            crew.until(
+                lambda: time.monotonic() > cut_at + CUT_S and crew.num_confirmed() >= num_before + 3,
+                2 * CUT_S,
+                "rounds go on without one home",
+            )
+            lab.set_link("b", is_up=True)
+            num_shared = num_shared_rounds(crew, "trunk/0")
+            crew.until(lambda: num_shared_rounds(crew, "trunk/0") >= num_shared + 2, 60, "the home that was cut off contributes again")
+            crew.stop_run()
+            check_agreement(crew, crew.until_over(30))
+        check_left_alone(lab)
+    assert left_over(os.getpid()) == []
+
+
+def test_restarted_organiser(tmp_path: Path) -> None:
+    """The organiser's host is killed and started again: two homes that nobody can dial find back to it, and rounds go on from the ledger."""
+    with KernelLab((ORGANISER, *HOMES)) as lab:
+        two_homes(lab)
+        with Crew(lab, tmp_path) as crew:
+            invite = crew.start_host()
+            for home in HOMES:
+                crew.join(home, invite, "--outbound-only")
+            crew.until(lambda: num_shared_rounds(crew, "trunk/0") >= 2, 90, "both homes contribute")
+            crew.host.end_now()
+            num_shared, num_before = num_shared_rounds(crew, "trunk/0"), crew.num_confirmed()
+            assert crew.start_host() == invite
+            crew.until(lambda: num_shared_rounds(crew, "trunk/0") >= num_shared + 3, 60, "both homes contribute after the restart")
+            crew.stop_run()
+            check_agreement(crew, crew.until_over(30))
+            tale = tales_of(crew.ledger())["trunk/0"]
+            assert len(tale.contributors) >= num_before + 3, "confirmed rounds were lost in the restart"
+        check_left_alone(lab)
     assert left_over(os.getpid()) == []

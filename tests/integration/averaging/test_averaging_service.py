@@ -136,7 +136,7 @@ def test_a_round_over_grpc_and_a_restart_that_loses_nothing(tmp_path: Path) -> N
             outcome = await client.outcome(FRAGMENT, confirmed.recent[-1].round)
             assert outcome is not None
             assert (outcome.phase, outcome.anchor, outcome.thin) == (Phase.CONFIRMED, NEXT, False)
-            assert await client.ledger() == driver._records
+            assert await client.ledger() == list(driver.journal.load())
             assert await client.command(RUN_KEY, "stop", "enough") == "stopping: enough"
             await client.close()
 

@@ -48,14 +48,15 @@ def test_taken_port_is_named_with_its_owner_and_a_free_one_is_fine() -> None:
     assert good == Finding(f"port {free}", Level.OK, "free")
 
 
-def test_key_that_others_can_read_is_found_and_the_fix_fixes_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", [0o644, 0o640, 0o602])
+def test_key_that_others_can_read_is_found_and_the_fix_fixes_it(mode: int, tmp_path: Path) -> None:
     key = tmp_path / "identity.key"
     save_key(key, Keypair.generate())
     assert only(machine.check_keys(tmp_path)).level is Level.OK
-    key.chmod(0o644)
+    key.chmod(mode)
     finding = only(machine.check_keys(tmp_path))
     assert finding.level is Level.FAIL
-    assert "0644" in finding.found
+    assert f"{mode:04o}" in finding.found
     assert finding.fix == f"chmod 600 {key}"
     subprocess.run(finding.fix.split(), check=True)
     assert only(machine.check_keys(tmp_path)).level is Level.OK

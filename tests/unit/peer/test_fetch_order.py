@@ -146,7 +146,7 @@ def test_a_peer_without_address_that_answered_is_no_longer_last() -> None:
 
 
 def test_a_keeper_that_does_not_have_it_yet_is_asked_again() -> None:
-    exchange = HabitExchange({HOME: Habit(connect_s=0.3, is_reachable=False), KEEPER: Habit(has_it_at_s=0.5)})
+    exchange = HabitExchange({HOME: Habit(connect_s=5.0, is_reachable=False), KEEPER: Habit(has_it_at_s=0.5)})
     blob, took_s = fetch(exchange, KEEPER, HOME)
     assert blob == BLOB
     assert took_s < 1.0
@@ -187,7 +187,8 @@ def test_who_advertises_the_blob_is_asked_last_and_a_known_peer_only_at_a_new_ad
     exchange = HabitExchange({HOME: Habit(is_reachable=False), OTHER: Habit(data=None)}, advertised)
     with pytest.raises(Unreachable):
         fetch(exchange, HOME)
-    assert exchange.order == [HOME, OTHER, HOME]
+    assert exchange.order[:3] == [HOME, OTHER, HOME]
+    assert exchange.order.count(HOME) == 2
     exchange.habits[OTHER] = Habit()
     assert fetch(exchange, HOME)[0] == BLOB
 

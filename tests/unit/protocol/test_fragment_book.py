@@ -218,6 +218,7 @@ def test_after_an_abandoned_round_the_next_has_a_longer_cut_off() -> None:
     d = desk((A, B))
     d.hold(A, B)
     d.tick(TIMING.cut_off_s + RULES.grace_s)
+    d.tick()
     assert d.book.recent[-1].phase is Phase.ABANDONED
     assert d.book.active is not None
     assert d.book.active.cut_off_at - d.now == 2 * TIMING.cut_off_s

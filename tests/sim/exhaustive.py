@@ -1,0 +1,571 @@
+"""Every interleaving of a small swarm over the real machines: FragmentBook at the service, MemberMachine at each member, one fragment.
+
+Transitions: a message arrives, a local operation ends, time passes, a stream breaks and comes back, a member is falsely suspected, restarts or
+dies, the service restarts. Views reach a connected member at once; its messages and operations are as late as can be. Anchors are chains written
+as strings, so equal strings are equal bits. What is on disk (anchor, pending packet, packets, computed anchors) survives a restart, a death
+takes it all. Checked in every state that can be reached:
+
+- lost: the confirmed anchor is on the disk of somebody alive, unless the roll-back was recorded;
+- foreign: a member's anchor was confirmed once, no chain holds a packet twice, and a restored service has the same anchor and height;
+- stuck: the run's end can be reached without another fault;
+- unconfirmable: a settled round can be confirmed as long as enough of its roster is alive.
+
+``python tests/sim/exhaustive.py`` prints the number of states of the standard cases.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+from decentra.ids import Digest, FragmentId, PeerId
+from decentra.protocol import fragment as books
+from decentra.protocol import ledger
+from decentra.protocol import member as m
+from decentra.protocol.fragment import FragmentBook, Present, Timing, Write
+from decentra.protocol.member import FragmentLife, MemberMachine, Self
+from decentra.protocol.messages import FragmentView, Holding, Offer, Phase, Role, Settlement, Tally
+from decentra.protocol.round import Reject, Round, Rules
+
+FRAGMENT = FragmentId("trunk/0")
+GENESIS = Digest("g")
+RULES = Rules(cut_off_s=1.0, grace_s=1.0, attest_s=1.0, outer_lr=1.0, outer_momentum=0.0)
+TIMING = Timing(cut_off_s=1.0, gather_s=1.0, rollback_s=1e9)
+LATE_S, VERY_LATE_S = 1e6, 1e12  # past every deadline of a round; past the roll-back, too
+
+
+@dataclass(frozen=True)
+class Case:
+    """A swarm and its faults. Members named in ``joiners`` come without an anchor and connect at any time."""
+
+    holders: int = 2
+    keepers: int = 0
+    joiners: int = 0  # further holders
+    confirmed: int = 1  # rounds to confirm
+    given_up: int = 1  # rounds that may fail on the way; the bound is the check's, not the protocol's
+    deaths: int = 0
+    suspicions: int = 0
+    restarts: int = 0
+    service_restarts: int = 0
+    breaks: int = 0  # of a stream
+
+    @property
+    def members(self) -> tuple[PeerId, ...]:
+        names = [f"h{i}" for i in range(self.holders)] + [f"k{i}" for i in range(self.keepers)] + [f"j{i}" for i in range(self.joiners)]
+        return tuple(PeerId(n) for n in names)
+
+    @property
+    def budget(self) -> Budget:
+        return Budget(self.deaths, self.suspicions, self.restarts, self.service_restarts, self.breaks)
+
+
+class Budget(NamedTuple):
+    """Faults that may still happen."""
+
+    deaths: int
+    suspicions: int
+    restarts: int
+    service_restarts: int
+    breaks: int
+
+
+@dataclass(frozen=True)
+class Service:
+    """The book, who is here, and the book that its ledger alone gives."""
+
+    book: FragmentBook
+    present: frozenset[PeerId]
+    shadow: FragmentBook
+
+
+@dataclass(frozen=True)
+class Member:
+    """One member: its machine's fragment, what it has under way, its disk, its stream."""
+
+    life: FragmentLife
+    jobs: tuple[m.Effect, ...] = ()
+    packets: frozenset[Digest] = frozenset()  # on disk
+    anchors: frozenset[Digest] = frozenset()  # on disk
+    queue: tuple[object, ...] = ()  # messages on their way to the service, oldest first
+    is_connected: bool = False
+
+
+class State(NamedTuple):
+    """Indices into the tables of ``Explorer``; member -1 is dead."""
+
+    service: int
+    members: tuple[int, ...]
+    budget: Budget
+
+
+@dataclass
+class Result:
+    num_states: int = 0
+    num_steps: int = 0
+    seconds: float = 0.0
+    num_rolled_back: int = 0  # steps
+    violations: dict[str, list[State]] = field(default_factory=lambda: {k: [] for k in ("lost", "foreign", "stuck", "unconfirmable")})
+
+    @property
+    def is_sound(self) -> bool:
+        return not any(self.violations.values())
+
+
+def _plain_round(round_: Round | None) -> Round | None:
+    if round_ is None:
+        return None
+    settlement = None if round_.settlement is None else replace(round_.settlement, why="")
+    return replace(round_, opened_at=0.0, cut_off_at=1.0, settled_at=0.0, why="", settlement=settlement)
+
+
+def _plain_book(book: FragmentBook) -> FragmentBook:
+    """The book without what only counts or tells: clock readings, versions, words."""
+    recent = tuple(
+        replace(o, why="", settlement=None if o.settlement is None else replace(o.settlement, why="")) for o in book.recent
+    )  # fmt: skip
+    orphan = None if book.orphan_since is None else 0.0
+    return replace(
+        book, round=_plain_round(book.round), recent=recent, arrivals_s=(), idle_since=0.0, orphan_since=orphan, version=0, tally=Tally()
+    )  # fmt: skip
+
+
+def _book_key(book: FragmentBook) -> object:
+    return (
+        book.anchor, book.height, book.number, book.round, tuple(sorted(book.holdings.items())), book.history, book.recent, book.orphan_since
+    )  # fmt: skip
+
+
+def packet_name(offer_round: int, peer: PeerId) -> Digest:
+    return Digest(f"{peer}@{offer_round}")
+
+
+def next_anchor(settlement: Settlement) -> Digest:
+    return Digest(f"{settlement.base}>{'+'.join(e.packet for e in settlement.entries)}")
+
+
+class Explorer:
+    """Breadth-first search. Steps of the service and of one member are remembered by index, so a state costs a few look-ups."""
+
+    def __init__(self, case: Case) -> None:
+        self.case, self.names = case, case.members
+        self.keepers = frozenset(n for n in self.names if n.startswith("k"))
+        self.selves = {n: Self(n, Role.KEEPER if n in self.keepers else Role.TRAINER, 1) for n in self.names}
+        self.max_number = case.confirmed + case.given_up
+        self.services: list[Service] = []
+        self.members: list[Member] = []
+        self._service_index: dict[object, int] = {}
+        self._member_index: dict[Member, int] = {}
+        self._service_memo: dict[object, tuple[int, bool]] = {}
+        self._member_memo: dict[object, int] = {}
+        self._view_index: dict[FragmentView, int] = {}
+        self._view_of_service: dict[int, int] = {}
+        self._views: list[FragmentView] = []
+        self.num_rolled_back = 0
+
+    # ------------------------------------------------------------ tables
+
+    def put_service(self, book: FragmentBook, present: frozenset[PeerId], shadow: FragmentBook) -> int:
+        book, shadow = _plain_book(book), _plain_book(shadow)
+        if self.case.service_restarts == 0:
+            shadow = FragmentBook(FRAGMENT, GENESIS)
+        key = (_book_key(book), present, _book_key(shadow))
+        if key not in self._service_index:
+            self._service_index[key] = len(self.services)
+            self.services.append(Service(book, present, shadow))
+        return self._service_index[key]
+
+    def put_member(self, member: Member) -> int:
+        if member not in self._member_index:
+            self._member_index[member] = len(self.members)
+            self.members.append(member)
+        return self._member_index[member]
+
+    def view(self, service: int) -> int:
+        if service not in self._view_of_service:
+            s = self.services[service]
+            view = books.view(s.book, self._present(s.present), 0.0)
+            view = replace(view, why="", cut_off_in_s=0.0)
+            if view not in self._view_index:
+                self._view_index[view] = len(self._views)
+                self._views.append(view)
+            self._view_of_service[service] = self._view_index[view]
+        return self._view_of_service[service]
+
+    def _present(self, names: frozenset[PeerId]) -> Present:
+        return Present(names - self.keepers, names & self.keepers)
+
+    # ------------------------------------------------------------ the service's steps
+
+    def serve(self, service: int, event: object) -> tuple[int, bool]:
+        """The service after an event, and whether it rolled back."""
+        key = (service, event)
+        if key not in self._service_memo:
+            self._service_memo[key] = self._serve(self.services[service], event)
+        return self._service_memo[key]
+
+    def _serve(self, s: Service, event: object) -> tuple[int, bool]:
+        book, present, shadow, now, effects = s.book, s.present, s.shadow, 0.0, []
+        match event:
+            case ("hear", peer, message):
+                if peer not in present:
+                    present |= {peer}
+                    book, more = books.back(book, peer, now, RULES)
+                    effects += more
+                if isinstance(message, Holding):
+                    book, more = books.hold(book, message), ()
+                else:
+                    book, more = books.hear(book, message, now, RULES)
+                effects += more
+            case ("greet", peer, anchor):
+                present |= {peer}
+                book, more = books.back(book, peer, now, RULES)
+                effects += more
+                if anchor is not None:
+                    book = books.hold(book, Holding(peer, FRAGMENT, anchor))
+            case ("suspect", peer):
+                present -= {peer}
+                book, more = books.gone(book, peer, now, RULES)
+                effects += more
+            case "late":
+                now = LATE_S
+            case "very late":
+                now = VERY_LATE_S
+            case "restart":
+                book, present = shadow, frozenset()
+        may_open = book.number < self.max_number and book.height < self.case.confirmed
+        if event != "restart":  # RoundBook looks at every fragment after every event
+            book, more = books.tick(book, self._present(present), now, RULES, TIMING, may_open=may_open)
+            effects += more
+        for effect in effects:
+            assert isinstance(effect, Write | Reject)
+            if isinstance(effect, Write):
+                shadow = books.restore(shadow, effect.record, 0.0, TIMING)
+        rolled = any(isinstance(e, Write) and isinstance(e.record, ledger.RolledBack) for e in effects)
+        if self.case.service_restarts:
+            assert (shadow.anchor, shadow.height, shadow.number) == (book.anchor, book.height, book.number), "a restart loses nothing"
+        return self.put_service(book, present, shadow), rolled
+
+    # ------------------------------------------------------------ a member's steps
+
+    def tell(self, name: PeerId, member: int, event: object) -> int:
+        """A member after an event of its machine; what it says goes into its queue, what it starts into its jobs."""
+        key = (name, member, event)
+        if key not in self._member_memo:
+            self._member_memo[key] = self._tell(name, self.members[member], event)
+        return self._member_memo[key]
+
+    def _tell(self, name: PeerId, member: Member, event: object) -> int:
+        life, jobs, queue = member.life, list(member.jobs), list(member.queue)
+        if isinstance(event, tuple):  # the end of a job: its result was computed by _finish
+            job, result, disk = event
+            jobs.remove(job)
+            member = replace(member, packets=member.packets | disk[0], anchors=member.anchors | disk[1])
+            happened = result
+        else:
+            happened = m.Viewed(self._views[event]) if isinstance(event, int) else event
+        machine = MemberMachine(self.selves[name], {FRAGMENT: life}, num_steps=1, is_connected=member.is_connected)
+        for effect in machine.handle(happened, 0.0):  # type: ignore[arg-type]
+            if isinstance(effect, m.Say):
+                queue.append(effect.message)
+            else:
+                jobs.append(effect)
+        life = machine.lives[FRAGMENT]
+        # another step is always done, and a failed operation may be tried again at once
+        life = replace(life, encoded_at_steps=0, encoded_before_steps=0, retry_at=0.0, cut_off_at=0.0)
+        anchors = member.anchors
+        if isinstance(happened, m.Committed | m.Recovered):
+            anchors = frozenset({happened.anchor})  # the older ones may be collected: the check counts on nothing more
+        return self.put_member(
+            Member(life, tuple(sorted(jobs, key=repr)), member.packets, anchors, tuple(queue) if machine.is_connected else (), machine.is_connected)
+        )
+
+    def connect(self, name: PeerId, member: int) -> int:
+        key = (name, member, "connect")
+        if key not in self._member_memo:
+            me = replace(self.members[member], is_connected=True, queue=())
+            self._member_memo[key] = self._tell(name, me, m.Connected())
+        return self._member_memo[key]
+
+    def disconnect(self, member: int, *, restarts: bool) -> int:
+        me = self.members[member]
+        life, jobs = me.life, me.jobs
+        if restarts:  # a new process: what the loop builds from the disk
+            mine = frozenset({life.pending.packet} if life.pending is not None else ())
+            life, jobs = FragmentLife(FRAGMENT, life.anchor, trains=life.trains, pending=life.pending, packets=mine), ()
+        return self.put_member(Member(life, jobs, me.packets, me.anchors))
+
+    def finish(self, state: State, index: int, job: m.Effect) -> tuple[object, tuple[frozenset[Digest], frozenset[Digest]]]:
+        """The event that a job ends with, and what it left on disk."""
+        me, nothing = self.members[state.members[index]], (frozenset[Digest](), frozenset[Digest]())
+        match job:
+            case m.Encode(fragment, number, base):
+                packet = packet_name(number, self.names[index])
+                return m.Encoded(Offer(fragment, number, self.names[index], base, packet, 1, 1, 1)), (frozenset({packet}), nothing[1])
+            case m.Fetch(fragment, _, _, packet, _, sources):
+                if packet in me.packets or any(packet in self.members[i].packets for i in self._sources(state, sources)):
+                    return m.Fetched(fragment, packet), (frozenset({packet}), nothing[1])
+                return m.FetchFailed(fragment, packet, False), nothing
+            case m.Apply(settlement):
+                anchor = next_anchor(settlement)
+                return m.Applied(FRAGMENT, settlement.round, anchor), (nothing[0], frozenset({anchor}))
+            case m.Commit(fragment, _, anchor, _):
+                return m.Committed(fragment, anchor), nothing
+            case m.Cancel(fragment, _, _):
+                return m.Cancelled(fragment), nothing
+            case m.Recover(fragment, anchor, _, sources, _):
+                if anchor in me.anchors or any(anchor in self.members[i].anchors for i in self._sources(state, sources)):
+                    return m.Recovered(fragment, anchor), (nothing[0], frozenset({anchor}))
+                return m.Failed(fragment, "nobody has it"), nothing
+        raise AssertionError(f"unknown job {job}")
+
+    def _sources(self, state: State, sources: tuple[PeerId, ...]) -> Iterator[int]:
+        return (i for n, i in zip(self.names, state.members, strict=True) if n in sources and i >= 0)
+
+    # ------------------------------------------------------------ the whole
+
+    def start(self) -> State:
+        book = FragmentBook(FRAGMENT, GENESIS)
+        service = self.put_service(book, frozenset(), book)
+        members = []
+        for name in self.names:
+            anchor = None if name.startswith("j") else GENESIS
+            life = FragmentLife(FRAGMENT, anchor, trains=name not in self.keepers)
+            member = Member(life, anchors=frozenset() if anchor is None else frozenset({anchor}))
+            members.append(self.put_member(member))
+        state = State(service, tuple(members), self.case.budget)
+        for index, name in enumerate(self.names):  # all but the joiners are here when the story begins
+            if not name.startswith("j"):
+                state = self._connected(state, index)
+        return state
+
+    def _connected(self, state: State, index: int) -> State:
+        name, member = self.names[index], self.connect(self.names[index], state.members[index])
+        service, rolled = self.serve(state.service, ("greet", name, self.members[member].life.anchor))
+        self.num_rolled_back += rolled
+        return self._published(self._put(state, index, member), service)
+
+    def _put(self, state: State, index: int, member: int) -> State:
+        members = list(state.members)
+        members[index] = member
+        return state._replace(members=tuple(members))
+
+    def _published(self, state: State, service: int) -> State:
+        """The service moved on: everybody connected sees its view."""
+        view = self.view(service)
+        members = tuple(
+            self.tell(n, i, view) if i >= 0 and self.members[i].is_connected else i for n, i in zip(self.names, state.members, strict=True)
+        )  # fmt: skip
+        return State(service, members, state.budget)
+
+    def _served(self, state: State, event: object) -> State:
+        service, rolled = self.serve(state.service, event)
+        self.num_rolled_back += rolled
+        return state if service == state.service else self._published(state, service)
+
+    def steps(self, state: State) -> Iterator[tuple[str, State]]:
+        """What may happen next; names of faults are in capitals."""
+        for index, i in enumerate(state.members):
+            if i < 0:
+                continue
+            name, me = self.names[index], self.members[i]
+            if me.queue:
+                rest = self._put(state, index, self.put_member(replace(me, queue=me.queue[1:])))
+                yield "hear", self._served(rest, ("hear", name, me.queue[0]))
+            for job in me.jobs:
+                result, disk = self.finish(state, index, job)
+                yield type(job).__name__, self._put(state, index, self.tell(name, i, (job, result, disk)))
+            if not me.is_connected:
+                yield "connect", self._connected(state, index)
+        yield "late", self._served(state, "late")
+        if self._is_quiet(state):
+            yield "very late", self._served(state, "very late")
+        for index, name in enumerate(self.names):  # a member whose stream is gone is suspected in the end
+            i = state.members[index]
+            if name in self.services[state.service].present and (i < 0 or not self.members[i].is_connected):
+                yield "suspect", self._served(state, ("suspect", name))
+        yield from self._faults(state)
+
+    def _is_quiet(self, state: State) -> bool:
+        """No message is on its way, nobody is about to come back, and no operation can succeed: a roll-back waits for that long."""
+        for index, i in enumerate(state.members):
+            if i < 0:
+                continue
+            me = self.members[i]
+            if me.queue or not me.is_connected:
+                return False
+            if any(not isinstance(self.finish(state, index, job)[0], m.Failed | m.FetchFailed) for job in me.jobs):
+                return False
+        return True
+
+    def _faults(self, state: State) -> Iterator[tuple[str, State]]:
+        b, present = state.budget, self.services[state.service].present
+        for index, i in enumerate(state.members):
+            if i < 0:
+                continue
+            name = self.names[index]
+            if b.deaths:
+                yield "DEATH", self._put(state, index, -1)._replace(budget=b._replace(deaths=b.deaths - 1))
+            if b.suspicions and name in present and self.members[i].is_connected:
+                after = self._served(state, ("suspect", name))
+                yield "SUSPECT", after._replace(budget=b._replace(suspicions=b.suspicions - 1))
+            if b.restarts:
+                after = self._put(state, index, self.disconnect(i, restarts=True))
+                yield "RESTART", after._replace(budget=b._replace(restarts=b.restarts - 1))
+            if b.breaks and self.members[i].is_connected:
+                after = self._put(state, index, self.disconnect(i, restarts=False))
+                yield "BREAK", after._replace(budget=b._replace(breaks=b.breaks - 1))
+        if b.service_restarts:
+            service, _ = self.serve(state.service, "restart")
+            members = tuple(i if i < 0 else self.disconnect(i, restarts=False) for i in state.members)
+            yield "SERVICE", State(service, members, b._replace(service_restarts=b.service_restarts - 1))
+
+    def explore(self, max_states: int = 3_000_000) -> Result:
+        began, result = time.process_time(), Result()
+        first = self.start()
+        seen: dict[State, int] = {first: 0}
+        order, queue = [first], deque([first])
+        back: list[list[int]] = [[]]  # states before, along steps that are no fault
+        while queue:
+            state = queue.popleft()
+            here = seen[state]
+            for name, after in self.steps(state):
+                result.num_steps += 1
+                if after not in seen:
+                    assert len(order) < max_states, "the case is too large"
+                    seen[after] = len(order)
+                    order.append(after)
+                    back.append([])
+                    queue.append(after)
+                if not name.isupper():
+                    back[seen[after]].append(here)
+        result.num_states, result.num_rolled_back = len(order), self.num_rolled_back
+        self._judge(order, back, result)
+        result.seconds = time.process_time() - began
+        return result
+
+    # ------------------------------------------------------------ judgement
+
+    def _judge(self, order: list[State], back: list[list[int]], result: Result) -> None:
+        for state in order:
+            if not self._is_kept(state):
+                result.violations["lost"].append(state)
+            if self._is_foreign(state):
+                result.violations["foreign"].append(state)
+        ends = _reaching([i for i, s in enumerate(order) if self._is_done(s)], back)
+        for index, state in enumerate(order):
+            if index not in ends and self._may_still_end(state):
+                result.violations["stuck"].append(state)
+        for number in range(1, self.max_number + 1):
+            good = _reaching([i for i, s in enumerate(order) if self._has_confirmed(s, number)], back)
+            for index, state in enumerate(order):
+                if index not in good and self._must_be_confirmable(state, number):
+                    result.violations["unconfirmable"].append(state)
+
+    def _alive(self, state: State) -> list[Member]:
+        return [self.members[i] for i in state.members if i >= 0]
+
+    def _is_kept(self, state: State) -> bool:
+        anchor, alive = self.services[state.service].book.anchor, self._alive(state)
+        return not alive or any(anchor in me.anchors for me in alive) or self._is_thin_or_joiners(state)
+
+    def _is_thin_or_joiners(self, state: State) -> bool:
+        """One attester is no promise; and a machine that never had an anchor cannot keep one."""
+        book = self.services[state.service].book
+        thin = any(o.anchor == book.anchor and o.thin for o in book.recent)
+        genesis_died = book.anchor == GENESIS and all(me.life.anchor is None for me in self._alive(state))
+        return thin or genesis_died
+
+    def _is_foreign(self, state: State) -> bool:
+        book = self.services[state.service].book
+        confirmed = {GENESIS, *(o.anchor for o in book.recent if o.phase is Phase.CONFIRMED)}
+        for me in self._alive(state):
+            if me.life.anchor is not None and me.life.anchor not in confirmed:
+                return True
+        packets = [p for link in book.anchor.split(">")[1:] for p in link.split("+")]
+        return len(packets) != len(set(packets))
+
+    def _is_done(self, state: State) -> bool:
+        """The last round is confirmed and everybody alive has its anchor, nothing pending."""
+        book = self.services[state.service].book
+        return book.height >= self.case.confirmed and all(me.life.anchor == book.anchor and me.life.pending is None for me in self._alive(state))
+
+    def _may_still_end(self, state: State) -> bool:
+        book, alive = self.services[state.service].book, self._alive(state)
+        has_holder = any(me.life.trains for me in alive)
+        rounds_left = self.max_number - book.number + (book.active is not None)
+        # with the bound on rounds used up, only a round that needs no further try is promised
+        return has_holder and self._is_kept(state) and not self._is_thin_or_joiners(state) and rounds_left > self.case.given_up
+
+    def _has_confirmed(self, state: State, number: int) -> bool:
+        return any(o.round == number and o.phase is Phase.CONFIRMED for o in self.services[state.service].book.recent)
+
+    def _must_be_confirmable(self, state: State, number: int) -> bool:
+        active = self.services[state.service].book.active
+        if active is None or active.number != number or active.settlement is None:
+            return False
+        alive = {n for n, i in zip(self.names, state.members, strict=True) if i >= 0}
+        attested = {a.peer for a in active.attestations}
+        return len((alive & active.roster) | attested) >= min(2, len(active.roster)) and bool(alive & active.roster)
+
+
+def _reaching(goals: list[int], back: list[list[int]]) -> set[int]:
+    good, queue = set(goals), deque(goals)
+    while queue:
+        for before in back[queue.popleft()]:
+            if before not in good:
+                good.add(before)
+                queue.append(before)
+    return good
+
+
+# ---------------------------------------------------------------- rules made weaker, to see that the check can fail
+
+
+@contextmanager
+def weakened(rule: str) -> Iterator[None]:
+    """``no-receipts``: every offer counts as sound. ``one-attester``: one attester confirms any round."""
+    if rule == "no-receipts":
+        name, weak = "sound_offers", lambda self: self.offers
+    else:
+        assert rule == "one-attester"
+        name, weak = "num_attesters_needed", property(lambda self: 1)
+    honest = Round.__dict__[name]
+    setattr(Round, name, weak)
+    try:
+        yield
+    finally:
+        setattr(Round, name, honest)
+
+
+CASES = {
+    "two holders, a death": Case(2, deaths=1),
+    "two holders and a keeper, a death": Case(2, 1, deaths=1),
+    "a holder and a keeper, two rounds, a death": Case(1, 1, confirmed=2, deaths=1),
+    "two holders, a false suspicion": Case(2, suspicions=1),
+    "two holders, a restart": Case(2, restarts=1),
+    "a holder and a keeper, a restart and a death": Case(1, 1, restarts=1, deaths=1),
+    "two holders, the service restarts": Case(2, service_restarts=1),
+    "a holder and a keeper, the service and a member restart": Case(1, 1, service_restarts=1, restarts=1),
+    "two holders, a broken stream": Case(2, breaks=1),
+    "a holder, a keeper and a joiner, two rounds": Case(1, 1, 1, confirmed=2, given_up=0),
+    "two holders, two rounds": Case(2, confirmed=2),
+}
+
+
+def main() -> int:
+    is_sound = True
+    for name, case in CASES.items():
+        result = Explorer(case).explore()
+        found = ", ".join(f"{kind} {len(states)}" for kind, states in result.violations.items())
+        print(f"{name}: {result.num_states} states, {result.num_steps} steps, {result.seconds:.1f} s: {found}", flush=True)
+        is_sound &= result.is_sound
+    return 0 if is_sound else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
