@@ -69,7 +69,7 @@ class TrainSpec(_Frozen):
     """The inner loop: AdamW on every peer."""
 
     batch_size: int = Field(8, ge=1, le=65536)
-    lr: float = Field(2e-3, gt=0, le=10)
+    lr: float = Field(1.4e-3, gt=0, le=10)
     warmup_steps: int = Field(20, ge=0)
     weight_decay: float = Field(0.1, ge=0, le=10)
     beta1: float = Field(0.9, ge=0, lt=1)
@@ -80,7 +80,7 @@ class TrainSpec(_Frozen):
 class RoundSpec(_Frozen):
     """The outer loop's timing. Times are seconds."""
 
-    inner_steps: int = Field(12, ge=1, le=100_000, description="H: inner steps between two outer steps of a fragment")
+    inner_steps: int = Field(10, ge=1, le=100_000, description="H: inner steps between two outer steps of a fragment")
     cut_off_s: float = Field(60.0, gt=0, description="a round settles with its quorum at this age until arrivals are known")
     grace_s: float = Field(60.0, gt=0, description="without a quorum the round is abandoned this long after the cut-off")
     attest_s: float = Field(30.0, gt=0, description="a settled round nobody attests is voided after this")

@@ -37,11 +37,11 @@ def read_texts(paths: Sequence[str | Path], *, text_field: str = "text", min_byt
     documents: list[bytes] = []
     skipped: list[str] = []
     num_files = 0
-    for given in paths:
-        for path in _files_of(Path(given)):
+    for given in (Path(p).expanduser() for p in paths):
+        for path in _files_of(given):
             data = _read(path)
             if problem := _why_not_text(data):
-                if path == Path(given):
+                if path == given:
                     raise DataError(f"{path}: {problem}; give UTF-8 text or JSONL")
                 skipped.append(str(path))
                 continue

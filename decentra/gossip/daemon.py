@@ -265,7 +265,7 @@ def _mapped(failing: str, timeout_s: float) -> Iterator[None]:
         raise
     except TimeoutError:
         raise Unreachable(f"{failing} (no answer within {timeout_s:g} s)") from None
-    except (P2PDaemonError, asyncio.IncompleteReadError, OSError, EOFError, ValueError, DecodeError) as error:
+    except (P2PDaemonError, asyncio.IncompleteReadError, OSError, EOFError, ValueError, DecodeError, RuntimeError) as error:
         raise Unreachable(f"{failing} ({str(error)[:300] or type(error).__name__})") from None
 
 

@@ -189,7 +189,7 @@ class HivemindExchange:
                 yield
         except TimeoutError:
             raise Unreachable(f"peer {peer} was silent for {timeout_s:g} s while sending blob {digest[:8]}; ask another") from None
-        except (OSError, asyncio.IncompleteReadError):
+        except (OSError, asyncio.IncompleteReadError, RuntimeError):  # uvloop raises RuntimeError where the stream is closed already
             raise Unreachable(f"peer {peer} broke the stream of blob {digest[:8]}; ask again or ask another") from None
 
     # ------------------------------------------------------------ serving

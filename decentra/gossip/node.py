@@ -239,7 +239,8 @@ class GossipNode:
             except (OSError, asyncio.IncompleteReadError):
                 writer.transport.abort()  # the other side left
             except Exception as error:  # task boundary: one stream's failure ends that stream only
-                self.events.emit("stream-failed", protocol=protocol, peer=remote, why=f"{type(error).__name__}: {error}")
+                if not writer.is_closing():  # uvloop raises RuntimeError where the other side left
+                    self.events.emit("stream-failed", protocol=protocol, peer=remote, why=f"{type(error).__name__}: {error}")
                 writer.transport.abort()
             finally:
                 self._handling.discard(task)

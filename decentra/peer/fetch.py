@@ -29,7 +29,7 @@ class Patience:
 
     hedge_s: float = 1.0  # a source that sent nothing for this long gets company
     attempt_s: float = 20.0  # one source, on top of the time the bytes need at MIN_BYTES_PER_S
-    again_s: tuple[float, ...] = (0.2, 0.4, 0.8)  # pauses before asking once more those who do not have it yet
+    again_s: tuple[float, ...] = (0.2, 0.4, 0.8)  # pauses before asking once more those who do not have it yet or broke off
     shun_s: float = 60.0  # a source that did not answer is asked last for this long; doubles each time
     max_shun_s: float = 900.0
 
@@ -190,14 +190,17 @@ class Fetcher:
                 hunt.reasons[peer] = str(error)
                 turns.ask_again(attempt.source, _now())
             case Unreachable() | TimeoutError():
-                self._reachability.silent(peer, _now())
                 hunt.reasons[peer] = str(error) or "too slow"
+                if attempt.has_answered:
+                    turns.ask_again(attempt.source, _now())
+                else:
+                    self._reachability.silent(peer, _now())
             case _:
                 raise error
 
 
 class _Turns:
-    """Whose turn it is, and when: each source ``hedge_s`` after the one before or as soon as that failed; who refused, a little later once more."""
+    """Whose turn it is, and when: each source ``hedge_s`` after the one before or as soon as that failed; who refused or broke off, again soon."""
 
     def __init__(self, patience: Patience, sources: Sequence[Source], now: float) -> None:
         self._patience, self._fresh, self._next_at_s = patience, list(sources), now
@@ -264,6 +267,11 @@ class _Attempt:
     offset: int  # of the first byte asked for
     stream: Any  # an async generator of bytes
     first: asyncio.Task[bytes]
+
+    @property
+    def has_answered(self) -> bool:
+        """It began to send, whatever became of it."""
+        return self.first.done() and not self.first.cancelled() and self.first.exception() is None
 
 
 async def _first_chunk(stream: AsyncIterator[bytes], timeout_s: float) -> bytes:

@@ -45,6 +45,7 @@ class Promises:
     _ledger: ledger.Ledger = field(default_factory=ledger.Ledger)
     _offers: dict[tuple[PeerId, FragmentId, int], Digest] = field(default_factory=dict)
     _settled: dict[tuple[FragmentId, int], Settlement] = field(default_factory=dict)
+    _num_roster: dict[tuple[FragmentId, int], int] = field(default_factory=dict)
     _used: set[tuple[FragmentId, Digest]] = field(default_factory=set)
     _confirmed: set[tuple[FragmentId, Digest]] = field(init=False)
     _current: dict[FragmentId, tuple[Digest, bool]] = field(init=False)  # anchor, is it thin
@@ -91,6 +92,7 @@ class Promises:
     def _on_record(self, record: ledger.Record) -> None:
         match record:
             case ledger.Opened():
+                self._num_roster[record.fragment, record.round] = len(record.holders) + len(record.keepers)
                 self.expect(
                     record.base == self._current[record.fragment][0], f"round {record.round} of {record.fragment} opens on another anchor"
                 )
@@ -116,7 +118,9 @@ class Promises:
     def _on_confirmed(self, record: ledger.Confirmed) -> None:
         settlement, where = self._settled[record.fragment, record.round], f"round {record.round} of {record.fragment}"
         self.expect(settlement.base == self._current[record.fragment][0], f"{where} was confirmed on a stale anchor")
-        self.expect(record.thin == (len(set(record.attesters)) == 1), f"{where}: thin is {record.thin}, attesters are {record.attesters}")
+        num_attesters, num_roster = len(set(record.attesters)), self._num_roster[record.fragment, record.round]
+        self.expect(num_attesters >= min(2, num_roster), f"{where} was confirmed by one of {num_roster}")
+        self.expect(record.thin == (num_attesters == 1), f"{where}: thin is {record.thin}, attesters are {record.attesters}")
         for entry in settlement.entries:
             key = (record.fragment, entry.packet)
             self.expect(key not in self._used, f"packet {entry.packet[:12]} of {entry.peer} counts twice in {record.fragment}")

@@ -9,10 +9,12 @@ import pytest
 from processes import Command, Lab, confirmed, ctrl_c, lab, ledger_records
 
 from decentra.cli.rundir import RunDir
+from decentra.gossip.blobs import BlobStore
 from decentra.identity import load_or_create_key
+from decentra.ids import Digest
 from decentra.protocol import ledger
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(200)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(280)]
 
 
 def free_port() -> int:
@@ -67,7 +69,7 @@ def test_a_peer_alone_outlives_its_service(tmp_path: Path) -> None:
         world.wait_for("rounds go on", lambda: service.heights()["trunk/0"] >= height + 2)
 
         code, seconds = ctrl_c(peer)
-        assert (code, seconds < 8.0) == (0, True), peer.tail()
+        assert (code, seconds < 5.0) == (0, True), peer.tail()
         assert ctrl_c(service)[0] == 0
         assert ctrl_c(bootstrap)[0] == 0
         records = ledger_records(run, tmp_path / "ledger-2")
@@ -76,8 +78,9 @@ def test_a_peer_alone_outlives_its_service(tmp_path: Path) -> None:
         assert all(r.thin for r in records if isinstance(r, ledger.Confirmed)), "one attester is thin, and has to be called so"
         heights = [h for f, _, h, _ in after if f == "trunk/0"]
         assert heights == list(range(1, len(heights) + 1))
-        newest = {f: a for f, _, _, a in after}
-        assert {f: a for f, a in peer.last_json()["anchors"].items() if f in newest} == newest
+        # a peer may leave between its attestation and the word that it counted: the anchor is on its disk all the same
+        store = BlobStore(tmp_path / "loner" / "blobs", 1 << 30)
+        assert all(store.has(Digest(anchor)) for anchor in {f: a for f, _, _, a in after}.values())
         world.assert_nothing_left()
 
 
@@ -113,7 +116,7 @@ def test_private_text_a_second_keeper_and_the_model_at_home(tmp_path: Path) -> N
         code, answer, err = world.run("stop", str(run.root), "--why", "enough for today", "--json")
         assert code == 0, err
         assert "enough for today" in answer["answer"]
-        assert [c.exit_code(40) for c in (peer, keeper)] == [0, 0]
+        assert [c.exit_code(60) for c in (peer, keeper)] == [0, 0]
         for member in (peer, keeper):
             assert "enough for today" in member.last_json()["why"]
         newest = {f: a for f, _, _, a in confirmed(ledger_records(run, tmp_path / "ledger"))}
@@ -128,7 +131,7 @@ def test_private_text_a_second_keeper_and_the_model_at_home(tmp_path: Path) -> N
         code, late, err = world.run("pull", invite, str(tmp_path / "late"), "--json")
         assert code == 0, err
         assert newest.items() <= late["anchors"].items()
-        code, refused, _ = world.run("join", invite, "--dir", str(tmp_path / "newcomer"), "--json")
+        code, refused, _ = world.run("join", invite, "--dir", str(tmp_path / "newcomer"), "--max-steps", "1", "--json")
         assert (code, "the run is over" in refused["error"]) == (4, True)
         assert ctrl_c(again)[0] == 0
         world.assert_nothing_left()

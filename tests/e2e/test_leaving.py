@@ -11,7 +11,7 @@ from processes import TINY, confirmed, ctrl_c, lab, ledger_records
 from decentra.cli.rundir import RunDir
 from decentra.invite import Invite, parse_invite
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(200)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(280)]
 
 MODEL = Path(__file__).parents[2] / "peers" / "bring_your_own_model.py"
 # The same bytes for everybody, as the manifest's hash demands; which peer breaks, and when, says its environment.
@@ -49,14 +49,14 @@ def test_every_way_to_leave(tmp_path: Path) -> None:
         world.wait_for("all train", lambda: all(p.events("training") for p in (polite, killed, hasty)))
 
         code, seconds = ctrl_c(polite)
-        assert (code, seconds < 8.0) == (0, True), polite.tail()
+        assert (code, seconds < 5.0) == (0, True), polite.tail()
         assert polite.last_json()["why"] == "Ctrl-C"
         code, seconds = ctrl_c(killed, number=signal.SIGTERM)
-        assert (code, seconds < 8.0) == (0, True), killed.tail()
+        assert (code, seconds < 5.0) == (0, True), killed.tail()
         assert killed.last_json()["why"] == "SIGTERM"
         hasty.signal(signal.SIGINT)
         hasty.signal(signal.SIGINT)
-        assert hasty.exit_code(3) in (0, 130)
+        assert hasty.exit_code(30) in (0, 130)  # 0 when it had left before the second came
 
         # a goodbye is heard at once, not after the lease
         code, status, _ = world.run("status", invite, "--json")
@@ -67,12 +67,13 @@ def test_every_way_to_leave(tmp_path: Path) -> None:
         world.wait_for("the peer resumed its checkpoint", lambda: polite.events("resumed"))
         assert polite.events("resumed")[-1]["num_steps"] == steps
         assert ctrl_c(polite)[0] == 0
+
         # Ctrl-C before anything has begun
         early = world.member("join", invite, "early").start()
         world.wait_for("its log or state directory", lambda: (tmp_path / "early" / "lock").exists())
         assert ctrl_c(early)[0] == 0
         code, seconds = ctrl_c(host)
-        assert (code, seconds < 8.0) == (0, True), host.tail()
+        assert (code, seconds < 5.0) == (0, True), host.tail()
         world.assert_nothing_left()
 
 
@@ -88,19 +89,16 @@ def test_revoking_a_token_and_a_peer(tmp_path: Path) -> None:
 
         code, answer, err = world.run("revoke", str(run.root), peer, "--json")
         assert (code, answer["ok"]) == (0, True), err
-        assert bad.exit_code(20) == 4, bad.tail()
+        assert bad.exit_code(60) == 4, bad.tail()
         assert "revoked" in bad.last_json()["error"]
         height = host.heights().get("trunk/0", 0)
         world.wait_for("the others go on", lambda: host.heights().get("trunk/0", 0) >= height + 2)
-        bad.start()
-        assert bad.exit_code(30) == 4
-
         code, made, _ = world.run("invite", str(run.root), "--uses", "5", "--json")
         assert code == 0
         code, _, err = world.run("revoke", str(run.root), made["token"], "--json")
         assert code == 0, err
         late = world.member("join", made["invite"], "late").start()
-        assert late.exit_code(30) == 4
+        assert late.exit_code(60) == 4
         assert "revoked this invite" in late.last_json()["error"]
 
         # a revocation is in the ledger: it outlives the service
@@ -108,8 +106,9 @@ def test_revoking_a_token_and_a_peer(tmp_path: Path) -> None:
         line = parse_invite(invite)
         again = world.host(run, bootstrap_port=int(line.bootstrap[0].split("/")[4]), service_port=int(line.services[0].split(":")[1]))
         world.invite_of(again.start())
-        late.start()
-        assert late.exit_code(30) == 4
+        bad.start()
+        assert bad.exit_code(60) == 4
+        assert "revoked" in bad.last_json()["error"]
         assert ctrl_c(good)[0] == 0
         assert ctrl_c(again)[0] == 0
         world.assert_nothing_left()

@@ -108,7 +108,7 @@ def test_a_swarm_survives_a_killed_peer_and_a_killed_host(tmp_path: Path) -> Non
         assert all(r["ok"] and "rounds of the trunk are confirmed" in r["why"] for r in results)
         check_model(world, invite)
         code, seconds = ctrl_c(host)
-        assert (code, seconds < 8.0) == (0, True), host.tail()
+        assert (code, seconds < 5.0) == (0, True), host.tail()
 
         records = ledger_records(run, world.root / "ledger-after")
         check_ledger(before, records, results)

@@ -15,9 +15,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from lab import KernelLab
+from lab import Lab
 
 from decentra.averaging.journal_sqlite import SqliteJournal
+from decentra.cli.rundir import create
 from decentra.protocol.ledger import Confirmed, Opened, Record, Settled, replay
 from decentra.service.driver import open_record
 
@@ -113,17 +114,14 @@ class Child:
 class Crew:
     """``with Crew(lab, folder, settings) as crew``: makes the run; every process ends with the block."""
 
-    lab: KernelLab
+    lab: Lab
     folder: Path
     settings: Sequence[str] = ()
     host: Child = field(init=False)
     peers: dict[str, Child] = field(init=False, default_factory=dict)
 
     def __enter__(self) -> Crew:
-        made = [*TINY, *self.settings]
-        args = [sys.executable, "-m", "decentra.cli.main", "init", str(self.run), *(x for setting in made for x in ("--set", setting))]
-        done = subprocess.run(args, cwd=ROOT, capture_output=True, text=True, timeout=60, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        assert done.returncode == 0, done.stderr
+        create(self.run, None, [*TINY, *self.settings])
         where = ["--address", self.lab.address(ORGANISER), "--bootstrap-port", str(BOOTSTRAP_PORT), "--service-port", str(SERVICE_PORT)]
         self.host = self._child(ORGANISER, ["host", str(self.run), *where, "--json"])
         return self

@@ -10,9 +10,11 @@ import time
 from pathlib import Path
 
 import pytest
-from lab import KernelLab, left_over, sweep, why_impossible
+from lab import KernelLab, Lab, left_over, sweep, why_impossible
+from wan import Link, WanLab, why_no_wan
 
 WHY_NOT = why_impossible(needs_filter=True)
+NO_WAN = why_no_wan()
 pytestmark = [pytest.mark.netlab, pytest.mark.skipif(WHY_NOT is not None, reason=f"no network lab: {WHY_NOT}")]
 
 LISTEN = (
@@ -21,7 +23,7 @@ LISTEN = (
 DIAL = "import socket, sys; s = socket.create_connection((sys.argv[1], 9000), 1.0); print(s.recv(5).decode())"
 
 
-def dial(lab: KernelLab, source: str, target: str) -> bool:
+def dial(lab: Lab, source: str, target: str) -> bool:
     """Whether ``source`` can open a TCP connection to ``target``, where ``listening`` listens."""
     done = subprocess.run(
         lab.command(source, [sys.executable, "-c", DIAL, lab.address(target)]), capture_output=True, text=True, timeout=20
@@ -29,16 +31,19 @@ def dial(lab: KernelLab, source: str, target: str) -> bool:
     return done.returncode == 0 and done.stdout.strip() == "hello"
 
 
-def listening(lab: KernelLab, host: str) -> subprocess.Popen[str]:
-    child = subprocess.Popen(lab.command(host, [sys.executable, "-c", LISTEN]), stdout=subprocess.PIPE, text=True)
+def listening(lab: Lab, host: str, program: str = LISTEN) -> subprocess.Popen[str]:
+    child = subprocess.Popen(lab.command(host, [sys.executable, "-c", program]), stdout=subprocess.PIPE, text=True)
     assert child.stdout is not None
     assert child.stdout.readline().strip() == "ready"
     child.stdout.close()
     return child
 
 
-def test_policies_hold_and_lift() -> None:
-    with KernelLab(("org", "a", "b")) as lab:
+@pytest.mark.parametrize(
+    "kind", [KernelLab, pytest.param(WanLab, marks=pytest.mark.skipif(NO_WAN is not None, reason=f"no WAN: {NO_WAN}"))]
+)
+def test_policies_hold_and_lift(kind: type[KernelLab] | type[WanLab]) -> None:
+    with kind(("org", "a", "b")) as lab:
         children = [listening(lab, host) for host in lab.hosts]
         try:
             assert dial(lab, "a", "b")
@@ -100,3 +105,44 @@ def test_nothing_is_left_of_an_interrupted_lab(how: signal.Signals) -> None:
     while left_over(holder.pid) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert left_over(holder.pid) == []
+
+
+PULL = (
+    "import socket, sys, time; t = time.monotonic(); s = socket.create_connection((sys.argv[1], 9000), 10.0); connected = time.monotonic() - t\n"
+    "n = 0\nwhile chunk := s.recv(65536): n += len(chunk)\nprint(connected, n, time.monotonic() - t)"
+)
+PUSH = (
+    "import socket; s = socket.create_server(('0.0.0.0', 9000)); print('ready', flush=True)\n"
+    "while True:\n c = s.accept()[0]; c.sendall(b'x' * 150000); c.close()"
+)
+
+
+@pytest.mark.skipif(NO_WAN is not None, reason=f"no WAN: {NO_WAN}")
+def test_links_are_as_slow_and_as_bad_as_asked_for() -> None:
+    def pull() -> tuple[float, int, float]:
+        args = lab.command("b", [sys.executable, "-c", PULL, lab.address("a")])
+        connected_s, num_bytes, took_s = subprocess.run(args, capture_output=True, text=True, timeout=60, check=True).stdout.split()
+        return float(connected_s), int(num_bytes), float(took_s)
+
+    with WanLab(("a", "b"), Link(delay_s=0.1), seed=7) as lab:
+        child = listening(lab, "a", PUSH)
+        try:
+            connected_s, num_bytes, _ = pull()
+            assert connected_s >= 0.2
+            assert num_bytes == 150_000
+            lab.shape("a", "b", delay_s=0.005, rate_bytes_per_s=100_000)
+            assert pull()[2] >= 1.4
+            lab.shape("a", "b", rate_bytes_per_s=0, loss=0.05, jitter_s=0.004)
+            assert pull()[1] == 150_000
+            assert lab.traffic["a", "b"].num_lost > 0
+            assert lab.traffic["a", "b"].carried_bytes >= 450_000
+            lab.partition(("a",), ("b",))
+            num_cut = lab.traffic["b", "a"].num_cut
+            assert not dial(lab, "b", "a")
+            assert lab.traffic["b", "a"].num_cut > num_cut
+            lab.heal()
+            assert pull()[1] == 150_000
+        finally:
+            child.kill()
+            child.wait()
+    assert left_over(os.getpid()) == []

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from crew import ORGANISER, Crew, tales_of
-from lab import KernelLab, left_over, why_impossible
+from lab import KernelLab, Lab, left_over, why_impossible
+from wan import Link, WanLab, why_no_wan
 
 WHY_NOT = why_impossible(needs_filter=True)
 pytestmark = [
     pytest.mark.netlab, pytest.mark.slow, pytest.mark.timeout(170), pytest.mark.skipif(WHY_NOT is not None, reason=f"no network lab: {WHY_NOT}"),
 ]  # fmt: skip
+needs_wan = pytest.mark.skipif(why_no_wan() is not None, reason=f"no lab with slow links: {why_no_wan()}")
 HOMES = ("a", "b")
 SHARED = ("trunk/0", "router/0")
 SLOW_FETCH_S = 5.0  # what a dial into nothing takes
 CUT_S = 20.0
 
 
-def two_homes(lab: KernelLab) -> None:
+def two_homes(lab: Lab) -> None:
     """Only the organiser can be reached; the two homes neither accept connections nor have a route to each other."""
     lab.block(*HOMES)
     for home in HOMES:
@@ -40,15 +43,27 @@ def num_shared_rounds(crew: Crew, fragment: str) -> int:
     return sum(event["fragment"] == fragment and event["num_offers"] == len(HOMES) for event in crew.host.events("round-settled"))
 
 
-def check_left_alone(lab: KernelLab) -> None:
+def check_left_alone(lab: Lab) -> None:
     """No process of ours is left on any host."""
     assert {host: lab.pids(host) for host in lab.hosts} == {host: [] for host in lab.hosts}
 
 
-@pytest.mark.parametrize("options", [("--outbound-only",), ()], ids=["outbound-only", "listening-in-vain"])
-def test_three_hosts(tmp_path: Path, options: tuple[str, ...]) -> None:
-    """Two homes contribute through the organiser alone, at the pace of rounds on a network where everybody reaches everybody."""
-    with KernelLab((ORGANISER, *HOMES)) as lab:
+def wired(hosts: tuple[str, ...]) -> Lab:
+    return KernelLab(hosts)
+
+
+def home_links(hosts: tuple[str, ...]) -> Lab:
+    """30 ms each way, some jitter and loss, 20 Mbit/s: two good home links."""
+    return WanLab(hosts, Link(delay_s=0.03, jitter_s=0.005, loss=0.002, rate_bytes_per_s=2.5e6))
+
+
+@pytest.mark.parametrize(
+    ("make_lab", "options"), [(wired, ()), pytest.param(home_links, ("--outbound-only",), marks=needs_wan)],
+    ids=["wired-listening-in-vain", "home-links-outbound-only"],
+)  # fmt: skip
+def test_three_hosts(tmp_path: Path, make_lab: Callable[[tuple[str, ...]], Lab], options: tuple[str, ...]) -> None:
+    """Two homes contribute through the organiser alone, and nobody waits for a host that cannot be reached."""
+    with make_lab((ORGANISER, *HOMES)) as lab:
         two_homes(lab)
         with Crew(lab, tmp_path) as crew:
             invite = crew.start_host()

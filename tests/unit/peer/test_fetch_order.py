@@ -161,6 +161,12 @@ def test_asking_again_ends_with_every_reason_in_the_story() -> None:
     assert exchange.order.count(HOME) == 1
 
 
+def test_the_only_source_may_break_off_and_is_asked_for_the_rest() -> None:
+    exchange = HabitExchange({KEEPER: Habit(breaks_after_bytes=400)})
+    assert fetch(exchange, KEEPER)[0] == BLOB
+    assert [offset for _, _, offset in exchange.asked] == [0, 400, 800]
+
+
 def test_who_broke_off_is_followed_from_there() -> None:
     exchange = HabitExchange({HOME: Habit(breaks_after_bytes=300), KEEPER: Habit()})
     assert fetch(exchange, HOME, KEEPER)[0] == BLOB

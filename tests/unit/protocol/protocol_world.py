@@ -25,7 +25,9 @@ def packet_of(peer: PeerId, number: int = 1, variant: int = 0) -> Digest:
     return digest(f"packet {peer} {number} {variant}")
 
 
-def offer(peer: PeerId, number: int = 1, *, num_tokens: int = 100, base: Digest = BASE, variant: int = 0, fragment: FragmentId = FRAGMENT) -> Offer:
+def offer(
+    peer: PeerId, number: int = 1, *, num_tokens: int = 100, base: Digest = BASE, variant: int = 0, fragment: FragmentId = FRAGMENT
+) -> Offer:
     return Offer(fragment, number, peer, base, packet_of(peer, number, variant), 64, num_tokens, 10)
 
 
@@ -63,7 +65,9 @@ anchors = st.sampled_from([digest("anchor a"), digest("anchor b")])
 def round_events(number: int = 1) -> st.SearchStrategy[object]:
     """Events of one round, honest ones mostly, with strangers, lies and repetitions among them."""
     return st.one_of(
-        st.builds(lambda p, t, v: offer(p, number, num_tokens=t, variant=v), peers, st.integers(-1, 1000), st.sampled_from([0, 0, 0, 0, 1])),
+        st.builds(
+            lambda p, t, v: offer(p, number, num_tokens=t, variant=v), peers, st.integers(-1, 1000), st.sampled_from([0, 0, 0, 0, 1])
+        ),
         st.builds(lambda p: offer(p, number, base=digest("another base")), peers),
         st.builds(lambda p, s, v: receipt(p, s, number, variant=v), peers, peers, st.sampled_from([0, 0, 0, 1])),
         st.builds(lambda p: Abstention(FRAGMENT, number, p, "no tokens"), peers),

@@ -260,7 +260,14 @@ def act(d: Desk, move: tuple[str, object, object]) -> None:
             d.lose(who)  # type: ignore[arg-type]
         case "back":
             p = d.present
-            d.present = Present(*(now | ({who} & all_) for now, all_ in zip((p.holders, p.keepers, p.followers), (MEMBERS.holders, MEMBERS.keepers, MEMBERS.followers), strict=True)))  # type: ignore[arg-type]
+            d.present = Present(
+                *(
+                    now | ({who} & all_)
+                    for now, all_ in zip(
+                        (p.holders, p.keepers, p.followers), (MEMBERS.holders, MEMBERS.keepers, MEMBERS.followers), strict=True
+                    )
+                )
+            )  # type: ignore[arg-type]
             d.take(books.back(d.book, who, d.now, RULES))  # type: ignore[arg-type]
             d.tick()
         case "wait":

@@ -225,7 +225,9 @@ def test_an_old_view_is_ignored_until_the_stream_is_new() -> None:
 
 
 def test_placement_and_the_end() -> None:
-    peer = MemberMachine(SELF, {f: FragmentLife(f, BASE) for f in (FragmentId("trunk/0"), FragmentId("expert.0/0"), FragmentId("expert.1/0"))})
+    peer = MemberMachine(
+        SELF, {f: FragmentLife(f, BASE) for f in (FragmentId("trunk/0"), FragmentId("expert.0/0"), FragmentId("expert.1/0"))}
+    )
     peer.handle(m.Connected(), 0.0)
     mine = MemberView(ME, "me", Role.TRAINER, True, (), (1,), Counters())
     (placed,) = peer.handle(m.SwarmViewed(SwarmView(1, (mine,))), 0.0)

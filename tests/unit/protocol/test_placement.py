@@ -33,9 +33,7 @@ def test_capacity_range_and_least_held_first(swarm: tuple[int, dict[PeerId, tupl
 
 
 @given(swarms(), names, st.integers(0, 6))
-def test_it_depends_on_who_is_here_and_not_on_the_order(
-    swarm: tuple[int, dict[PeerId, tuple[int, ...]]], peer: PeerId, count: int
-) -> None:
+def test_it_depends_on_who_is_here_and_not_on_the_order(swarm: tuple[int, dict[PeerId, tuple[int, ...]]], peer: PeerId, count: int) -> None:
     num_experts, present = swarm
     backwards = dict(reversed(list(present.items())))
     assert place(peer, count, num_experts, present) == place(peer, count, num_experts, backwards)

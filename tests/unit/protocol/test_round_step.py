@@ -219,7 +219,9 @@ def test_attesters_that_disagree_void_the_round() -> None:
     round_, _ = play(settled, attestation(A, ANCHOR), attestation(B, digest("other")))
     assert round_.phase is Phase.VOID
     assert "disagree" in round_.why
-    three, _ = play(new_round(2, 1), offer(A), offer(B), receipt(B, A), receipt(A, B), attestation(A, ANCHOR), attestation(B, digest("other")))
+    three, _ = play(
+        new_round(2, 1), offer(A), offer(B), receipt(B, A), receipt(A, B), attestation(A, ANCHOR), attestation(B, digest("other"))
+    )
     assert three.phase is Phase.TENTATIVE, "the keeper decides"
     three, _ = play(three, attestation(C, ANCHOR))
     assert three.anchor == ANCHOR
@@ -260,4 +262,4 @@ def test_a_late_offer_says_so() -> None:
     settled, _ = play(new_round(3), offer(A), offer(B), receipt(B, A), receipt(A, B), Suspected(C))
     _, effects = play(settled, Returned(C), offer(C))
     assert [e.reason for e in effects if isinstance(e, Reject)] == ["late"]
-    assert BASE == settled.base
+    assert settled.base == BASE

@@ -1,0 +1,128 @@
+"""The simulated swarm keeps its promises on many seeds, is deterministic, and the checker notices when the code does not keep them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+
+from decentra.delta.anchor import anchor_digest
+from decentra.ids import Digest
+from decentra.peer.replica import Replica
+from decentra.protocol.messages import Settlement
+from decentra.protocol.round import Round
+from decentra.sim.scenario import Scenario, Violation
+from decentra.sim.world import simulate
+
+NUM_CHUNKS, CHUNK = 25, 8
+NUM_TRIES = 24  # seeds in which a planted fault must show
+
+
+@pytest.mark.parametrize("chunk", range(NUM_CHUNKS))
+def test_promises_hold(chunk: int) -> None:
+    for seed in range(chunk * CHUNK, (chunk + 1) * CHUNK):
+        report = simulate(Scenario.from_seed(seed))
+        assert min(report.heights.values()) >= 0
+        assert report.num_confirmed > 0
+
+
+def test_the_scenarios_differ_and_every_fault_happens() -> None:
+    scenarios = [Scenario.from_seed(seed) for seed in range(NUM_CHUNKS * CHUNK)]
+    assert {s.num_trainers for s in scenarios} == {2, 3, 4}
+    assert {s.has_keeper for s in scenarios} == {True, False}
+    assert {s.outer_rule for s in scenarios} == {"average", "nesterov"}
+    reports = [simulate(s) for s in scenarios[:6]]
+    assert sum(r.num_crashes for r in reports) > 5
+    assert sum(r.num_given_up for r in reports) > 0
+    assert sum(r.num_thin for r in reports) > 0
+
+
+def test_a_seed_gives_one_story() -> None:
+    first, second = (simulate(Scenario.from_seed(4)) for _ in range(2))
+    assert first == second
+    assert first.log_hash != simulate(Scenario.from_seed(5)).log_hash
+
+
+def test_a_seed_gives_one_story_in_another_process() -> None:
+    """Replay works on another day: nothing depends on the process's hash seed or addresses."""
+    code = "from decentra.sim.world import simulate; from decentra.sim.scenario import Scenario; print(simulate(Scenario.from_seed(7)).log_hash)"
+    env = {**os.environ, "PYTHONHASHSEED": "4242"}
+    found = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True, timeout=100).stdout.strip()
+    assert found == simulate(Scenario.from_seed(7)).log_hash
+
+
+# ---------------------------------------------------------------- planted faults
+
+
+def first_violation(seeds: range = range(NUM_TRIES)) -> str:
+    for seed in seeds:
+        try:
+            simulate(Scenario.from_seed(seed))
+        except Violation as violation:
+            return str(violation)
+    return ""
+
+
+def test_a_peer_that_attests_before_its_disk_does_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def apply(self: Replica, settlement: Settlement) -> Digest:
+        packets = {e.peer: await self.exchange.read(e.packet) for e in settlement.entries}
+        state, blob = await self.compute.run(self._aggregate, settlement, packets)
+        self.disk.write(f"blob-{anchor_digest(blob)}", blob)  # no sync, no rename
+        self._set_tentative((anchor_digest(blob), state))
+        return anchor_digest(blob)
+
+    monkeypatch.setattr(Replica, "apply", apply)
+    assert "disks hold its anchor" in first_violation() or "no disk holds" in first_violation()
+
+
+def test_a_service_that_confirms_with_one_attester_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Round, "num_attesters_needed", property(lambda self: 1))
+    found = first_violation()
+    assert "by one of" in found
+    assert "replay: python -m decentra.sim --seed" in found
+
+
+def test_a_service_that_settles_what_nobody_offered_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    from decentra.protocol import round as rounds
+
+    honest = rounds._settle
+
+    def settle(round_: Round, now: float, rules: rounds.Rules, offers: tuple[object, ...], why: str) -> object:
+        lie = Digest("0" * 64)
+        from dataclasses import replace
+
+        return honest(round_, now, rules, tuple(replace(o, packet=lie) for o in offers), why)  # type: ignore[arg-type, type-var]
+
+    monkeypatch.setattr(rounds, "_settle", settle)
+    assert "never offered" in first_violation(range(2))
+
+
+def _twice(honest: Callable[..., object]) -> Callable[..., object]:
+    async def commit(self: Replica, number: int, anchor: Digest, ending: object) -> None:
+        residual_N = self.account.residual_N  # type: ignore[union-attr]
+        await honest(self, number, anchor, ending)  # type: ignore[misc]
+        self.account.residual_N = self.account.residual_N + residual_N + 0.01  # type: ignore[union-attr]
+
+    return commit
+
+
+def test_progress_that_counts_twice_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Replica, "commit", _twice(Replica.commit))
+    assert "is off by" in first_violation(range(4))
+
+
+def test_a_restart_that_encodes_anew_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A peer that forgets its pending packet offers two digests in one round, sooner or later."""
+    honest = Replica.load
+
+    async def load(self: Replica) -> None:
+        await honest(self)
+        if self.account is not None and self.account.pending is not None:
+            self.account.cancelled()
+            self.pending_offer = None
+
+    monkeypatch.setattr(Replica, "load", load)
+    assert "two digests" in first_violation(range(60))
