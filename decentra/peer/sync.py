@@ -33,7 +33,7 @@ from decentra.protocol.messages import (
 )
 
 TICK_S = 0.5
-FIRST_BACKOFF_S, MAX_BACKOFF_S = 1.0, 15.0
+FIRST_BACKOFF_S, MAX_BACKOFF_S = 1.0, 5.0  # well inside a lease: whoever only waits to come back is not suspected
 GOODBYE_S = 2.0
 
 

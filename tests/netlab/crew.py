@@ -198,7 +198,8 @@ class Crew:
         """The checked ledger of the host, which must have ended."""
         journal = SqliteJournal(self.run / "host" / "ledger.db")
         try:
-            return replay(open_record(raw)[1] for raw in journal.load())[1]
+            records: list[Record] = replay(open_record(raw)[1] for raw in journal.load())[1]
+            return records
         finally:
             journal.close()
 

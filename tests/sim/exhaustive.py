@@ -222,6 +222,10 @@ class Explorer:
                 else:
                     book, more = books.hear(book, message, now, RULES)
                 effects += more
+            case ("beat", peer):
+                present |= {peer}
+                book, more = books.back(book, peer, now, RULES)
+                effects += more
             case ("greet", peer, anchor):
                 present |= {peer}
                 book, more = books.back(book, peer, now, RULES)
@@ -391,6 +395,8 @@ class Explorer:
             for job in me.jobs:
                 result, disk = self.finish(state, index, job)
                 yield type(job).__name__, self._put(state, index, self.tell(name, i, (job, result, disk)))
+            if me.is_connected and name not in self.services[state.service].present:
+                yield "beat", self._served(state, ("beat", name))
             if not me.is_connected:
                 yield "connect", self._connected(state, index)
         yield "late", self._served(state, "late")
@@ -582,7 +588,7 @@ CASES = {
     "a holder and a keeper, a restart and a death": Case(1, 1, restarts=1, deaths=1),
     "two holders, the service restarts": Case(2, given_up=0, service_restarts=1),
     "a holder and a keeper, the service restarts and a death": Case(1, 1, service_restarts=1, deaths=1),
-    "a holder and a keeper, a broken stream and a restart": Case(1, 1, breaks=1, restarts=1),
+    "a holder and a keeper, a broken stream and a restart": Case(1, 1, given_up=0, breaks=1, restarts=1),
     "a holder, a keeper and a joiner, a death": Case(1, 1, 1, given_up=0, deaths=1),
     "two holders, two rounds, a death": Case(2, confirmed=2, given_up=0, deaths=1),
 }

@@ -19,10 +19,12 @@ def test_small_swarms_are_sound(name: str) -> None:
 def test_every_ending_is_reached() -> None:
     """The search sees confirmed, abandoned and void rounds, and roll-backs: a check that never gets there proves nothing."""
     explorer = Explorer(Case(2, deaths=1))
-    result = explorer.explore()
+    explorer.explore()
     phases = {o.phase.value for s in explorer.services for o in s.book.recent}
     assert phases == {"confirmed", "abandoned", "void"}
-    assert result.num_rolled_back > 0
+    lone = Explorer(Case(1, 0, 1, deaths=1)).explore()
+    assert lone.num_rolled_back > 0
+    assert lone.is_sound
 
 
 def test_without_receipts_a_settled_round_dies_with_its_sender() -> None:
