@@ -247,6 +247,7 @@ class World:
             async with asyncio.timeout(limit_s):
                 while not holds() and not self.promises.broken:  # noqa: ASYNC110  (on virtual time looking is free)
                     await asyncio.sleep(0.5)
+        self._expect(not self.promises.broken, "; ".join(self.promises.broken[:3]))
 
     async def _misfortune(self) -> None:
         gap_s = self.scenario.fault_s / max(1, self.scenario.num_faults)
@@ -341,7 +342,6 @@ class World:
     # ------------------------------------------------------------ the end
 
     def _check(self, grown: dict[FragmentId, int]) -> None:
-        self._expect(not self.promises.broken, "; ".join(self.promises.broken[:3]))
         assert self.driver is not None
         for fragment, book in self.driver.book.fragments.items():
             num_rounds = grown.get(fragment, NUM_ROUNDS_AFTER)

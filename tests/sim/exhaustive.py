@@ -534,7 +534,7 @@ class Explorer:
         book, alive = self.services[state.service].book, self._alive(state)
         has_holder = any(me.life.trains for me in alive)
         # the bound on rounds is ours, not the protocol's: the round that is open may have to be given up, too
-        num_given_up = sum(o.phase is not Phase.CONFIRMED for o in book.recent) + (book.active is not None)
+        num_given_up = book.number - book.height
         return has_holder and self._is_kept(state) and not self._is_thin_or_joiners(state) and num_given_up <= self.case.given_up
 
     def _has_confirmed(self, state: State, number: int) -> bool:

@@ -125,7 +125,13 @@ def offer(**changes: Any) -> Message:
 
 
 def view(**changes: Any) -> Message:
-    usual = {"tally": messages_pb2.Tally(), "fragment": "trunk/0", "anchor": bytes(32), "phase": messages_pb2.PHASE_OPEN, "receipts": messages_pb2.Receipts()}
+    usual = {
+        "tally": messages_pb2.Tally(),
+        "fragment": "trunk/0",
+        "anchor": bytes(32),
+        "phase": messages_pb2.PHASE_OPEN,
+        "receipts": messages_pb2.Receipts(),
+    }
     return messages_pb2.FragmentView(**{**usual, **changes})
 
 

@@ -1,0 +1,117 @@
+"""The members' commands: join and keep. Arguments in, one call out."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from decentra.cli.app import InviteArg, JsonOpt, LogJsonOpt, VerboseOpt, app, invite_of, logging_to
+from decentra.errors import ConfigError
+
+
+def _peer_config(path: Path | None, given: dict[str, Any]) -> Any:
+    """Command line over TOML over defaults."""
+    from decentra.config import PeerConfig, load_toml, parse_config
+
+    base = load_toml(PeerConfig, path) if path is not None else PeerConfig()
+    raw = base.model_dump(exclude_defaults=True) | {k: v for k, v in given.items() if v is not None and v != []}
+    return parse_config(PeerConfig, raw, "options")
+
+
+def _experts(text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(int(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        raise ConfigError(f"--experts expects numbers such as 0,3, got {text!r}") from None
+
+
+ConfigOpt = Annotated[Path | None, typer.Option("--config", help="peer TOML; see peers/")]
+NameOpt = Annotated[str | None, typer.Option(help="names this peer and its state directory; default: peer")]
+DirOpt = Annotated[Path | None, typer.Option("--dir", help="state directory; default: the user state directory, by run and name")]
+ListenOpt = Annotated[list[str] | None, typer.Option(help="multiaddress to listen on; default: any port")]
+OutboundOpt = Annotated[bool, typer.Option("--outbound-only", help="listen nowhere; take part through a keeper")]
+GenesisOpt = Annotated[
+    Path | None, typer.Option(help="RUN_DIR/genesis, the first anchors: for the first member of a run that has no host to get them from")
+]
+PatienceOpt = Annotated[float, typer.Option("--wait", help="seconds to keep trying while the service is away", min=0.0)]
+
+
+@app.command()
+def join(
+    invite: InviteArg,
+    config: ConfigOpt = None,
+    name: NameOpt = None,
+    state: DirOpt = None,
+    experts: Annotated[str | None, typer.Option(help="experts to train, such as 0,3; default: placed where needed")] = None,
+    num_experts: Annotated[int | None, typer.Option(min=0, help="how many experts to hold; default: the run's")] = None,
+    data: Annotated[list[Path] | None, typer.Option(help="text or JSONL file or folder; repeatable; default: embedded text")] = None,
+    domain: Annotated[str | None, typer.Option(help="train on one embedded domain")] = None,
+    shared_fraction: Annotated[float | None, typer.Option(help="share of common text; default: the run's")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:N")] = None,
+    threads: Annotated[int | None, typer.Option(help="torch threads of the trainer")] = None,
+    listen: ListenOpt = None,
+    announce: Annotated[list[str] | None, typer.Option(help="multiaddress to tell others, behind a forwarded port")] = None,
+    outbound_only: OutboundOpt = False,
+    max_steps: Annotated[int | None, typer.Option(min=1, help="leave after this many inner steps")] = None,
+    model_code: Annotated[Path | None, typer.Option(help="the run's own model code")] = None,
+    genesis: GenesisOpt = None,
+    patience_s: PatienceOpt = 300.0,
+    as_json: JsonOpt = False,
+    verbose: VerboseOpt = False,
+    log_json: LogJsonOpt = False,
+) -> None:
+    """Join a run and train. Ctrl-C leaves cleanly, a second Ctrl-C at once; joining again goes on where it stopped."""
+    given = {
+        "name": name, "dir": state, "experts": _experts(experts), "num_experts": num_experts, "data": [str(d) for d in data or ()], "domain": domain,
+        "shared_fraction": shared_fraction, "device": device, "threads": threads, "listen": list(listen or ()), "announce": list(announce or ()),
+        "max_steps": max_steps, "model_code": model_code,
+    }  # fmt: skip
+    peer = _peer_config(config, given)
+    _take_part(invite, peer, genesis, outbound_only, patience_s, as_json, verbose, log_json)
+
+
+@app.command()
+def keep(
+    invite: InviteArg,
+    config: ConfigOpt = None,
+    name: NameOpt = None,
+    state: DirOpt = None,
+    listen: ListenOpt = None,
+    announce: Annotated[list[str] | None, typer.Option()] = None,
+    model_code: Annotated[Path | None, typer.Option(help="the run's own model code")] = None,
+    genesis: GenesisOpt = None,
+    patience_s: PatienceOpt = 300.0,
+    as_json: JsonOpt = False,
+    verbose: VerboseOpt = False,
+    log_json: LogJsonOpt = False,
+) -> None:
+    """Be a keeper: follow every module, serve blobs, attest; trains nothing. A run with two keepers survives its organiser's disk."""
+    given = {
+        "name": name or "keeper", "dir": state, "listen": list(listen or ()), "announce": list(announce or ()), "role": "keeper",
+        "model_code": model_code,
+    }  # fmt: skip
+    _take_part(invite, _peer_config(config, given), genesis, False, patience_s, as_json, verbose, log_json)
+
+
+def _take_part(
+    invite: str, config: Any, genesis: Path | None, outbound_only: bool, patience_s: float, as_json: bool, verbose: bool, log_json: bool
+) -> None:
+    logging_to(verbose, log_json)
+    line = invite_of(invite)
+    if outbound_only:
+        config = config.model_copy(update={"listen": ()})
+    from decentra.cli.console import print_json
+    from decentra.cli.join import describe_peer, run_member
+    from decentra.cli.running import run_main
+
+    result = run_main(lambda stop: run_member(line, config, stop, patience_s=patience_s, genesis=genesis))
+    print(describe_peer(result), file=sys.stderr)
+    if as_json:
+        print_json(result)
+    if not result["ok"]:
+        raise typer.Exit(result["exit_code"])

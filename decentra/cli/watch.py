@@ -1,0 +1,176 @@
+"""The watchers' commands: show, status, pull, generate, eval, demo. Arguments in, one call out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from decentra.cli.app import InviteArg, JsonOpt, VerboseOpt, app, invite_of, logging_to
+from decentra.errors import ConfigError, ExitCode
+
+
+def _print_table(rows: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column()
+    for key, value in rows.items():
+        table.add_row(key, str(value))
+    Console().print(table)
+
+
+@app.command()
+def show(invite: InviteArg, as_json: JsonOpt = False) -> None:
+    """What a run is before joining it: model, data, licence, sizes, who runs it, what leaves your machine."""
+    logging_to(False, False)
+    from decentra.cli import look
+    from decentra.cli.console import print_json
+    from decentra.cli.running import run_main
+
+    line = invite_of(invite)
+    run = run_main(lambda _stop: look.show(line))
+    if as_json:
+        print_json(run)
+        return
+    from decentra.status.terminal import count, size
+
+    model, data, num = run["model"], run["data"], run["num_parameters"]
+    _print_table(
+        {
+            "run": f"{run['name']}  {run['run'][:12]}", "about": run["description"] or "-", "run by": run["organiser"], "licence": run["licence"],
+            "model": f"{model['num_layers']} layers, {model['num_experts']} experts, {model['num_experts_per_token']} per token"
+            + (f", {count(num)} parameters ({count(run['num_parameters_trained'])} trained here)" if num else ", own code"),
+            "data": f"{', '.join(data['domains'])}; windows of {data['seq_len']} bytes, {data['shared_fraction']:.0%} of them common text",
+            "rounds": f"every {run['inner_steps']} steps, codec {run['codec']}",
+            "each round": f"about {size(run['up_bytes_per_round'])} up per receiver, {size(run['down_bytes_per_round'])} down"
+            if num else "depends on the model",
+            "to begin": f"{size(run['first_download_bytes'])} down" if num else "depends on the model",
+            "ends": ", ".join(f"{k} {v}" for k, v in run["stop"].items() if v is not None) or "when the organiser says so",
+            "leaves your machine": run["leaves_your_machine"], "join with": f"decentra join {invite}",
+        }
+    )  # fmt: skip
+
+
+@app.command()
+def status(
+    invite: InviteArg,
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="redraw until Ctrl-C")] = False,
+    period_s: Annotated[float, typer.Option("--every", min=0.2, help="seconds between two looks")] = 2.0,
+    as_json: JsonOpt = False,
+) -> None:
+    """Members, experts, rounds and why they wait."""
+    logging_to(False, False)
+    from decentra.cli import look
+    from decentra.cli.console import print_json
+    from decentra.cli.running import run_main
+
+    line = invite_of(invite)
+    if watch and not as_json:
+        run_main(lambda stop: look.watch_status(line, stop, period_s))
+        return
+    snap = run_main(lambda _stop: look.status_once(line))
+    if as_json:
+        print_json(snap)
+        return
+    from rich.console import Console
+
+    from decentra.status.terminal import render
+
+    Console().print(render(snap))
+
+
+@app.command()
+def pull(
+    invite: InviteArg,
+    target: Annotated[Path, typer.Argument(help="folder for the checkpoint", metavar="DIR")],
+    model_code: Annotated[Path | None, typer.Option(help="the run's own model code")] = None,
+    as_json: JsonOpt = False,
+    verbose: VerboseOpt = False,
+) -> None:
+    """Fetch the newest confirmed anchors, verify them, and write a Hugging Face checkpoint."""
+    logging_to(verbose, False)
+    from decentra.cli import look
+    from decentra.cli.console import print_json
+    from decentra.cli.running import run_main
+
+    line = invite_of(invite)
+    result = run_main(lambda _stop: look.pull(line, target, model_code))
+    if as_json:
+        print_json(result)
+    else:
+        print(f"{result['num_parameters'] / 1e6:.2f} M parameters in {target}, trunk at round {result['heights'].get('trunk/0', 0)}")
+
+
+CheckpointArg = Annotated[Path, typer.Argument(help="checkpoint folder made by 'decentra pull'", metavar="DIR")]
+
+
+@app.command()
+def generate(
+    checkpoint: CheckpointArg,
+    prompt: Annotated[str, typer.Argument(help="text to continue")] = "The ",
+    num_tokens: Annotated[int, typer.Option(min=1, max=100_000)] = 200,
+    temperature: Annotated[float, typer.Option(min=0.0)] = 0.8,
+    top_k: Annotated[int | None, typer.Option(min=1)] = 40,
+    seed: Annotated[int, typer.Option()] = 0,
+    model_code: Annotated[Path | None, typer.Option(help="the run's own model code")] = None,
+    as_json: JsonOpt = False,
+) -> None:
+    """Continue a text with a pulled model."""
+    from decentra.cli import look
+    from decentra.cli.console import print_json
+
+    if not prompt:
+        raise ConfigError("the prompt is empty; give at least one character")
+    text = look.generate_text(checkpoint, prompt, num_tokens, temperature, top_k, seed, model_code)
+    print_json({"ok": True, "prompt": prompt, "text": text}) if as_json else print(prompt + text)
+
+
+@app.command("eval")
+def evaluate(
+    checkpoint: CheckpointArg,
+    model_code: Annotated[Path | None, typer.Option(help="the run's own model code")] = None,
+    as_json: JsonOpt = False,
+) -> None:
+    """Held-out loss of a pulled model on the embedded domains."""
+    from decentra.cli import look
+    from decentra.cli.console import print_json
+
+    result = look.evaluate_checkpoint(checkpoint, model_code)
+    if as_json:
+        print_json(result)
+    else:
+        _print_table({**{k: f"{v:.4f}" for k, v in result["loss_per_domain"].items()}, "mean": f"{result['loss']:.4f} nats per byte"})
+
+
+@app.command()
+def demo(
+    source: Annotated[Path | None, typer.Argument(help="a run.toml; default: the built-in demo", metavar="[RUN.toml]")] = None,
+    num_peers: Annotated[int, typer.Option("--peers", min=2, max=16)] = 4,
+    num_rounds: Annotated[int, typer.Option("--rounds", min=5, help="confirmed rounds of the trunk, where the run.toml sets no end")] = 25,
+    controls: Annotated[
+        bool, typer.Option("--controls", help="also train the same model alone, for comparison (up to 10 minutes more)")
+    ] = False,
+    settings: Annotated[list[str] | None, typer.Option("--set", help="section.key=value; repeatable")] = None,
+    root: Annotated[Path, typer.Option("--dir", help="where everything goes; an earlier demo there is replaced")] = Path("demo-out"),
+    as_json: JsonOpt = False,
+) -> None:
+    """A real swarm on this machine: host and peers, one is killed and comes back, and the model they made."""
+    logging_to(False, False)
+    from decentra.cli.console import print_json
+    from decentra.cli.demo import Demo, report
+    from decentra.cli.look import generate_text
+    from decentra.cli.running import run_main
+
+    show = Demo(root.resolve(), num_peers, num_rounds, controls, as_json)
+    result = run_main(lambda stop: show.run(source, settings or (), stop))
+    result["sample"] = generate_text(root / "model", "def ", 240, 0.7, 20, 0, None)
+    if as_json:
+        print_json(result)
+    else:
+        report(result, show)
+    if not result["ok"]:
+        raise typer.Exit(int(ExitCode.FAILED))
