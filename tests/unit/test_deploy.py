@@ -13,7 +13,7 @@ import pytest
 import yaml
 from cli_lines import cli, in_comments, problem_of
 
-from decentra.cli import main
+from decentra.cli import organise
 from decentra.config import Manifest, PeerConfig, load_toml
 
 ROOT = Path(__file__).parents[2]
@@ -80,7 +80,7 @@ def test_every_named_volume_and_secret_is_used() -> None:
 
 
 def test_the_host_publishes_the_ports_it_listens_on() -> None:
-    expected = {default_of(main.host, "bootstrap_port"), default_of(main.host, "service_port")}
+    expected = {default_of(organise.host, "bootstrap_port"), default_of(organise.host, "service_port")}
     assert {tuple(map(int, p.split(":"))) for p in SERVICES["host"]["ports"]} == {(p, p) for p in expected}
     assert {int(p) for p in of("EXPOSE")[0].split()} == expected
 
@@ -91,7 +91,7 @@ def test_a_healthcheck_asks_a_port_the_service_listens_on(name: str) -> None:
     check = service["healthcheck"]
     asked = int(re.search(r"'127\.0\.0\.1', (\d+)", " ".join(check["test"])).group(1))  # type: ignore[union-attr]
     listens = (
-        {default_of(main.host, "service_port")}
+        {default_of(organise.host, "service_port")}
         if name == "host"
         else {int(x) for x in re.findall(r"/tcp/(\d+)", " ".join(service["command"]))}
     )
