@@ -18,6 +18,7 @@ from decentra.protocol.round import Reject, Round, Rules
 NUM_RECENT = 8
 NUM_HISTORY = 256
 NUM_ARRIVALS = 20
+IDLE_PATIENCE = 5  # times the roll-back time while nobody present trains the fragment
 
 
 @dataclass(frozen=True, slots=True)
@@ -294,17 +295,18 @@ def _new_round(
 def _consider_rollback(book: FragmentBook, present: Present, now: float, timing: Timing) -> Step:
     """Nobody present holds the confirmed anchor: after ``rollback_s`` fall back to the newest earlier one that somebody present has.
 
-    Only while somebody is here to train it: with nobody waiting there is no hurry, and its holders may come back.
+    With nobody here to train it there is no hurry, and its holders may come back: it takes ``IDLE_PATIENCE`` times as long then.
     """
     heights = dict(book.history)
     known = [(heights[d], d) for p, d in sorted(book.holdings.items()) if p in present.all and d in heights]
-    if not known or not present.holders:
+    if not known:
         return (replace(book, orphan_since=None) if book.orphan_since is not None else book), ()
     if book.orphan_since is None:
         return replace(book, orphan_since=now, version=book.version + 1), ()
-    if now < book.orphan_since + timing.rollback_s:
+    wait_s = timing.rollback_s * (1 if present.holders else IDLE_PATIENCE)
+    if now < book.orphan_since + wait_s:
         return book, ()
     height, anchor = max(known)
-    why = f"nobody present has held anchor {book.anchor[:12]} of height {book.height} for {timing.rollback_s:g} s; back to height {height}"
+    why = f"nobody present has held anchor {book.anchor[:12]} of height {book.height} for {wait_s:g} s; back to height {height}"
     rolled = replace(book, anchor=anchor, height=height, orphan_since=None, idle_since=now, version=book.version + 1)
     return rolled, (Write(ledger.RolledBack(book.fragment, height, anchor, why)),)

@@ -41,6 +41,7 @@ class _Work:
 
     event: Event | None
     admission: tuple[PeerId, Role, str, str | None, int] | None = None
+    newcomer: Mailbox | None = None  # gets every view when the event's records are durable
     done: asyncio.Future[None] | None = None
 
 
@@ -94,10 +95,13 @@ class Driver:
                     effects += self._apply(work, now)
                 except Refused as error:
                     refusals.append((work, error))
-            lines = self._lines(effects)
+            lines, records = self._lines(effects)
             if lines:
                 await self.compute.run(self.journal.append, lines)
+            for record in records:
+                self._note(record)
             self._publish(effects, now)
+            self._welcome([work.newcomer for work in batch if work.newcomer is not None], now)
             for work, refusal in refusals:
                 if work.done is not None and not work.done.done():
                     work.done.set_exception(refusal)
@@ -118,11 +122,7 @@ class Driver:
             old.close("another stream of this peer took over")
         self._mailboxes[hello.peer] = mailbox
         mailbox.nonce = hello.nonce
-        await self._submit(_Work(hello))
-        now = self.clock.now()
-        for fragment in sorted(self.book.fragments):
-            mailbox.put(self.book.view(fragment, now))
-        mailbox.put(self.book.swarm())
+        await self._submit(_Work(hello, newcomer=mailbox))
 
     async def deliver(self, message: MemberMessage) -> None:
         self._queue.put_nowait(_Work(message))
@@ -187,17 +187,26 @@ class Driver:
         return self.book.handle(work.event, now)
 
     def _append(self, effects: Iterable[Effect]) -> None:
-        self.journal.append(self._lines(effects))
+        self.journal.append(self._lines(effects)[0])
 
-    def _lines(self, effects: Iterable[Effect]) -> list[bytes]:
-        lines = []
+    def _lines(self, effects: Iterable[Effect]) -> tuple[list[bytes], list[Record]]:
+        """Sealed lines of the records among the effects, and the records; the ledger has moved on to them."""
+        lines: list[bytes] = []
+        records: list[Record] = []
         for effect in effects:
             if isinstance(effect, Write):
                 record = self._ledger.heads_record() if isinstance(effect.record, ledger.Heads) else effect.record
                 line = self._ledger.append(record)
                 lines.append(self.seal(line) + line)
-                self._note(record)
-        return lines
+                records.append(record)
+        return lines, records
+
+    def _welcome(self, newcomers: Sequence[Mailbox], now: float) -> None:
+        """Every view, whole. Not later: the book may be a batch ahead of the journal by then."""
+        for mailbox in newcomers:
+            for fragment in sorted(self.book.fragments):
+                mailbox.put(self.book.view(fragment, now))
+            mailbox.put(self.book.swarm())
 
     def _note(self, record: Record) -> None:
         """Keep how each round ended, for members that come back late."""

@@ -86,8 +86,10 @@ class SimDisk:
         assert content is not None, f"rename of {old}, which does not exist"
         self.volatile[new], self.volatile[old] = content, None
         if old in self.synced:
-            self.synced.discard(old)
             self.synced.add(new)
+        else:
+            self.synced.discard(new)  # the name may have had synced content before
+        self.synced.discard(old)
 
     def sync_dir(self) -> None:
         self._operation()

@@ -49,7 +49,7 @@ __all__ = ["Report", "Scenario", "Violation", "World", "simulate"]
 RETURN_S = 60.0  # everybody is back at the service within this time of the last fault
 PROGRESS_S = 120.0  # without faults every fragment confirms two rounds within this time
 NUM_ROUNDS_AFTER = 2
-QUIET_S = 120.0
+QUIET_S = 200.0  # an anchor that is lost and that nobody trains is rolled back within this time, too
 
 
 def tiny_layout() -> Layout:

@@ -173,19 +173,30 @@ def test_rolled_back_when_nobody_has_the_anchor_and_not_before_the_time() -> Non
     d.confirm_round("one")
     d.lose(A)
     d.lose(B)
-    d.tick(100)
-    d.tick(100)
-    assert d.book.height == 1, "nobody waits for it"
-    d.present = replace(d.present, holders=frozenset({E}))
-    d.tick()
     d.tick(TIMING.rollback_s - 1)
     assert d.book.height == 1
-    d.tick(1)
+    d.tick(5)
+    assert d.book.height == 1, "with nobody to train it there is no hurry"
+    d.present = replace(d.present, holders=frozenset({E}))
+    d.tick()
     assert (d.book.anchor, d.book.height) == (BASE, 0), "the follower still has the genesis anchor"
     assert d.kinds()[-1] == "RolledBack"
     number = d.book.number
     d.hold(E)
     assert (d.book.number, d.book.active and d.book.active.base) == (number + 1, BASE), "round numbers go on"
+
+
+def test_an_anchor_that_nobody_trains_is_rolled_back_later() -> None:
+    d = desk((A, B), (), (D,))
+    d.hold(A, B)
+    d.hold(D)
+    d.confirm_round("one")
+    d.lose(A)
+    d.lose(B)
+    d.tick(books.IDLE_PATIENCE * TIMING.rollback_s - 1)
+    assert d.book.height == 1
+    d.tick(1)
+    assert d.book.height == 0
 
 
 def test_a_follower_that_has_the_anchor_saves_it() -> None:

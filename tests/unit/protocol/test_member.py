@@ -260,8 +260,9 @@ def views(draw: st.DrawFn) -> FragmentView:
     number, phase = draw(numbers), draw(st.sampled_from([Phase.OPEN, Phase.SETTLED, Phase.TENTATIVE, Phase.CONFIRMED, Phase.VOID]))
     anchor = draw(digests)
     settlement = settlement_of(number, anchor, *draw(senders)) if phase in (Phase.SETTLED, Phase.TENTATIVE) else None
+    found = {o.peer: replace(o, round=number, base=anchor) for o in draw(st.lists(offers, max_size=3))}
     return view(
-        phase, number, anchor, version=draw(st.integers(1, 5)), offers=tuple({o.peer: replace(o, round=number, base=anchor) for o in draw(st.lists(offers, max_size=3))}.values()),
+        phase, number, anchor, version=draw(st.integers(1, 5)), offers=tuple(found.values()),
         holders=tuple(sorted(draw(st.sets(st.sampled_from(PEERS[:3]))))), settlement=settlement, recent=tuple(draw(st.lists(outcomes, max_size=4))),
     )  # fmt: skip
 
