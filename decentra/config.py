@@ -90,6 +90,14 @@ class RoundSpec(_Frozen):
     rollback_s: float = Field(60.0, gt=0, description="an anchor nobody present holds is given up after this")
     trunk_fragments: int = Field(1, ge=1, le=1024)
 
+    @model_validator(mode="after")
+    def _check(self) -> RoundSpec:
+        if self.lease_s < 2 * self.heartbeat_s:
+            raise ValueError(
+                f"lease_s {self.lease_s:g} is less than two heartbeats of {self.heartbeat_s:g} s; members would be suspected between them"
+            )
+        return self
+
 
 class OuterSpec(_Frozen):
     """The outer optimizer (DiLoCo, arXiv 2311.08105, alg. 1)."""

@@ -34,7 +34,7 @@ from decentra.wire.trust import TrustChain
 
 Metadata = dict[str, str | bytes]
 
-ADMISSION_S = 30 * 86400.0
+ADMISSION_S = 90 * 86400.0  # and never longer than the service's certificate
 LEDGER_PAGE = 256
 MAX_COMMANDS_REMEMBERED = 10_000
 

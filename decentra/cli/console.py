@@ -18,7 +18,7 @@ _INFO = frozenset(
         "training", "placed-here", "recovered", "service-connected", "service-away", "service-rejected", "round-skipped", "packet-refused",
         "operation-failed", "damaged-file", "bad-blob", "resumed", "trainer-died", "checkpoint-failed", "lost-anchor", "bootstrap-waiting",
         "bootstrap-attached", "p2p-died", "p2p-restarted", "clock-skew", "round-confirmed", "round-abandoned", "round-void", "rolled-back",
-        "run-over", "run-stopping", "admitted", "placed", "service-started", "service-resumed", "rejected", "loop-stalled", "waiting", "progress",
+        "run-over", "run-stopping", "admitted", "placed", "service-started", "service-resumed", "rejected", "waiting", "progress",
         "leaving", "held-out-differs", "offer-forged", "settings-ignored",
     }
 )  # fmt: skip

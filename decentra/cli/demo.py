@@ -21,7 +21,10 @@ from decentra.cli.rundir import RunDir, create
 from decentra.cli.running import StopRequest, die_with_parent
 from decentra.config import Manifest
 from decentra.errors import ConfigError, DecentraError, Unreachable
+from decentra.ids import expert_of
 from decentra.invite import parse_invite
+from decentra.model.custom import layout_for
+from decentra.peer.disk import RealDisk, write_atomic
 
 DEMO_SETTINGS: tuple[str, ...] = ('name="demo"',)  # the manifest's defaults were chosen for this run: tests/bench/LOG.md
 KILL_AT, BACK_AFTER, EXPERT_SHARE = 0.35, 0.12, 0.6  # shares of the run's rounds; the last: what the least trained expert must have
@@ -141,10 +144,11 @@ class Demo:
         await self.host.start()
         self.say("bootstrap node, averaging service and keeper: starting in one process")
         self.invite_line = await self._host_invite()
+        write_atomic(RealDisk(self.root), "invite.txt", self.invite_line.encode())  # a file: command lines are for everybody to see
         domains = self.manifest.data.domains
         for index in range(self.num_peers):
             name, domain = f"peer-{index + 1}", domains[index % len(domains)]
-            args = ["join", self.invite_line, "--name", name, "--dir", str(self.root / name), "--domain", domain]
+            args = ["join", str(self.root / "invite.txt"), "--name", name, "--dir", str(self.root / name), "--domain", domain]
             child = Child(name, [*args, "--listen", "/ip4/127.0.0.1/tcp/0", "--threads", "1", "--json"], self.root / "logs")
             self.peers.append(child)
             await child.start()
@@ -164,7 +168,7 @@ class Demo:
         """Look every second until the run is over; kill one peer on the way, bring it back, and end the run as its organiser."""
         goal = self.num_rounds
         victim, killed_at, back_at = self.peers[-1], None, None
-        rounds_at_kill = rounds_at_return = 0
+        rounds_at_kill, rounds_at_return = 0, {}
         deadline, manifest = time.monotonic() + DEADLINE_S, None
         async with look.watching(parse_invite(self.invite_line)) as client, _view(self) as show:
             while not stop.event.is_set():
@@ -186,9 +190,9 @@ class Demo:
                     self.mark(f"{victim.name} killed (kill -9)")
                 elif killed_at is not None and back_at is None and rounds >= rounds_at_kill + max(1, BACK_AFTER * goal):
                     await victim.start()
-                    back_at, rounds_at_return = self.elapsed(), rounds
+                    back_at, rounds_at_return = self.elapsed(), self._newest_rounds()
                     self.mark(f"{victim.name} started again")
-                elif back_at is not None and not self.num_rejoined and rounds > rounds_at_return + 2 and self._participates(victim.name):
+                elif back_at is not None and not self.num_rejoined and self._has_contributed(victim.name, rounds_at_return):
                     self.num_rejoined = 1
                     self.mark(f"{victim.name} is in a confirmed round again")
                 elif self.num_rejoined and not self.snap["is_stopping"] and self._is_enough():
@@ -214,7 +218,14 @@ class Demo:
         result = self._result(pulled, start, end, ends)
         if self.with_controls:
             result |= await self._controls(run, ends)
-        result["ok"] = bool(result["anchors_equal"] and result["peers_killed"] == result["peers_rejoined"] == 1 and self._is_enough())
+        is_back = result["peers_killed"] == result["peers_rejoined"] == 1
+        has_learned = result["loss_end"] < result["loss_start"]
+        result["ok"] = bool(result["anchors_equal"] and is_back and has_learned and self._is_enough())
+            result["anchors_equal"]
+            and result["peers_killed"] == result["peers_rejoined"] == 1
+            and self._is_enough()
+            and result["loss_end"] < result["loss_start"]
+        )
         self._draw(result)
         return result
 
@@ -242,9 +253,19 @@ class Demo:
             "peers_killed": sum("killed" in what for _, what in self.marks), "peers_rejoined": self.num_rejoined,
             "num_steps": {name: e.get("num_steps", 0) for name, e in ends.items()},
             "tx_bytes_per_peer": round(sum(m["tx_bytes"] for m in members) / max(1, len(members))),
-            "dense_bytes_per_peer": num_rounds * 4 * pulled["num_parameters"],
+            "dense_bytes_per_peer": self._dense_bytes(members),
             "dir": str(self.root),
         }  # fmt: skip
+
+    def _dense_bytes(self, members: list[dict[str, Any]]) -> int:
+        """What a peer would send if each confirmed round of each fragment it trains took its fp32 difference once: mean over the peers."""
+        sizes = {f.id: 4 * f.num_elements for f in layout_for(self.manifest).fragments}
+        total = 0
+        for f in self._fragments():
+            expert = expert_of(f["module"])
+            num_trainers = sum(expert is None or expert in m["experts"] for m in members)
+            total += num_trainers * f["num_confirmed"] * sizes[f["fragment"]]
+        return round(total / max(1, len(members)))
 
     async def _controls(self, run: Path, ends: dict[str, dict[str, Any]]) -> dict[str, Any]:
         """Two trainings at a time, each as many steps as the peer that did most."""
@@ -301,7 +322,7 @@ class Demo:
         self.say(what)
 
     def _note(self) -> None:
-        if self.first_confirmed_s is None and any(f["num_confirmed"] for m in self.snap["modules"] for f in m["fragments"]):
+        if self.first_confirmed_s is None and any(f["num_confirmed"] for f in self._fragments()):
             self.first_confirmed_s = self.elapsed()
             self.mark("first confirmed round")
         for member in self.snap["members"]:
@@ -309,6 +330,16 @@ class Demo:
                 curve = self.curves.setdefault(member["name"], [])
                 if not curve or curve[-1][1] != member["loss"]:
                     curve.append((self.elapsed(), member["loss"]))
+
+    def _fragments(self) -> list[dict[str, Any]]:
+        return [f for m in self.snap["modules"] for f in m["fragments"]]
+
+    def _newest_rounds(self) -> dict[str, int]:
+        return {f["fragment"]: f["round"] for f in self._fragments()}
+
+    def _has_contributed(self, name: str, since: dict[str, int]) -> bool:
+        """True when a round that opened after ``since`` is confirmed with this peer's packet in it."""
+        return any(f["contributed"].get(name, 0) > since.get(f["fragment"], 0) for f in self._fragments())
 
     def _participates(self, name: str) -> bool:
         return any(m["name"] == name and m["is_live"] and m["is_participating"] for m in self.snap["members"])
@@ -382,7 +413,8 @@ def report(result: dict[str, Any], demo: Demo) -> None:
         "first confirmed": f"{result['seconds_to_first_confirmed']} s after the start; all of it {result['seconds']} s",
         "killed, returned": f"{result['peers_killed']}, {result['peers_rejoined']}",
         "anchors": "bit-equal on every peer" if result["anchors_equal"] else "NOT equal",
-        "sent per peer": f"{size(result['tx_bytes_per_peer'])} to all receivers; dense fp32 differences, sent once: {size(result['dense_bytes_per_peer'])}",
+        "sent per peer": f"{size(result['tx_bytes_per_peer'])} to all receivers together;"
+        f" the same differences in fp32, sent once: {size(result['dense_bytes_per_peer'])}",
     }  # fmt: skip
     for key, text in (("loss_solo_own", "alone, own text"), ("loss_solo", "alone, all text"), ("loss_ddp_like", "one, everybody's batch")):
         if key in result:

@@ -161,7 +161,7 @@ async def run_host(
                 await exchange.put(digest, blob)
                 exchange.pin(digest)
             bootstrap = _public_multiaddr(node, address)
-            services = (f"{address}:{service.port}",)
+            services = (f"[{address}]:{service.port}" if ":" in address else f"{address}:{service.port}",)
             run.remember_addresses((bootstrap,), services)
             invite = _invite(run, uses, days, bootstrap, services) if run.has_run_key() else None
             if callable(on_ready):
@@ -184,11 +184,20 @@ def _invite(run: RunDir, uses: int, days: float, bootstrap: str, services: Seque
     disk = RealDisk(run.host)
     stored = disk.read("invite")
     invite = None if stored is None else _parsed(stored)
-    if invite is not None and (invite.bootstrap, invite.services) == ((bootstrap,), tuple(services)):
+    is_usable = invite is not None and (invite.bootstrap, invite.services) == ((bootstrap,), tuple(services))
+    if invite is not None and is_usable and _is_valid(invite):
         return invite
     invite = run.make_invite(uses, days, bootstrap=(bootstrap,), services=services)
     write_atomic(disk, "invite", invite.encode().encode())
     return invite
+
+
+def _is_valid(invite: Invite) -> bool:
+    try:
+        TrustChain(invite.run_id, invite.run_public).check_token(invite.token, time.time())
+    except Refused:
+        return False  # expired: a new one is made
+    return True
 
 
 def _parsed(stored: bytes) -> Invite | None:

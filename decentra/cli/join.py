@@ -13,7 +13,7 @@ from decentra.cli.rundir import read_genesis
 from decentra.cli.running import StopRequest, locked_dir, watch_loop
 from decentra.cli.wiring import check_data, follow_service, gossip, join_again, member_runtime, open_door, state_dir
 from decentra.config import Manifest, PeerConfig
-from decentra.errors import ExitCode
+from decentra.errors import ExitCode, Refused
 from decentra.gossip.exchange import HivemindExchange
 from decentra.ids import short
 from decentra.invite import Invite
@@ -49,6 +49,8 @@ async def run_member(
                 asyncio.create_task(join_again(door, config, root, events)),
                 asyncio.create_task(follow_service(door, node, invite.services, events)),
             ]
+            for task in tasks:
+                task.add_done_callback(lambda t: _report(t, runtime, events))
             began = time.monotonic()
             try:
                 why = await runtime.run()
@@ -66,6 +68,15 @@ async def run_member(
                 "skipped_rounds": counters.skipped_rounds, "experts": sorted(e for e, _ in counters.expert_tokens),
                 "anchors": {f: r.anchor for f, r in runtime.replicas.items()}, "state_dir": str(root),
             }  # fmt: skip
+
+
+def _report(task: asyncio.Task[None], runtime: PeerRuntime, events: Events) -> None:
+    """A background chore that ends with an error is told; one that was refused for good ends the peer."""
+    if task.cancelled() or (error := task.exception()) is None:
+        return
+    events.emit("operation-failed", why=str(error) or repr(error))
+    if isinstance(error, Refused):
+        runtime.leave(f"failed: {error}")
 
 
 async def _bring_genesis(folder: Path, manifest: Manifest, exchange: HivemindExchange) -> None:

@@ -95,7 +95,7 @@ async def watch_loop(events: Events) -> None:
         await asyncio.sleep(WATCH_S)
         late_s = time.monotonic() - before - WATCH_S
         if late_s > STALL_S:
-            events.emit("loop-late", late_ms=round(1000 * late_s))
+            events.emit("loop-stalled", late_ms=round(1000 * late_s))
 
 
 @contextmanager

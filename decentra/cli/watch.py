@@ -150,7 +150,7 @@ def evaluate(
 def demo(
     source: Annotated[Path | None, typer.Argument(help="a run.toml; default: the built-in demo", metavar="[RUN.toml]")] = None,
     num_peers: Annotated[int, typer.Option("--peers", min=2, max=16)] = 4,
-    num_rounds: Annotated[int, typer.Option("--rounds", min=5, help="confirmed rounds of the trunk, where the run.toml sets no end")] = 25,
+    num_rounds: Annotated[int, typer.Option("--rounds", min=5, help="confirmed rounds of the trunk, where the run.toml sets no end")] = 32,
     controls: Annotated[
         bool, typer.Option("--controls", help="also train the same model alone, for comparison (up to 10 minutes more)")
     ] = False,

@@ -85,6 +85,9 @@ async def open_door(invite: Invite, config: PeerConfig, root: Path, events: Even
                 raise
             events.emit("waiting", why=f"{error}; trying again in {retry_s:g} s")
         except Refused as error:
+            if stored is not None and credentials and "expired" in str(error):
+                # the invite was for coming in; this peer is in, and its admission still holds. Whether it may stay is decided at the stream
+                return Door(stored, key, trust, client, nonce, is_admitted=True)
             if "is in use by" not in str(error) or time.monotonic() + retry_s > deadline:
                 await client.close()
                 raise
@@ -175,7 +178,7 @@ def member_runtime(door: Door, config: PeerConfig, root: Path, node: GossipNode,
     runtime = PeerRuntime(
         manifest, layout, config, door.key.peer_id, door.nonce,
         Ports(door.client, exchange, RealDisk(root), SystemClock(), DeltaThread(), events),
-        addresses=lambda: node.addresses, traffic=lambda: (exchange.tx_bytes, exchange.rx_bytes),
+        addresses=lambda: node.addresses, traffic=lambda: (exchange.tx_bytes, exchange.rx_bytes), on_revoked=door.trust.revoke,
     )  # fmt: skip
     if config.role == "trainer":
         build, _ = model_for(manifest, config.model_code)

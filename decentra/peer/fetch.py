@@ -7,13 +7,14 @@ and one that did not answer lately, or has no address, is asked last. A keeper o
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from decentra.errors import DecentraError, Refused, RejectedPayload, Unreachable
-from decentra.ids import Digest, PeerId, digest_of, short
+from decentra.ids import Digest, PeerId, short
 from decentra.ports import Events, Exchange
 
 MAX_AT_ONCE = 8
@@ -161,7 +162,7 @@ class Fetcher:
                     self._take(hunt, chunk, peer)
         except (DecentraError, TimeoutError) as error:
             return error
-        if (found := digest_of(hunt.got)) != hunt.digest:
+        if (found := str(hunt.sha.hexdigest())) != hunt.digest:
             return RejectedPayload("digest", f"expected {hunt.digest[:12]}, the bytes have {found[:12]}", peer=short(peer))
         hunt.blob = bytes(hunt.got)
         return None
@@ -171,7 +172,7 @@ class Fetcher:
         if len(hunt.got) + len(chunk) > hunt.max_bytes:
             detail = f"blob {hunt.digest[:12]} is longer than the {hunt.max_bytes} bytes it may have"
             raise RejectedPayload("size", detail, peer=short(peer))
-        hunt.got += chunk
+        hunt.add(chunk)
 
     def _note(self, hunt: _Hunt, attempt: _Attempt, error: BaseException, turns: _Turns) -> None:
         """Why a source did not give the blob: for the next choice and for the story. Who only added to foreign bytes is asked for all of them."""
@@ -179,7 +180,7 @@ class Fetcher:
         turns.hurry(_now())
         match error:
             case RejectedPayload():
-                hunt.got.clear()
+                hunt.start_over()
                 if attempt.offset:
                     turns.put_back([attempt.source])
                     return
@@ -247,10 +248,19 @@ class _Hunt:
     digest: Digest
     max_bytes: int
     got: bytearray = field(default_factory=bytearray)
+    sha: Any = field(default_factory=hashlib.sha256)  # of ``got``, chunk by chunk, so that no large blob is hashed at one go in the loop
     blob: bytes | None = None
     reasons: dict[PeerId, str] = field(default_factory=dict)
     wrong: RejectedPayload | None = None
     num_asked: int = 0
+
+    def add(self, chunk: bytes) -> None:
+        self.got += chunk
+        self.sha.update(chunk)
+
+    def start_over(self) -> None:
+        self.got.clear()
+        self.sha = hashlib.sha256()
 
     def failure(self) -> DecentraError:
         if self.wrong is not None:

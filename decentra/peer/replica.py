@@ -18,7 +18,7 @@ from decentra.delta.account import Account, account_from_record, to_record
 from decentra.delta.aggregate import aggregate
 from decentra.delta.anchor import AnchorState, anchor_digest, decode_anchor, encode_anchor
 from decentra.delta.outer import outer_step
-from decentra.delta.packet import decode_packet
+from decentra.delta.packet import decode_packet, max_packet_bytes
 from decentra.delta.screen import screen
 from decentra.errors import DecentraError, IntegrityError, RejectedPayload, TrainingError
 from decentra.ids import Digest, FragmentId, PeerId, digest_of
@@ -51,6 +51,8 @@ class SnapshotLike(Protocol):
 class LiveWeights(Protocol):
     """The trainer as a replica sees it; each call happens between two inner steps."""
 
+    @property
+    def is_diverged(self) -> bool: ...
     async def snapshot(self, fragment: FragmentId) -> SnapshotLike: ...
     async def shift(self, fragment: FragmentId, delta_N: Tensor) -> None: ...
     async def load(self, fragment: FragmentId, values_N: Tensor) -> None: ...
@@ -105,11 +107,18 @@ class Replica:
             self.exchange.pin(self.account.anchor_digest)
         if self.account is not None and (pending := self.account.pending) is not None:
             self.pending_offer = self._offer(pending.round, pending.base, pending.packet, pending.num_tokens, pending.num_steps)
-            await self.exchange.put(self.pending_offer.packet, pending.packet)
+            await self._hold_packet(pending.round, self.pending_offer.packet, pending.packet)
 
     @property
     def anchor(self) -> Digest | None:
         return None if self.account is None else self.account.anchor_digest
+
+    @property
+    def place(self) -> tuple[str, int] | None:
+        """Where this fragment stands: (anchor digest, round of the pending packet or 0)."""
+        if self.account is None:
+            return None
+        return self.account.anchor_digest, self.account.pending.round if self.account.pending is not None else 0
 
     def initial_live(self) -> Tensor | None:
         """Where training goes on: live at the last encode while its outcome is open, else the anchor. fp32 [N]."""
@@ -134,6 +143,8 @@ class Replica:
             )
         snapshot = await self.live.snapshot(self.fragment.id)
         if snapshot.has_bad_steps:
+            if self.live.is_diverged:  # it will not come back by itself: start again from what the others have
+                await self.live.load(self.fragment.id, account.anchor_state.anchor_N)
             raise TrainingError("the loss was not finite in this round's inner steps")
         num_tokens = max(0, snapshot.num_tokens - self._tokens_at_encode)
         account.extra = self._next_stamp(snapshot.cursor)
@@ -146,7 +157,7 @@ class Replica:
         try:
             await self._write_record(account)
             offer = self._offer(number, base, pending.packet, num_tokens, snapshot.num_steps)
-            await self.exchange.put(offer.packet, pending.packet)
+            await self._hold_packet(number, offer.packet, pending.packet)
         except OSError:
             account.cancelled()
             raise
@@ -154,10 +165,17 @@ class Replica:
         self.pending_offer = offer
         return offer
 
+    def check_size(self, num_bytes: int, sender: PeerId, number: int) -> None:
+        """Refuse to fetch what cannot be a packet of this fragment. Raises RejectedPayload('size')."""
+        most = max_packet_bytes(self.fragment, self.manifest.codec.name)
+        if num_bytes > most:
+            detail = f"{num_bytes} bytes are offered, a packet of {self.fragment.id} has at most {most}"
+            raise RejectedPayload("size", detail, peer=sender, round=number)
+
     async def check_packet(self, digest: Digest, data: bytes, sender: PeerId, number: int) -> None:
         """Screen a foreign packet, then store and serve it. Raises RejectedPayload."""
         await self.compute.run(self._screen, data, sender, number)
-        await self.exchange.put(digest, data)
+        await self._hold_packet(number, digest, data)
 
     async def apply(self, settlement: Settlement) -> Digest:
         """Compute the settlement's anchor and make it durable; what comes back is attested. The confirmed anchor stays beside it."""
@@ -167,8 +185,7 @@ class Replica:
             if data is None:
                 raise IntegrityError(f"packet {entry.packet[:12]} of {self.fragment.id} is gone from this peer's store")
             packets[entry.peer] = data
-        state, blob = await self.compute.run(self._aggregate, settlement, packets)
-        digest = anchor_digest(blob)
+        state, blob, digest = await self.compute.run(self._aggregate, settlement, packets)
         await self.exchange.put(digest, blob)
         self._set_tentative((digest, state))
         self._keep(settlement.round, (*(e.packet for e in settlement.entries), digest))
@@ -188,7 +205,7 @@ class Replica:
         await self._write_note(note)
         self._repin(account.anchor_digest, anchor)
         move = {Ending.APPLIED: account.applied, Ending.EXCLUDED: account.excluded, Ending.FOLLOWED: account.followed}[ending]
-        shift_N = move(state, anchor)
+        shift_N = await self.compute.run(move, state, anchor)
         if self.live is not None:
             await self.live.shift(self.fragment.id, shift_N)
         self.pending_offer = None
@@ -211,7 +228,7 @@ class Replica:
 
     async def recover(self, anchor: Digest, number: int, blob: bytes) -> None:
         """Take a whole anchor, verified against its digest; local progress since the old one is dropped."""
-        if digest_of(blob) != anchor:
+        if await self.compute.run(digest_of, blob) != anchor:
             raise RejectedPayload("digest", f"anchor {anchor[:12]} of {self.fragment.id} came with other bytes")
         state = await self.compute.run(decode_anchor, self.fragment, blob)
         await self.exchange.put(anchor, blob)
@@ -242,7 +259,7 @@ class Replica:
         values_N = decode_packet(data, self.fragment, peer=sender, round=number)
         screen(values_N, norm_limit=None, peer=sender, round=number)
 
-    def _aggregate(self, settlement: Settlement, packets: dict[PeerId, bytes]) -> tuple[AnchorState, bytes]:
+    def _aggregate(self, settlement: Settlement, packets: dict[PeerId, bytes]) -> tuple[AnchorState, bytes, Digest]:
         account = self._account()
         if settlement.base != account.anchor_digest:
             raise IntegrityError(f"settlement of {settlement.base[:12]}, this peer is at {account.anchor_digest[:12]}")
@@ -251,7 +268,8 @@ class Replica:
         state = outer_step(
             account.anchor_state, mean_N, rule=self.manifest.outer.rule, lr_bits=settlement.lr_bits, momentum_bits=settlement.momentum_bits
         )
-        return state, encode_anchor(self.fragment, state)
+        blob = encode_anchor(self.fragment, state)
+        return state, blob, anchor_digest(blob)
 
     @property
     def _file(self) -> str:
@@ -330,8 +348,14 @@ class Replica:
         if old is not None:
             self.exchange.unpin(old)
 
+    async def _hold_packet(self, number: int, digest: Digest, data: bytes) -> None:
+        """A receipt or an offer is a promise: the packet stays until its round is old, whatever else wants the space."""
+        await self.exchange.put(digest, data)
+        self.exchange.pin(digest)
+        self._keep(number, (*self._kept.get(number, ()), digest))
+
     def _keep(self, number: int, blobs: Sequence[Digest]) -> None:
-        self._kept[number] = tuple(dict.fromkeys(blobs))
+        self._kept[number] = tuple(dict.fromkeys((*self._kept.get(number, ()), *blobs)))
 
     async def _collect_garbage(self) -> None:
         """Drop blobs of rounds older than the newest few; never the confirmed anchor."""

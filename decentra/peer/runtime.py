@@ -12,7 +12,7 @@ from torch import nn
 from decentra.config import Manifest, PeerConfig
 from decentra.data.windows import WindowSource
 from decentra.delta.golden import check_golden
-from decentra.errors import DecentraError, ManifestMismatch
+from decentra.errors import DecentraError, IntegrityError, ManifestMismatch
 from decentra.ids import FragmentId, PeerId
 from decentra.modules import Layout
 from decentra.peer.disk import sweep, write_atomic
@@ -26,6 +26,28 @@ from decentra.protocol.messages import Counters, Hello, Role
 CHECKPOINT_S = 30.0
 PROGRESS_S = 10.0
 STATE_FILE, PREVIOUS_FILE, TRAINED_FILE = "trainer.state", "trainer.state.prev", "trained.json"
+
+STATE_MAGIC = b"DCTS"
+
+Places = dict[FragmentId, tuple[str, int]]  # where live weights stand: (anchor digest, round of the pending packet or 0)
+
+
+def _framed(places: Places, state: bytes) -> bytes:
+    """A checkpoint: where each trained fragment's live weights stand, and the trainer's state."""
+    head = json.dumps(places).encode()
+    return STATE_MAGIC + len(head).to_bytes(4, "big") + head + state
+
+
+def _unframed(data: bytes) -> tuple[Places, bytes]:
+    """Raises IntegrityError for bytes that are no checkpoint; the state inside is checked by the trainer."""
+    try:
+        num_bytes = int.from_bytes(data[4:8], "big")
+        if data[:4] != STATE_MAGIC or len(data) < 8 + num_bytes:
+            raise ValueError("it does not begin like one")
+        raw = json.loads(data[8 : 8 + num_bytes])
+        return {FragmentId(f): (str(anchor), int(number)) for f, (anchor, number) in raw.items()}, data[8 + num_bytes :]
+    except (ValueError, TypeError, AttributeError) as error:
+        raise IntegrityError(f"not a whole trainer checkpoint: {error}; the one before it is used") from None
 
 
 def check_layout(manifest: Manifest, layout: Layout) -> None:
@@ -60,12 +82,14 @@ class PeerRuntime:
     ports: Ports
     addresses: Callable[[], tuple[str, ...]] = tuple
     traffic: Callable[[], tuple[int, int]] = lambda: (0, 0)  # bytes sent, received
+    on_revoked: Callable[[PeerId], None] = lambda _: None
     make_model: Callable[[], nn.Module] | None = None  # None at a keeper
     make_source: Callable[[], WindowSource] | None = None
     replicas: dict[FragmentId, Replica] = field(init=False, default_factory=dict)
     trainer: Trainer | None = field(init=False, default=None)
     loop: PeerLoop | None = field(init=False, default=None)
     _why_left: str | None = field(init=False, default=None)
+    _restored: Places = field(init=False, default_factory=dict)
 
     async def run(self) -> str:
         """Raises Refused, IntegrityError (golden check, layout), TrainingError, DataError."""
@@ -116,10 +140,12 @@ class PeerRuntime:
             if data is None:
                 continue
             try:
-                await self.trainer.load_state(data)
+                places, state = _unframed(data)
+                await self.trainer.load_state(state)
             except DecentraError as error:
                 self.ports.events.emit("damaged-file", file=name, why=str(error))
                 continue
+            self._restored = places
             self.ports.events.emit("resumed", file=name, num_steps=self.trainer.totals().num_steps)
             return
 
@@ -129,7 +155,9 @@ class PeerRuntime:
             replica = Replica(fragment, self.manifest, self.peer, p.exchange, p.disk, p.compute, p.events, live=self.trainer)
             await replica.load()
             self.replicas[fragment.id] = replica
-            if self.trainer is not None and (live_N := replica.initial_live()) is not None:
+            if self._restored.get(fragment.id) == (place := replica.place) and place is not None:
+                pass  # the checkpoint's live weights belong to this very anchor and packet: nothing trained since is lost
+            elif self.trainer is not None and (live_N := replica.initial_live()) is not None:
                 now_N = (await self.trainer.snapshot(fragment.id)).live_N
                 await self.trainer.shift(fragment.id, live_N - now_N)  # a shift keeps the optimizer's moments
             if self.trainer is not None and fragment.id in self.trainer.trained:
@@ -143,7 +171,7 @@ class PeerRuntime:
         self.loop = PeerLoop(
             Self(self.peer, role, self.manifest.rounds.inner_steps), self._hello, self.manifest.rounds.heartbeat_s, self.ports.service,
             self.ports.exchange, self.replicas, self.ports.clock, self.ports.events, counters=self.counters, on_trained=self._on_trained,
-            on_recovered=self._resume_if_whole, num_steps=num_steps,
+            on_recovered=self._resume_if_whole, on_revoked=self.on_revoked, num_steps=num_steps,
         )  # fmt: skip
         self._resume_if_whole()
         if self._why_left is not None:
@@ -232,10 +260,16 @@ class PeerRuntime:
     async def _checkpoint(self) -> None:
         assert self.trainer is not None
         try:
-            data = await self.trainer.state_record()
-            await self.ports.compute.run(self._write_state, data)
+            before = self._places()
+            state = await self.trainer.state_record()
+            after = self._places()  # a fragment that moved meanwhile is left out: its live weights belong to neither place for sure
+            places = {f: place for f, place in before.items() if after.get(f) == place and f in self.trainer.trained}
+            await self.ports.compute.run(self._write_state, _framed(places, state))
         except OSError as error:
             self.ports.events.emit("checkpoint-failed", why=f"{error.strerror}; training goes on, free some space")
+
+    def _places(self) -> Places:
+        return {f: place for f, r in self.replicas.items() if (place := r.place) is not None}
 
     def _write_state(self, data: bytes) -> None:
         if self.ports.disk.read(STATE_FILE) is not None:

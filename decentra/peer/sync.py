@@ -52,6 +52,7 @@ class PeerLoop:
     counters: Callable[[], Counters] = Counters
     on_trained: Callable[[frozenset[FragmentId]], Coroutine[Any, Any, None]] | None = None
     on_recovered: Callable[[], None] = lambda: None
+    on_revoked: Callable[[PeerId], None] = lambda _: None
     num_steps: int = 0
     machine: m.MemberMachine = field(init=False)
     members: dict[PeerId, MemberView] = field(init=False, default_factory=dict)
@@ -61,6 +62,7 @@ class PeerLoop:
     _group: asyncio.TaskGroup = field(init=False)
     _finished: asyncio.Future[str] | None = field(init=False, default=None)
     _why_left: str | None = field(init=False, default=None)
+    _has_said_goodbye: bool = field(init=False, default=False)  # a word after it would bring this member back
     _jobs: set[asyncio.Task[None]] = field(init=False, default_factory=set)
     _seq: int = field(init=False, default=0)
     _training: frozenset[FragmentId] = field(init=False, default=frozenset())
@@ -84,8 +86,7 @@ class PeerLoop:
 
     def leave(self, why: str) -> None:
         """Say goodbye and end."""
-        if self._outbox is not None:
-            self._outbox.put_nowait(Goodbye(self.me.peer, why))
+        self._say(Goodbye(self.me.peer, why))
         self._finish(why)
 
     async def run(self) -> str:
@@ -161,6 +162,8 @@ class PeerLoop:
                         self._inbox.put_nowait(m.Viewed(message))
                     case SwarmView():
                         self.members = {v.peer: v for v in message.members}
+                        for peer in message.revoked:
+                            self.on_revoked(peer)
                         self._inbox.put_nowait(m.SwarmViewed(message))
                     case Rejected(_, reason, detail):
                         self.events.emit("service-rejected", reason=reason, detail=detail)
@@ -283,7 +286,8 @@ class PeerLoop:
     # ------------------------------------------------------------ words
 
     def _say(self, message: MemberMessage) -> None:
-        if self._outbox is not None:
+        if self._outbox is not None and not self._has_said_goodbye:
+            self._has_said_goodbye = isinstance(message, Goodbye)
             self._outbox.put_nowait(message)
 
     async def _say_last(self, why: str) -> None:

@@ -104,6 +104,13 @@ def hold(book: FragmentBook, holding: Holding) -> FragmentBook:
     return _hold(book, holding)
 
 
+def forget(book: FragmentBook, peer: PeerId) -> FragmentBook:
+    """A member came anew: what it held before is what it says now."""
+    if peer not in book.holdings:
+        return book
+    return replace(book, holdings={p: d for p, d in book.holdings.items() if p != peer}, version=book.version + 1)
+
+
 def gone(book: FragmentBook, peer: PeerId, now: float, rules: Rules) -> Step:
     """A member is suspected or has left."""
     if book.active is None or peer not in book.active.roster:

@@ -281,13 +281,13 @@ def _catch_up(life: FragmentLife, view: FragmentView, me: Self) -> Result:
     """The confirmed anchor is another one: replay settlements while they connect, else recover the whole anchor."""
     if life.busy:
         return life, ()
-    link = None if life.no_replay_to == view.anchor else _next_link(life, view)
-    if link is None or link.settlement is None or link.anchor is None:
+    link = _next_link(life, view)
+    if link is not None and life.tentative is not None and life.tentative[1] == link.anchor and link.settlement is not None:
+        return _commit(life, link.settlement, life.tentative[1])
+    if link is None or link.settlement is None or link.anchor is None or life.no_replay_to == view.anchor:
         sources = _ordered(me, view.ready, life.fragment, view.anchor)
         why = "first anchor" if life.anchor is None else "its rounds do not connect to ours"
         return replace(life, busy="recover"), (Recover(life.fragment, view.anchor, view.round, sources, why),)
-    if life.tentative is not None and life.tentative[1] == link.anchor:
-        return _commit(life, link.settlement, link.anchor)
     if life.tentative is not None and life.tentative[0] == link.settlement.round:
         return _catch_up(replace(life, no_replay_to=view.anchor, tentative=None), view, me)  # we computed another digest: fetch theirs
     if any(e.packet in life.bad_packets for e in link.settlement.entries):
@@ -310,6 +310,12 @@ def _next_link(life: FragmentLife, view: FragmentView) -> Outcome | None:
         if at == view.anchor:
             return first
     return None
+
+
+def _needs(life: FragmentLife, view: FragmentView, packet: Digest) -> bool:
+    """True when catching up with the view's anchor goes through this packet."""
+    link = _next_link(life, view) if view.anchor != life.anchor else None
+    return link is not None and link.settlement is not None and any(e.packet == packet for e in link.settlement.entries)
 
 
 def _commit(life: FragmentLife, settlement: Settlement, anchor: Digest) -> Result:
@@ -466,6 +472,8 @@ class MemberMachine:
                 self.num_steps = num_steps
             case SwarmViewed(view):
                 self.swarm = view
+                if view.is_stopping:
+                    self.me = replace(self.me, inner_steps=1)  # the last rounds take what there is
                 self._place(view, effects)
             case Viewed(view):
                 return self._see(view, now)
@@ -490,7 +498,7 @@ class MemberMachine:
                 life = replace(life, fetching=life.fetching - {packet}, packets=life.packets | {packet})
             case FetchFailed(_, packet, is_bad):
                 bad = life.bad_packets | ({packet} if is_bad else set())
-                if life.view is not None and life.view.anchor != life.anchor:
+                if life.view is not None and _needs(life, life.view, packet):
                     life = replace(life, no_replay_to=life.view.anchor)  # nobody has the old packet any more: fetch the anchor whole
                 life = replace(
                     life, fetching=life.fetching - {packet}, bad_packets=bad, retry_at=life.retry_at if is_bad else now + RETRY_S
@@ -498,14 +506,16 @@ class MemberMachine:
             case Applied(_, number, anchor):
                 life = replace(life, busy="", tentative=(number, anchor))
             case Committed(_, anchor):
-                life = replace(life, busy="", anchor=anchor, tentative=None, pending=None, packets=frozenset(), bad_packets=frozenset())
+                life = replace(
+                    life, busy="", anchor=anchor, tentative=None, pending=None, packets=frozenset(), bad_packets=frozenset(), told=frozenset()
+                )  # fmt: skip
             case Cancelled():
                 life = replace(life, busy="", pending=None, encoded_at_steps=life.encoded_before_steps)
             case Recovered(_, anchor):
                 dropped = life.pending is not None
                 self.skipped_rounds += dropped
                 life = replace(
-                    life, busy="", anchor=anchor, tentative=None, pending=None, packets=frozenset(), bad_packets=frozenset(),
+                    life, busy="", anchor=anchor, tentative=None, pending=None, packets=frozenset(), bad_packets=frozenset(), told=frozenset(),
                     no_replay_to=None, encoded_at_steps=self.num_steps, encoded_before_steps=self.num_steps,
                 )  # fmt: skip
             case Failed():

@@ -232,6 +232,7 @@ class SwarmView:
     is_stopping: bool = False
     is_stopped: bool = False
     why: str = ""
+    revoked: tuple[PeerId, ...] = ()  # members whose admission was taken back: no door opens for them
 
 
 @dataclass(frozen=True, slots=True)

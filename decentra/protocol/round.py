@@ -23,6 +23,8 @@ from decentra.bits import float_bits
 from decentra.ids import Digest, FragmentId, PeerId, short
 from decentra.protocol.messages import Abstention, Attestation, Entry, Offer, Phase, Receipt, Settlement
 
+MAX_OFFER_TOKENS, MAX_OFFER_BYTES = 1 << 40, 1 << 40  # sums of them stay far inside 63 bits
+
 ACTIVE = frozenset({Phase.OPEN, Phase.SETTLED, Phase.TENTATIVE})
 
 
@@ -204,8 +206,11 @@ def _take_offer(round_: Round, offer: Offer) -> tuple[Round, tuple[RoundEffect, 
         return round_, (Reject(offer.peer, "base", f"delta from anchor {offer.base[:12]}, the round started at {round_.base[:12]}"),)
     if round_.phase is not Phase.OPEN:
         return round_, (Reject(offer.peer, "late", f"the round is {round_.phase}"),)
-    if offer.num_tokens < 0 or offer.num_bytes < 1:
-        return round_, (Reject(offer.peer, "malformed", "an offer has at least 1 byte and 0 tokens"),)
+    if not (0 <= offer.num_tokens <= MAX_OFFER_TOKENS and 1 <= offer.num_bytes <= MAX_OFFER_BYTES):
+        what = f"got {offer.num_bytes} bytes and {offer.num_tokens} tokens, expected 1 to {MAX_OFFER_BYTES} and 0 to {MAX_OFFER_TOKENS}"
+        return round_, (Reject(offer.peer, "malformed", what),)
+    if twin := next((o for o in round_.offers if o.packet == offer.packet), None):
+        return round_, (Reject(offer.peer, "copied", f"{short(twin.peer)} offered this very packet; a packet counts once"),)
     offers = tuple(sorted((*round_.offers, offer), key=lambda o: o.peer))
     return replace(round_, offers=offers, abstained=round_.abstained - {offer.peer}), ()
 

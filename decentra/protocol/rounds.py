@@ -27,12 +27,14 @@ from decentra.protocol.messages import (
     MemberMessage,
     MemberView,
     Offer,
+    Phase,
     Receipt,
     Role,
     SwarmView,
 )
 from decentra.protocol.round import Reject, Rules
 
+PLACE_KEPT_S = 86_400.0  # an absent member's place is given away after this
 DETACHED_S = 3.0  # a member whose stream ended is suspected after this
 
 
@@ -109,6 +111,7 @@ class RoundBook:
     token_uses: dict[str, set[PeerId]] = field(default_factory=dict)
     revoked: set[str] = field(default_factory=set)
     stopping: str | None = None
+    last_rounds: dict[FragmentId, int] = field(default_factory=dict)  # while stopping: no round after this number is opened
     is_over: bool = False
     swarm_version: int = 0
 
@@ -137,7 +140,7 @@ class RoundBook:
 
     def admit(self, peer: PeerId, role: Role, nonce: str, token: str | None, token_uses: int, now: float) -> list[Effect]:
         """Let a peer in, or raise Refused with the reason. Admitting somebody again is no change."""
-        self._check_admissible(peer, role, token, token_uses)
+        self._check_admissible(peer, role, token, token_uses, now)
         known = self.members.get(peer)
         if known and known.is_live and known.nonce and known.nonce != nonce and now - known.heard_at < self.manifest.rounds.heartbeat_s * 2:
             raise Refused(
@@ -156,7 +159,7 @@ class RoundBook:
         self.members[peer] = Member(peer, role, "", heard_at=now)
         return [Write(ledger.Admitted(peer, role, "", token or ""))]
 
-    def _check_admissible(self, peer: PeerId, role: Role, token: str | None, token_uses: int) -> None:
+    def _check_admissible(self, peer: PeerId, role: Role, token: str | None, token_uses: int, now: float) -> None:
         if peer in self.revoked:
             raise Refused(f"the organiser revoked {short(peer)}")
         if self.is_over and role is not Role.WATCHER:
@@ -170,8 +173,12 @@ class RoundBook:
             used = self.token_uses.get(token, set())
             if role is not Role.WATCHER and not known and len(used) >= token_uses:
                 raise Refused(f"this invite is used up ({token_uses} of {token_uses} peers); ask for a new one")
-        if not known and role is not Role.WATCHER and len(self.members) >= self.manifest.admission.max_members:
+        if not known and role is not Role.WATCHER and self._num_counted(now) >= self.manifest.admission.max_members:
             raise Refused(f"the run is full: {self.manifest.admission.max_members} members")
+
+    def _num_counted(self, now: float) -> int:
+        """Members that take up a place: here, or here within the last day."""
+        return sum(m.peer not in self.revoked and (m.is_live or now - m.heard_at < PLACE_KEPT_S) for m in self.members.values())
 
     def check_hello(self, hello: Hello, now: float) -> None:
         """Raise Refused for a Hello that cannot be taken."""
@@ -206,6 +213,8 @@ class RoundBook:
                 self._greet(event, now, effects)
             case Goodbye(peer, why):
                 self._lose(peer, why, now, effects)
+                if member := self.members.get(peer):
+                    self.members[peer] = replace(member, nonce="")
             case Heartbeat(peer, _, counters):
                 if member := self.members.get(peer):
                     self.members[peer] = replace(member, counters=counters)
@@ -239,7 +248,7 @@ class RoundBook:
         return min(times, default=None)
 
     def view(self, fragment: FragmentId, now: float) -> FragmentView:
-        return books.view(self.fragments[fragment], self._present(fragment), now, may_open=self.stopping is None)
+        return books.view(self.fragments[fragment], self._present(fragment), now, may_open=self._may_open(self.fragments[fragment]))
 
     def swarm(self) -> SwarmView:
         members = tuple(
@@ -247,7 +256,8 @@ class RoundBook:
             for _, m in sorted(self.members.items())
             if m.has_greeted or m.name
         )
-        return SwarmView(self.swarm_version, members, self.stopping is not None, self.is_over, self.stopping or "")
+        revoked = tuple(sorted(p for p in self.members if p in self.revoked))
+        return SwarmView(self.swarm_version, members, self.stopping is not None, self.is_over, self.stopping or "", revoked)
 
     # ------------------------------------------------------------ parts
 
@@ -273,8 +283,11 @@ class RoundBook:
             effects.append(ViewChanged(name))
 
     def _tick_fragments(self, now: float, effects: list[Effect]) -> None:
-        may_open = self.stopping is None
-        self._each(lambda b: books.tick(b, self._present(b.fragment), now, self.rules, self.timing, may_open=may_open), effects)
+        self._each(lambda b: books.tick(b, self._present(b.fragment), now, self.rules, self.timing, may_open=self._may_open(b)), effects)
+
+    def _may_open(self, book: FragmentBook) -> bool:
+        """While the run ends, each fragment gets one last round, so that what was trained since the one before is not lost."""
+        return self.stopping is None or book.number < self.last_rounds.get(book.fragment, 0)
 
     def _greet(self, hello: Hello, now: float, effects: list[Effect]) -> None:
         member = self.members.get(hello.peer)
@@ -296,6 +309,8 @@ class RoundBook:
             has_greeted=True,
             is_live=True,
         )
+        for name in sorted(self.fragments):  # what it no longer names, it no longer has
+            self._put(name, (books.forget(self.fragments[name], hello.peer), ()), effects)
         for holding in hello.holdings:
             self._hold(holding, effects)
         if not member.is_live:
@@ -329,7 +344,7 @@ class RoundBook:
 
     def _mark_alive(self, peer: PeerId, now: float, effects: list[Effect]) -> None:
         member = self.members.get(peer)
-        if member is None:
+        if member is None or not member.nonce:  # a word that was under way when it said goodbye
             return
         self.members[peer] = replace(member, heard_at=now, is_live=True)
         if not member.is_live:
@@ -346,7 +361,7 @@ class RoundBook:
         member = self.members.get(peer)
         if member is None or not member.is_live:
             return
-        self.members[peer] = replace(member, is_live=False, nonce="", counters=replace(member.counters, state=why))
+        self.members[peer] = replace(member, is_live=False, counters=replace(member.counters, state=why))
         self._each(lambda b: books.gone(b, peer, now, self.rules), effects)
         self._swarm_changed(effects)
 
@@ -359,14 +374,18 @@ class RoundBook:
 
     def _stop(self, why: str, effects: list[Effect]) -> None:
         if self.stopping is None:
-            self.stopping = why
+            self._begin_stopping(why)
             effects.append(Write(ledger.Stopping(why, False)))
             self._swarm_changed(effects)
+
+    def _begin_stopping(self, why: str) -> None:
+        self.stopping = why
+        self.last_rounds = {f: b.number + (b.active is None or b.active.phase is not Phase.OPEN) for f, b in self.fragments.items()}
 
     def _check_stop(self, wall_s: float, effects: list[Effect]) -> None:
         stop = self.manifest.stop
         trunk = [b.height for f, b in self.fragments.items() if module_of_fragment(f) == "trunk"]
-        num_tokens = sum(m.counters.num_tokens for m in self.members.values())
+        num_tokens = min((b.tally.num_tokens for f, b in self.fragments.items() if module_of_fragment(f) == "trunk"), default=0)
         if stop.rounds is not None and trunk and min(trunk) >= stop.rounds:
             self._stop(f"{stop.rounds} rounds of the trunk are confirmed", effects)
         elif stop.tokens is not None and num_tokens >= stop.tokens:
@@ -385,6 +404,12 @@ class RoundBook:
     def _is_draining(self, book: FragmentBook, now: float) -> bool:
         if book.active is not None:
             return True
+        if (
+            self._may_open(book)
+            and now < book.idle_since + self.manifest.rounds.attest_s
+            and book.ready(self._present(book.fragment)).holders
+        ):
+            return True  # its last round is about to open
         present = self._present(book.fragment)
         return not present.roster <= book.ready(present).roster and now < book.idle_since + self.manifest.rounds.attest_s
 
@@ -408,7 +433,8 @@ class RoundBook:
             case ledger.Revoked(subject):
                 self.revoked.add(subject)
             case ledger.Stopping(why, is_over):
-                self.stopping, self.is_over = why, is_over
+                self._begin_stopping(why)
+                self.is_over = is_over
             case ledger.Opened() | ledger.Confirmed() | ledger.GaveUp() | ledger.RolledBack():
                 self._restore_fragment(record.fragment, record, now)
             case ledger.Settled(settlement):

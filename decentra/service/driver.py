@@ -20,7 +20,7 @@ from decentra.service.mailbox import Mailbox
 
 MAX_TICK_S = 1.0
 REFRESH_S = 2.0  # news that nobody acts on at once (a receipt, one more holder) waits this long for company
-NUM_PUSHED_OUTCOMES = 2  # enough for whoever follows closely; a new stream gets all that the view has
+NUM_PUSHED_OUTCOMES = 3  # confirmed ones, enough for whoever follows closely; a new stream gets all that the view has
 MAX_BATCH = 256
 MAX_OUTCOMES = 4096  # of the newest rounds, answered from memory; older ones are in the ledger
 SIGNATURE_BYTES = 64
@@ -151,6 +151,10 @@ class Driver:
             await self._submit(_Work(Stop(argument or "the organiser ended it")))
             return f"stopping: {self.book.stopping}"
         if kind == "revoke":
+            if PeerId(argument) not in self.book.members and not _is_token_id(argument):
+                raise Refused(
+                    f"{argument[:60]!r} is neither a member's peer id nor a token id (16 hex characters); 'decentra status' lists members"
+                )
             await self._submit(_Work(Revoke(argument, "by the organiser")))
             if (mailbox := self._mailboxes.pop(PeerId(argument), None)) is not None:
                 mailbox.close("the organiser revoked this peer")
@@ -264,7 +268,8 @@ class Driver:
 
     def _short_view(self, fragment: FragmentId, now: float) -> FragmentView:
         view = self.book.view(fragment, now)
-        return replace(view, recent=view.recent[-NUM_PUSHED_OUTCOMES:])
+        confirmed = [o for o in view.recent if o.phase is Phase.CONFIRMED][-NUM_PUSHED_OUTCOMES:]
+        return replace(view, recent=tuple(o for o in view.recent if o in confirmed or o is view.recent[-1]))
 
     def _tell(self, record: Record) -> None:
         match record:
@@ -287,6 +292,10 @@ class Driver:
                 self.events.emit("admitted", peer=short(record.peer), role=str(record.role))
             case ledger.Placed():
                 self.events.emit("placed", peer=short(record.peer), experts=list(record.experts))
+
+
+def _is_token_id(text: str) -> bool:
+    return len(text) == 16 and all(c in "0123456789abcdef" for c in text)
 
 
 def _to_act_on(book: FragmentBook) -> tuple[object, ...]:

@@ -320,6 +320,10 @@ class SimTrainer:
             self.num_steps += 1
             self._on_step(self.num_steps)
 
+    @property
+    def is_diverged(self) -> bool:
+        return False
+
     async def snapshot(self, fragment: FragmentId) -> SimSnapshot:
         return SimSnapshot(self.live[fragment].clone(), self.num_steps, self.num_steps * 100, b"", False)
 

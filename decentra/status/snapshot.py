@@ -95,8 +95,17 @@ def _fragment(v: FragmentView, swarm: SwarmView) -> dict[str, Any]:
         "phase": str(v.phase), "why": _with_names(v.why, names), "ready": [names.get(p, p) for p in v.ready],
         "offers": [names.get(o.peer, o.peer) for o in v.offers], "attesters": [names.get(p, p) for p in v.attesters],
         "num_confirmed": v.tally.num_confirmed, "num_thin": v.tally.num_thin, "num_abandoned": v.tally.num_abandoned,
-        "num_void": v.tally.num_void, "num_tokens": v.tally.num_tokens,
+        "num_void": v.tally.num_void, "num_tokens": v.tally.num_tokens, "contributed": _contributed(v, names),
     }  # fmt: skip
+
+
+def _contributed(view: FragmentView, names: dict[PeerId, str]) -> dict[str, int]:
+    """Member -> the newest confirmed round that has its packet, as far as the view remembers."""
+    found: dict[str, int] = {}
+    for outcome in view.recent:
+        if outcome.phase is Phase.CONFIRMED and outcome.settlement is not None:
+            found |= {names.get(e.peer, e.peer): outcome.round for e in outcome.settlement.entries}
+    return found
 
 
 def _with_names(why: str, names: dict[PeerId, str]) -> str:
