@@ -287,6 +287,8 @@ class RoundBook:
 
     def _may_open(self, book: FragmentBook) -> bool:
         """While the run ends, each fragment gets one last round, so that what was trained since the one before is not lost."""
+        if self.is_over:
+            return False
         return self.stopping is None or book.number < self.last_rounds.get(book.fragment, 0)
 
     def _greet(self, hello: Hello, now: float, effects: list[Effect]) -> None:

@@ -57,6 +57,7 @@ class Live:
     live_N: Tensor = field(default_factory=lambda: torch.zeros(N))
     num_tokens: int = 0
     has_bad_steps: bool = False
+    is_diverged: bool = False
 
     async def snapshot(self, fragment: object) -> SimSnapshot:
         return SimSnapshot(self.live_N.clone(), self.num_tokens // 100, self.num_tokens, b"cursor", self.has_bad_steps)
@@ -391,7 +392,12 @@ def test_a_loss_that_was_not_finite_is_not_offered() -> None:
         bench.live.has_bad_steps = True
         with pytest.raises(TrainingError, match="not finite"):
             await bench.encode(1)
-        bench.live.has_bad_steps = False
+        assert float_bytes(bench.live.live_N) != float_bytes(GENESIS.anchor_N), "a few bad steps were skipped, live is sound"
+        bench.live.is_diverged = True
+        with pytest.raises(TrainingError):
+            await bench.encode(1)
+        assert float_bytes(bench.live.live_N) == float_bytes(GENESIS.anchor_N)
+        bench.live.has_bad_steps = bench.live.is_diverged = False
         bench.live.live_N = torch.full((N,), float("inf"))
         with pytest.raises(TrainingError):
             await bench.replica.encode(1, GENESIS_DIGEST)

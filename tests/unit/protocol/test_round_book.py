@@ -244,22 +244,37 @@ def test_a_trainer_follows_what_it_does_not_train() -> None:
     assert house.book.fragments[EXPERT_0].active is None
 
 
+def confirm_trunk(house: House, anchor: str) -> None:
+    """The roster of the trunk's open round takes part, 100 tokens each."""
+    house.handle(Tick(0.0), wait_s=3)
+    trunk = house.book.fragments[TRUNK]
+    assert trunk.active is not None
+    for peer, other in ((A, B), (B, A)):
+        house.handle(offer(peer, trunk.number, base=trunk.anchor, fragment=TRUNK))
+        house.handle(receipt(other, peer, trunk.number, fragment=TRUNK))
+    for peer in (A, B):
+        house.handle(attestation(peer, digest(anchor), trunk.number, fragment=TRUNK))
+    assert house.book.fragments[TRUNK].anchor == digest(anchor)
+
+
 @pytest.mark.parametrize(
-    ("stop", "event", "why"),
-    [
-        (StopSpec(tokens=100), Heartbeat(A, 1, Counters(num_tokens=100)), "100 tokens"),
-        (StopSpec(date=500.0), Tick(500.0), "last day"),
-    ],
+    ("stop", "why"),
+    [(StopSpec(tokens=100), "100 tokens"), (StopSpec(rounds=1), "1 rounds of the trunk"), (StopSpec(date=500.0), "last day")],
 )
-def test_the_run_ends_by_itself(stop: StopSpec, event: object, why: str) -> None:
+def test_the_run_ends_by_itself(stop: StopSpec, why: str) -> None:
     house = House(stop=stop)
     house.enter(A)
-    house.handle(event)
-    house.handle(Tick(house.now))
+    house.enter(B)
+    assert house.book.stopping is None
+    confirm_trunk(house, "one")
+    house.handle(Tick(500.0))
     assert house.book.stopping is not None
     assert why in house.book.stopping
     again = house.restored()
     assert (again.stopping, again.is_over) == (house.book.stopping, house.book.is_over)
+    for _ in range(20):
+        house.handle(Tick(500.0), wait_s=5)
+    assert house.book.is_over, "its last rounds have an end, too"
 
 
 def test_another_runs_ledger_is_refused() -> None:
@@ -363,7 +378,7 @@ def check_effects(house: House, effects: Sequence[Effect]) -> None:
         if book.active is not None:
             assert not house.book.is_over
     assert all(len(peers) <= 2 for peers in house.book.token_uses.values())
-    assert len(house.book.members) <= house.manifest.admission.max_members
+    assert len(house.book.members.keys() - house.book.revoked) <= house.manifest.admission.max_members
     assert house.book.swarm().version >= 0
 
 
