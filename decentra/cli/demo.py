@@ -111,12 +111,19 @@ class Demo:
         run, self.manifest = await asyncio.to_thread(create, self.root / "run", source, [*base, *settings])
         self.num_rounds = self.manifest.stop.rounds or self.num_rounds
         self.say(f"run {self.manifest.run_id()[:12]}: {self.manifest.model.num_experts} experts in {run.root}")
+        story = asyncio.ensure_future(self._story(run, stop))
+        stop.on_stop(lambda _why: None if story.cancel() else None)  # wherever it is, controls included
         try:
-            await self._start_all(run.root)
-            await self._watch(run, stop)
-            return await self._finish(run.root)
+            return await story
+        except asyncio.CancelledError:
+            raise KeyboardInterrupt from None
         finally:
             await asyncio.gather(*(c.end(5.0) for c in self.peers), self.host.end(10.0), return_exceptions=True)
+
+    async def _story(self, run: RunDir, stop: StopRequest) -> dict[str, Any]:
+        await self._start_all(run.root)
+        await self._watch(run, stop)
+        return await self._finish(run.root)
 
     def _prepare(self) -> None:
         if self.root.exists():
