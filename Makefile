@@ -4,7 +4,7 @@ PIP_ARGS ?=
 ARGS ?=
 BIN := .venv/bin
 PIP_INSTALL := $(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_ARGS)
-PROTOS := decentra/pb/messages.proto decentra/pb/averaging.proto
+PROTOS := decentra/pb/averaging.proto decentra/pb/messages.proto
 
 .PHONY: demo test check bench proto
 
