@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from exhaustive import CASES, Case, Explorer, weakened
+from exhaustive import CASES, Explorer, weakened
+from small_swarm import Case
 
 MIN_STATES = 1000  # fewer would mean that the story does not get going
 
