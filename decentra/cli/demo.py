@@ -112,7 +112,7 @@ class Demo:
         self.num_rounds = self.manifest.stop.rounds or self.num_rounds
         self.say(f"run {self.manifest.run_id()[:12]}: {self.manifest.model.num_experts} experts in {run.root}")
         story = asyncio.ensure_future(self._story(run, stop))
-        stop.on_stop(lambda _why: None if story.cancel() else None)  # wherever it is, controls included
+        stop.on_stop(lambda _why: story.cancel())  # wherever it is, controls included
         try:
             return await story
         except asyncio.CancelledError:

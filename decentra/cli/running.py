@@ -28,9 +28,9 @@ class StopRequest:
     def __init__(self) -> None:
         self.event = asyncio.Event()
         self.why = ""
-        self._callbacks: list[Callable[[str], None]] = []
+        self._callbacks: list[Callable[[str], object]] = []
 
-    def on_stop(self, callback: Callable[[str], None]) -> None:
+    def on_stop(self, callback: Callable[[str], object]) -> None:
         self._callbacks.append(callback)
         if self.event.is_set():
             callback(self.why)
