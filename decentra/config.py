@@ -108,7 +108,7 @@ class OuterSpec(_Frozen):
 
 
 class CodecSpec(_Frozen):
-    name: Literal["fp32", "bf16", "int8"] = "int8"
+    name: Literal["fp32", "bf16", "int8", "topk16", "topk32", "topk64", "topk128", "topk256"] = "int8"
     error_feedback: float = Field(1.0, ge=0, le=1, description="beta: share of the residual carried into the next round")
 
 

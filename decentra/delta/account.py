@@ -102,7 +102,7 @@ class Account:
         raw_N = torch.add(torch.mul(self.residual_N, beta), pseudo_gradient(self.anchor_state.anchor_N, y_N))
         packet = encode_packet(self.fragment, raw_N, codec_name)
         # the own packet is decoded like a foreign one: all peers, this one too, aggregate the same numbers
-        residual_after_N = torch.sub(raw_N, decode_packet(packet, self.fragment, peer="self", round=round))
+        residual_after_N = decode_packet(packet, self.fragment, peer="self", round=round).subtracted_from(raw_N)
         self.pending = Pending(round, self.anchor_digest, packet, y_N, self.residual_N, residual_after_N, num_tokens, num_steps)
         self.check()
         return self.pending
@@ -115,8 +115,9 @@ class Account:
     def excluded(self, new_state: AnchorState, new_digest: Digest) -> Tensor:
         """The round is confirmed without my packet. Returns the shift fp32 [N] to add to live."""
         pending = self._take("excluded")
-        decoded_N = decode_packet(pending.packet, self.fragment, peer="self", round=pending.round)
-        return self._adopt(new_state, new_digest, torch.add(pending.residual_after_N, decoded_N), pending.live_N)
+        residual_N = pending.residual_after_N.clone()
+        decode_packet(pending.packet, self.fragment, peer="self", round=pending.round).add_to(residual_N, 1.0)
+        return self._adopt(new_state, new_digest, residual_N, pending.live_N)
 
     def cancelled(self) -> None:
         """The round is abandoned or void: as if it had never been encoded."""

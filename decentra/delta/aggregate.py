@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from decentra.bits import bits_float, float_bits
+from decentra.delta.decoded import Decoded
 from decentra.errors import IntegrityError, RejectedPayload
 from decentra.ids import PeerId
 
@@ -16,11 +17,11 @@ __all__ = ["aggregate", "bits_float", "float_bits"]
 # N elements of a fragment, P peers
 
 
-def aggregate(deltas: Mapping[PeerId, Tensor], weight_bits: Mapping[PeerId, int]) -> Tensor:
+def aggregate(deltas: Mapping[PeerId, Decoded], weight_bits: Mapping[PeerId, int]) -> Tensor:
     """Sum over P of weight * delta, fp32 [N]; ``weight_bits`` are float32 bits.
 
-    Ascending order of peer id, only out-of-place mul and add: every CPU gets the same bits. Raises IntegrityError when deltas and weights
-    are of different peers or there are none, RejectedPayload for a weight that is not finite or is negative.
+    From +0 in ascending order of peer id, only elementwise mul and add: every CPU gets the same bits. Raises IntegrityError when deltas and
+    weights are of different peers or there are none, RejectedPayload for a weight that is not finite or is negative.
     """
     if not deltas or deltas.keys() != weight_bits.keys():
         raise IntegrityError(
@@ -28,12 +29,10 @@ def aggregate(deltas: Mapping[PeerId, Tensor], weight_bits: Mapping[PeerId, int]
             " fetch what is missing"
         )
     peers = sorted(deltas)
-    assert len({deltas[peer].shape for peer in peers}) == 1, "deltas of one round have one shape"
-    total_N: Tensor | None = None
+    assert len({deltas[peer].num_elements for peer in peers}) == 1, "deltas of one round have one shape"
+    total_N = torch.zeros(deltas[peers[0]].num_elements)
     for peer in peers:
-        weighted_N = torch.mul(deltas[peer].contiguous(), _weight(peer, weight_bits[peer]))
-        total_N = weighted_N if total_N is None else torch.add(total_N, weighted_N)
-    assert total_N is not None
+        deltas[peer].add_to(total_N, _weight(peer, weight_bits[peer]))
     return total_N
 
 

@@ -22,8 +22,8 @@ from decentra.modules import Fragment, build_layout
 
 # N elements of a fragment
 
-GOLDEN = Digest("5a02d71adf8e92eb5f6096c66367194d8d3f68fe78379edd4c4b1f4a1862c7cd")
-_CODECS = ("int8", "bf16", "fp32")
+GOLDEN = Digest("03a2947a9f8f0c75529e6041477d2e8170bd5f24d2f583d1f7db7deb7648414b")
+_CODECS = ("int8", "bf16", "fp32", "topk64")
 _PEERS = (PeerId("peer-a"), PeerId("peer-b"), PeerId("peer-c"))
 _NUM_ROUNDS = 3
 
@@ -41,7 +41,7 @@ def golden_digest() -> Digest:
         deltas = {}
         for index, peer in enumerate(_PEERS):
             lives[peer] = torch.add(lives[peer], golden_values(fragment.num_elements, 10 * round + index))
-            packet = accounts[peer].encode(round, lives[peer], _CODECS[(round + index) % 3], 0.9, 0, 0).packet
+            packet = accounts[peer].encode(round, lives[peer], _CODECS[(round + index) % len(_CODECS)], 0.9, 0, 0).packet
             deltas[peer] = decode_packet(packet, fragment)
             parts.append(digest_of(packet))
         mean_N = aggregate(deltas, weights)

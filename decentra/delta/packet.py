@@ -1,29 +1,52 @@
 """One peer's delta of one fragment as bytes, and the bounded parser for foreign ones. No residual, no judgement of norms, no digest.
 
-Packet, little-endian: magic, version u16, flags u16 (0), layout fingerprint [8], number of sections u32; per parameter in layout order:
-slot index u32, codec code u16, length u64, that many bytes; crc32 u32 of everything before it.
+Packet, little-endian: magic, version u16, codec code u16, layout fingerprint [8], lengths of the two sections u64 each; the large tensors' section
+in that codec, the small tensors' section in its companion; crc32 u32 of everything before it. Which tensor is in which section follows from the
+layout and the codec, in layout order; so a model of a thousand matrices has one run of the entropy coder, not a thousand.
 """
 
 from __future__ import annotations
 
 import struct
 import zlib
+from dataclasses import dataclass
+from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from decentra.delta.codec import CODECS, Codec, codec_by_code, codec_named
-from decentra.delta.raw import Buffer, assert_fits, fingerprint, is_finite
+from decentra.delta.codec import CODECS, SPARSE, Codec, Sparse, codec_by_code, codec_named
+from decentra.delta.decoded import Decoded
+from decentra.delta.raw import Buffer, Ints, Sizes, assert_fits, fingerprint, is_finite
 from decentra.errors import RejectedPayload, TrainingError
 from decentra.modules import Fragment, Slot
 
-# N elements of a fragment
+# N elements of a fragment, S of a section
 
 _MAGIC = b"DCPK"
-_VERSION = 1
-_HEADER = struct.Struct("<4sHH8sI")
-_SECTION = struct.Struct("<IHQ")
+_VERSION = 2
+_HEADER = struct.Struct("<4sHH8sQQ")
 _CRC = struct.Struct("<I")
+MIN_SPARSE_ELEMENTS = 4096  # a smaller tensor is no full chunk, and dense it weighs little
+
+
+@dataclass(frozen=True, slots=True)
+class _Section:
+    """Tensors that one codec writes together: neighbouring ones joined to (start, length) in the fragment."""
+
+    codec: Codec
+    sizes: Sizes
+    runs: tuple[tuple[int, int], ...]
+
+    @property
+    def num_elements(self) -> int:
+        return sum(self.sizes)
+
+    def of(self, values_N: Tensor) -> Tensor:
+        """fp32 [S]; a view where the section is one run."""
+        parts = [values_N[start : start + length] for start, length in self.runs]
+        return parts[0].contiguous() if len(parts) == 1 else torch.cat([values_N[:0], *parts])
 
 
 def encode_packet(fragment: Fragment, values_N: Tensor, codec_name: str) -> bytes:
@@ -31,82 +54,104 @@ def encode_packet(fragment: Fragment, values_N: Tensor, codec_name: str) -> byte
     assert_fits(values_N, fragment)
     if not is_finite(values_N):
         raise TrainingError(f"fragment {fragment.id}: the values to send are not finite; training diverged, restart from the last anchor")
-    codec = codec_named(codec_name)
-    parts = [_HEADER.pack(_MAGIC, _VERSION, 0, fingerprint(fragment), len(fragment.slots))]
-    for index, slot in enumerate(fragment.slots):
-        section_codec = _codec_of_slot(codec, slot)
-        body = section_codec.encode(values_N[slot.offset : slot.offset + slot.size].contiguous())
-        parts += [_SECTION.pack(index, section_codec.code, len(body)), body]
-    packet = b"".join(parts)
+    bodies = [s.codec.encode(s.of(values_N), s.sizes) for s in _sections(fragment, codec_name)]
+    code = codec_named(codec_name).code
+    packet = b"".join([_HEADER.pack(_MAGIC, _VERSION, code, fingerprint(fragment), *map(len, bodies)), *bodies])
     return packet + _CRC.pack(zlib.crc32(packet))
 
 
+@lru_cache(maxsize=1024)
 def max_packet_bytes(fragment: Fragment, codec_name: str) -> int:
     """Largest packet an honest peer makes with this codec: the limit for offers and fetches. Raises ConfigError for an unknown codec."""
-    codec = codec_named(codec_name)
-    bodies = sum(_SECTION.size + _codec_of_slot(codec, slot).max_size(slot.size) for slot in fragment.slots)
-    return _HEADER.size + bodies + _CRC.size
+    return _HEADER.size + sum(s.codec.max_size(s.sizes) for s in _sections(fragment, codec_name)) + _CRC.size
 
 
-def decode_packet(data: Buffer, fragment: Fragment, *, peer: str = "?", round: int | None = None) -> Tensor:
-    """Decode bytes that may come from anywhere to fp32 [N]; equal bytes give equal bits on every machine.
+def decode_packet(data: Buffer, fragment: Fragment, *, peer: str = "?", round: int | None = None) -> Decoded:
+    """Decode bytes that may come from anywhere; equal bytes give equal bits on every machine.
 
     Every length is checked against the fragment before anything is allocated. Raises RejectedPayload: ``size``, ``malformed`` (magic,
-    version, checksum, section order), ``shape`` (another layout), ``codec``, ``not-finite``.
+    version, checksum, contents), ``shape`` (another fragment's layout), ``codec`` or ``not-finite``.
     """
     try:
-        view = memoryview(data).cast("B")
-        return _decoded(view, fragment, _sections(view, fragment))
+        return _decoded(memoryview(data).cast("B"), fragment)
     except RejectedPayload as error:
         raise RejectedPayload(error.reason, error.detail, peer=peer, round=round) from None
 
 
-def _codec_of_slot(codec: Codec, slot: Slot) -> Codec:
+@lru_cache(maxsize=1024)
+def _sections(fragment: Fragment, codec_name: str) -> tuple[_Section, _Section]:
+    """Large tensors, small tensors."""
+    codec = codec_named(codec_name)
+    small = [s for s in fragment.slots if _is_small(codec, s)]
+    large = [s for s in fragment.slots if not _is_small(codec, s)]
+    companion = codec_named({"int8": "bf16"}.get(codec_name, "int8" if codec_name in SPARSE else codec_name))
+    return _section(codec, large), _section(companion, small)
+
+
+def _is_small(codec: Codec, slot: Slot) -> bool:
     # norms and biases are few and sensitive: int8 blocks would save nothing and cost most there
-    return codec_named("bf16") if codec.name == "int8" and len(slot.shape) < 2 else codec
+    if codec.name == "int8":
+        return len(slot.shape) < 2
+    return codec.name in SPARSE and (len(slot.shape) < 2 or slot.size < MIN_SPARSE_ELEMENTS)
 
 
-def _sections(view: memoryview, fragment: Fragment) -> list[tuple[Codec, int, int]]:
-    """(codec, start, length in bytes) of every slot's body, all within ``view``."""
-    _check_frame(view, fragment)
-    sections, at, end = [], _HEADER.size, view.nbytes - _CRC.size
-    for index, slot in enumerate(fragment.slots):
-        if at + _SECTION.size > end:
-            raise RejectedPayload("size", f"the packet of {fragment.id} ends before section {index} of {len(fragment.slots)}")
-        found, code, length = _SECTION.unpack_from(view, at)
-        at += _SECTION.size
-        if found != index:
-            raise RejectedPayload("malformed", f"expected section {index} of {fragment.id}, got {found}")
-        codec = codec_by_code(code)
-        expected, limit = codec.encoded_size(slot.size), min(codec.max_size(slot.size), end - at)
-        if length > limit or (expected is not None and length != expected):
-            raise RejectedPayload("size", f"section {index} ({slot.name}): {slot.size} {codec.name} values do not fit {length} bytes")
-        sections.append((codec, at, length))
-        at += length
-    if at != end:
-        raise RejectedPayload("size", f"{end - at} bytes too many after the last section of {fragment.id}")
-    return sections
+def _section(codec: Codec, slots: list[Slot]) -> _Section:
+    runs: list[tuple[int, int]] = []
+    for slot in slots:
+        if runs and sum(runs[-1]) == slot.offset:
+            runs[-1] = (runs[-1][0], runs[-1][1] + slot.size)
+        else:
+            runs.append((slot.offset, slot.size))
+    return _Section(codec, tuple(s.size for s in slots), tuple(runs))
 
 
-def _check_frame(view: memoryview, fragment: Fragment) -> None:
+def _decoded(view: memoryview, fragment: Fragment) -> Decoded:
+    runs: list[tuple[int, Tensor]] = []
+    sparse = Decoded(fragment.num_elements)
+    for section, body in _bodies(view, fragment):
+        values = section.codec.decode(body, section.sizes)
+        if isinstance(values, Sparse):
+            sparse = Decoded(fragment.num_elements, (), _placed(section, values.positions_K), values.values_K)
+            continue
+        if not is_finite(values):
+            raise RejectedPayload("not-finite", f"the packet of {fragment.id} holds infinite or NaN values")
+        at = 0
+        for start, length in section.runs:
+            runs.append((start, values[at : at + length]))
+            at += length
+    return Decoded(fragment.num_elements, tuple(runs), sparse.positions_K, sparse.values_K)
+
+
+def _placed(section: _Section, positions_K: Ints) -> Ints:
+    """Positions in the section to positions in the fragment."""
+    if len(section.runs) < 2:
+        return positions_K + (section.runs[0][0] if section.runs else 0)
+    starts = np.array([start for start, _ in section.runs])
+    begins = np.cumsum([0, *(length for _, length in section.runs[:-1])])
+    run_K = np.searchsorted(begins, positions_K, side="right") - 1
+    placed_K: Ints = positions_K + (starts - begins)[run_K]
+    return placed_K
+
+
+def _bodies(view: memoryview, fragment: Fragment) -> list[tuple[_Section, memoryview]]:
     limit = max(max_packet_bytes(fragment, codec.name) for codec in CODECS)
     if not _HEADER.size + _CRC.size <= view.nbytes <= limit:
         raise RejectedPayload("size", f"a packet of {fragment.id} has {_HEADER.size + _CRC.size} to {limit} bytes, got {view.nbytes}")
-    magic, version, flags, layout, num_sections = _HEADER.unpack_from(view)
-    if magic != _MAGIC or version != _VERSION or flags:
-        raise RejectedPayload(
-            "malformed", f"expected a packet of version {_VERSION}, got magic {magic!r}, version {version}, flags {flags}"
-        )
+    magic, version, code, layout, *lengths = _HEADER.unpack_from(view)
+    if magic != _MAGIC or version != _VERSION:
+        raise RejectedPayload("malformed", f"expected a packet of version {_VERSION}, got magic {magic!r}, version {version}")
     if zlib.crc32(view[: -_CRC.size]) != _CRC.unpack_from(view, view.nbytes - _CRC.size)[0]:
         raise RejectedPayload("malformed", "the checksum does not match; the bytes were damaged or cut")
-    if layout != fingerprint(fragment) or num_sections != len(fragment.slots):
-        raise RejectedPayload("shape", f"expected {fragment.id} with {len(fragment.slots)} sections, got {num_sections} of another layout")
-
-
-def _decoded(view: memoryview, fragment: Fragment, sections: list[tuple[Codec, int, int]]) -> Tensor:
-    values_N = torch.empty(fragment.num_elements, dtype=torch.float32)
-    for slot, (codec, start, length) in zip(fragment.slots, sections, strict=True):
-        values_N[slot.offset : slot.offset + slot.size] = codec.decode(view[start : start + length], slot.size)
-    if not is_finite(values_N):
-        raise RejectedPayload("not-finite", f"the packet of {fragment.id} holds infinite or NaN values")
-    return values_N
+    if layout != fingerprint(fragment):
+        raise RejectedPayload("shape", f"expected a packet of {fragment.id}, this one is of another layout")
+    sections = _sections(fragment, codec_by_code(code).name)
+    if sum(lengths) != view.nbytes - _HEADER.size - _CRC.size:
+        raise RejectedPayload("size", f"sections of {lengths} bytes do not fill a packet of {view.nbytes}")
+    found, at = [], _HEADER.size
+    for section, length in zip(sections, lengths, strict=True):
+        expected, most = section.codec.encoded_size(section.sizes), section.codec.max_size(section.sizes)
+        if length > most or (expected is not None and length != expected):
+            raise RejectedPayload("size", f"{section.num_elements} {section.codec.name} values of {fragment.id} do not fit {length} bytes")
+        found.append((section, view[at : at + length]))
+        at += length
+    return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -12,6 +13,8 @@ from decentra.modules import Fragment
 # N elements
 
 Buffer = bytes | bytearray | memoryview
+Ints = npt.NDArray[np.int64]
+Sizes = tuple[int, ...]  # elements of each of several tensors
 
 FLOAT_BYTES = 4
 FINGERPRINT_BYTES = 8

@@ -26,7 +26,7 @@ from decentra.modules import Fragment
 from decentra.peer.disk import write_atomic
 from decentra.ports import Compute, Disk, Events, Exchange
 from decentra.protocol import canonical
-from decentra.protocol.member import Ending
+from decentra.protocol.duties import Ending
 from decentra.protocol.messages import Offer, Settlement
 
 _STAMP_BYTES = 8
@@ -256,8 +256,8 @@ class Replica:
         return Offer(self.fragment.id, number, self.me, base, digest_of(packet), len(packet), num_tokens, num_steps)
 
     def _screen(self, data: bytes, sender: PeerId, number: int) -> None:
-        values_N = decode_packet(data, self.fragment, peer=sender, round=number)
-        screen(values_N, norm_limit=None, peer=sender, round=number)
+        delta = decode_packet(data, self.fragment, peer=sender, round=number)
+        screen(delta, norm_limit=None, peer=sender, round=number)
 
     def _aggregate(self, settlement: Settlement, packets: dict[PeerId, bytes]) -> tuple[AnchorState, bytes, Digest]:
         account = self._account()

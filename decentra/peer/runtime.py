@@ -20,7 +20,7 @@ from decentra.peer.replica import Replica
 from decentra.peer.sync import PeerLoop
 from decentra.peer.trainer import Trainer
 from decentra.ports import AveragingService, Clock, Compute, Disk, Events, Exchange
-from decentra.protocol.member import Self
+from decentra.protocol.duties import Self
 from decentra.protocol.messages import Counters, Hello, Role
 
 CHECKPOINT_S = 30.0

@@ -18,6 +18,7 @@ from decentra.ids import FragmentId, PeerId, short
 from decentra.peer.fetch import Fetcher
 from decentra.peer.replica import Replica
 from decentra.ports import AveragingService, Clock, Events, Exchange, Session
+from decentra.protocol import duties as do
 from decentra.protocol import member as m
 from decentra.protocol.messages import (
     Counters,
@@ -41,7 +42,7 @@ GOODBYE_S = 2.0
 class PeerLoop:
     """One peer at work. ``run`` returns why it ended; cancel it to stop at once."""
 
-    me: m.Self
+    me: do.Self
     hello: Callable[[], Hello]  # without holdings; they are added here
     heartbeat_s: float
     service: AveragingService
@@ -69,7 +70,7 @@ class PeerLoop:
 
     def __post_init__(self) -> None:
         lives = {
-            f: m.FragmentLife(
+            f: do.FragmentLife(
                 f, r.anchor, pending=r.pending_offer, packets=frozenset({r.pending_offer.packet} if r.pending_offer else ()),
                 encoded_at_steps=self.num_steps, encoded_before_steps=self.num_steps,
             )
@@ -181,21 +182,21 @@ class PeerLoop:
 
     # ------------------------------------------------------------ effects
 
-    def _start(self, effect: m.Effect) -> None:
+    def _start(self, effect: do.Effect) -> None:
         match effect:
-            case m.Say(message):
+            case do.Say(message):
                 self._say(message)
-            case m.Finish(why):
+            case do.Finish(why):
                 self._finish(why)
-            case m.SetTrained(fragments):
+            case do.SetTrained(fragments):
                 self._work(self._set_trained(fragments))
-            case m.Fetch():
+            case do.Fetch():
                 self._work(self._fetch(effect))
-            case m.Encode(fragment):
+            case do.Encode(fragment):
                 self._work(self._encode(effect))
-            case m.Apply(settlement):
+            case do.Apply(settlement):
                 self._work(self._guard(settlement.fragment, self._apply(effect)))
-            case m.Commit(fragment) | m.Cancel(fragment) | m.Recover(fragment):
+            case do.Commit(fragment) | do.Cancel(fragment) | do.Recover(fragment):
                 self._work(self._guard(fragment, self._close(effect)))
 
     def _work(self, job: Coroutine[Any, Any, None]) -> None:
@@ -215,7 +216,7 @@ class PeerLoop:
             self.events.emit("operation-failed", fragment=fragment, why=str(error))
             self._inbox.put_nowait(m.Failed(fragment, str(error)))
 
-    async def _encode(self, effect: m.Encode) -> None:
+    async def _encode(self, effect: do.Encode) -> None:
         try:
             offer = await self.replicas[effect.fragment].encode(effect.round, effect.base)
         except TrainingError as error:
@@ -229,7 +230,7 @@ class PeerLoop:
             self._inbox.put_nowait(m.Encoded(offer))
             await self.exchange.announce([offer.packet])
 
-    async def _fetch(self, effect: m.Fetch) -> None:
+    async def _fetch(self, effect: do.Fetch) -> None:
         try:
             data = await self.fetcher.fetch(effect.packet, effect.num_bytes, effect.sources)
         except (DecentraError, OSError) as error:  # wrong bytes are the fault of who sent them, not of the packet: it is asked for again
@@ -248,28 +249,28 @@ class PeerLoop:
         else:
             self._inbox.put_nowait(m.Fetched(effect.fragment, effect.packet))
 
-    def _fetch_failed(self, effect: m.Fetch, event: str, error: Exception, *, is_bad: bool = False) -> None:
+    def _fetch_failed(self, effect: do.Fetch, event: str, error: Exception, *, is_bad: bool = False) -> None:
         self.events.emit(event, fragment=effect.fragment, round=effect.round, peer=short(effect.sender), why=str(error))
         self._inbox.put_nowait(m.FetchFailed(effect.fragment, effect.packet, is_bad))
 
-    async def _apply(self, effect: m.Apply) -> None:
+    async def _apply(self, effect: do.Apply) -> None:
         settlement = effect.settlement
         anchor = await self.replicas[settlement.fragment].apply(settlement)
         self._inbox.put_nowait(m.Applied(settlement.fragment, settlement.round, anchor))
 
-    async def _close(self, effect: m.Commit | m.Cancel | m.Recover) -> None:
+    async def _close(self, effect: do.Commit | do.Cancel | do.Recover) -> None:
         replica = self.replicas[effect.fragment]
         match effect:
-            case m.Commit(fragment, number, anchor, ending):
+            case do.Commit(fragment, number, anchor, ending):
                 await replica.commit(number, anchor, ending)
                 self.events.emit("committed", fragment=fragment, round=number, anchor=anchor[:12], ending=str(ending))
                 self._inbox.put_nowait(m.Committed(fragment, anchor))
                 await self.exchange.announce([anchor])
-            case m.Cancel(fragment, number, why):
+            case do.Cancel(fragment, number, why):
                 await replica.cancel(number)
                 self.events.emit("cancelled", fragment=fragment, round=number, why=why)
                 self._inbox.put_nowait(m.Cancelled(fragment))
-            case m.Recover(fragment, anchor, number, sources, why):
+            case do.Recover(fragment, anchor, number, sources, why):
                 blob = await self.fetcher.fetch(anchor, max_anchor_bytes(replica.fragment), sources)
                 await replica.recover(anchor, number, blob)
                 self.events.emit("recovered", fragment=fragment, anchor=anchor[:12], num_bytes=len(blob), why=why)

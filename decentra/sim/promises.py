@@ -24,7 +24,7 @@ from decentra.errors import DecentraError
 from decentra.ids import Digest, FragmentId, PeerId
 from decentra.peer.replica import Replica
 from decentra.protocol import ledger
-from decentra.protocol.member import Ending
+from decentra.protocol.duties import Ending
 from decentra.protocol.messages import MemberMessage, Offer, Phase, Settlement
 from decentra.service.driver import open_record
 from decentra.sim.adapters import SimDisk, SimTrainer
@@ -155,7 +155,7 @@ class AuditedReplica(Replica):
         assert self.promises is not None
         self.promises.on_moved(self.me, self.fragment.id, anchor, f"commit of round {number}")
         if ending is Ending.APPLIED and pending is not None and self._sent_N is not None:
-            self._sent_N = self._sent_N + decode_packet(pending.packet, self.fragment).double()
+            self._sent_N = self._sent_N + decode_packet(pending.packet, self.fragment).dense().double()
         self._audit(f"round {number} was {ending}")
 
     async def cancel(self, number: int) -> None:

@@ -24,7 +24,7 @@ from decentra.modules import Layout, build_layout
 from decentra.peer.disk import sweep
 from decentra.peer.sync import PeerLoop
 from decentra.protocol import ledger
-from decentra.protocol.member import Self
+from decentra.protocol.duties import Self
 from decentra.protocol.messages import Hello, Role
 from decentra.service.driver import SIGNATURE_BYTES, Driver
 from decentra.sim.adapters import (

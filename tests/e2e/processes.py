@@ -20,6 +20,7 @@ import psutil
 from cli_world import decentra
 
 from decentra.cli.rundir import RunDir, create
+from decentra.cli.running import die_with_parent
 from decentra.protocol import ledger
 from decentra.service.driver import open_record
 
@@ -54,7 +55,7 @@ class Command:
         with open(self.folder / f"{self.name}.out", "ab") as out, open(self.folder / f"{self.name}.err", "ab") as err:
             self.popen = subprocess.Popen(
                 [sys.executable, "-m", "decentra.cli.main", *self.args], stdin=subprocess.DEVNULL, stdout=out, stderr=err, env=env,
-                start_new_session=True,
+                start_new_session=True, preexec_fn=die_with_parent,
             )  # fmt: skip
         return self
 

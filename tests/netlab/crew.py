@@ -19,6 +19,7 @@ from lab import Lab
 
 from decentra.averaging.journal_sqlite import SqliteJournal
 from decentra.cli.rundir import create
+from decentra.cli.running import die_with_parent
 from decentra.protocol.ledger import Confirmed, Opened, Record, Settled, replay
 from decentra.service.driver import open_record
 
@@ -51,8 +52,9 @@ class Child:
         env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "HOME": str(self.folder)}
         with open(self.out, "ab") as out, open(self.log, "ab") as log:
             self.process = subprocess.Popen(
-                self.command, stdin=subprocess.DEVNULL, stdout=out, stderr=log, env=env, cwd=ROOT, start_new_session=True
-            )
+                self.command, stdin=subprocess.DEVNULL, stdout=out, stderr=log, env=env, cwd=ROOT, start_new_session=True,
+                preexec_fn=die_with_parent,
+            )  # fmt: skip
 
     @property
     def out(self) -> Path:

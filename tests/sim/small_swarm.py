@@ -13,11 +13,13 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from decentra.ids import Digest, FragmentId, PeerId
+from decentra.protocol import duties as do
 from decentra.protocol import fragment as books
 from decentra.protocol import ledger
 from decentra.protocol import member as m
+from decentra.protocol.duties import FragmentLife, Self
 from decentra.protocol.fragment import FragmentBook, Present, Timing, Write
-from decentra.protocol.member import FragmentLife, MemberMachine, Self
+from decentra.protocol.member import MemberMachine
 from decentra.protocol.messages import FragmentView, Holding, Offer, Role, Settlement, Tally
 from decentra.protocol.round import Reject, Round, Rules
 
@@ -78,7 +80,7 @@ class Member:
     """One member: its machine's fragment, what it has under way, its disk, its stream."""
 
     life: FragmentLife
-    jobs: tuple[m.Effect, ...] = ()
+    jobs: tuple[do.Effect, ...] = ()
     packets: frozenset[Digest] = frozenset()  # on disk
     anchors: frozenset[Digest] = frozenset()  # on disk
     queue: tuple[object, ...] = ()  # messages on their way to the service, oldest first
@@ -257,13 +259,13 @@ class Swarm:
         if isinstance(happened, m.Failed | m.FetchFailed):
             effects += machine.handle(m.Tick(), 2 * m.RETRY_S)
         for effect in effects:
-            if isinstance(effect, m.Say):
+            if isinstance(effect, do.Say):
                 queue.append(effect.message)
             else:
                 jobs.append(effect)
         life = machine.lives[FRAGMENT]
         # another step is always done, and what failed was tried again
-        life = replace(life, encoded_at_steps=0, encoded_before_steps=0, retry_at=0.0, cut_off_at=0.0)
+        life = replace(life, encoded_at_steps=0, encoded_before_steps=0, retry_at=0.0, refetch_at=0.0, cut_off_at=0.0)
         anchors = member.anchors
         if isinstance(happened, m.Committed | m.Recovered):
             anchors = frozenset({happened.anchor})  # the older ones may be collected: the check counts on nothing more
@@ -293,25 +295,25 @@ class Swarm:
             life, jobs = FragmentLife(FRAGMENT, life.anchor, trains=life.trains, pending=life.pending, packets=mine), ()
         return self.put_member(Member(life, jobs, me.packets, me.anchors))
 
-    def finish(self, state: State, index: int, job: m.Effect) -> tuple[object, tuple[frozenset[Digest], frozenset[Digest]]]:
+    def finish(self, state: State, index: int, job: do.Effect) -> tuple[object, tuple[frozenset[Digest], frozenset[Digest]]]:
         """The event that a job ends with, and what it left on disk."""
         me, nothing = self.members[state.members[index]], (frozenset[Digest](), frozenset[Digest]())
         match job:
-            case m.Encode(fragment, number, base):
+            case do.Encode(fragment, number, base):
                 packet = packet_name(number, self.names[index])
                 return m.Encoded(Offer(fragment, number, self.names[index], base, packet, 1, 1, 1)), (frozenset({packet}), nothing[1])
-            case m.Fetch(fragment, _, _, packet, _, sources):
+            case do.Fetch(fragment, _, _, packet, _, sources):
                 if packet in me.packets or any(packet in self.members[i].packets for i in self._sources(state, sources)):
                     return m.Fetched(fragment, packet), (frozenset({packet}), nothing[1])
                 return m.FetchFailed(fragment, packet, False), nothing
-            case m.Apply(settlement):
+            case do.Apply(settlement):
                 anchor = next_anchor(settlement)
                 return m.Applied(FRAGMENT, settlement.round, anchor), (nothing[0], frozenset({anchor}))
-            case m.Commit(fragment, _, anchor, _):
+            case do.Commit(fragment, _, anchor, _):
                 return m.Committed(fragment, anchor), nothing
-            case m.Cancel(fragment, _, _):
+            case do.Cancel(fragment, _, _):
                 return m.Cancelled(fragment), nothing
-            case m.Recover(fragment, anchor, _, sources, _):
+            case do.Recover(fragment, anchor, _, sources, _):
                 if anchor in me.anchors or any(anchor in self.members[i].anchors for i in self._sources(state, sources)):
                     return m.Recovered(fragment, anchor), (nothing[0], frozenset({anchor}))
                 return m.Failed(fragment, "nobody has it"), nothing

@@ -8,14 +8,17 @@ from torch import Tensor
 
 from decentra.delta.codec.block import Int8Block
 from decentra.delta.codec.dense import Bf16, Fp32
-from decentra.delta.raw import Buffer
+from decentra.delta.codec.topk import Sparse as Sparse
+from decentra.delta.codec.topk import TopK
+from decentra.delta.raw import Buffer, Sizes
 from decentra.errors import ConfigError, RejectedPayload
 
-# N elements of a tensor
+# N elements of all tensors of a section together
 
 
 class Codec(Protocol):
-    """Turns the values of one tensor into bytes and back. Decoding gives the same bits on every machine; encoding need not."""
+    """Turns the values of a section's tensors, concatenated, into bytes and back. Decoding gives the same bits on every machine; encoding
+    need not. ``sizes``: number of elements of each tensor, N in all."""
 
     @property
     def name(self) -> str: ...
@@ -25,24 +28,25 @@ class Codec(Protocol):
         """Number on the wire, 0 .. 65535; never reused."""
         ...
 
-    def encoded_size(self, num_elements: int) -> int | None:
+    def encoded_size(self, sizes: Sizes) -> int | None:
         """Exact number of bytes, or None when it depends on the data."""
         ...
 
-    def max_size(self, num_elements: int) -> int:
+    def max_size(self, sizes: Sizes) -> int:
         """Upper bound in bytes, whatever the data."""
         ...
 
-    def encode(self, values_N: Tensor) -> bytes:
+    def encode(self, values_N: Tensor, sizes: Sizes) -> bytes:
         """``values_N``: finite fp32 [N], contiguous."""
         ...
 
-    def decode(self, data: Buffer, num_elements: int) -> Tensor:
-        """fp32 [N]. The caller checked the size against ``encoded_size`` or ``max_size``. Raises RejectedPayload without a peer's name."""
+    def decode(self, data: Buffer, sizes: Sizes) -> Tensor | Sparse:
+        """fp32 [N], or the few values that are not zero. The caller checked the size. Raises RejectedPayload without a peer's name."""
         ...
 
 
-CODECS: tuple[Codec, ...] = (Fp32(), Bf16(), Int8Block())
+CODECS: tuple[Codec, ...] = (Fp32(), Bf16(), Int8Block(), TopK(16, 16), TopK(32, 17), TopK(64, 18), TopK(128, 19), TopK(256, 20))
+SPARSE = frozenset(c.name for c in CODECS if isinstance(c, TopK))
 
 
 def codec_named(name: str) -> Codec:

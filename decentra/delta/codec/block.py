@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from decentra.delta.raw import FLOAT_BYTES, Buffer, float_bytes, floats_at, is_finite
+from decentra.delta.raw import FLOAT_BYTES, Buffer, Sizes, float_bytes, floats_at, is_finite
 from decentra.errors import RejectedPayload
 
-# N elements of a tensor, M blocks, B elements of a block
+# N elements of all tensors of a section, M blocks, B elements of a block
 
 BLOCK_ELEMENTS = 128
 _LEVELS = 127
@@ -26,13 +26,13 @@ class Int8Block:
     name = "int8"
     code = 3
 
-    def encoded_size(self, num_elements: int) -> int:
-        return FLOAT_BYTES * _num_blocks(num_elements) + num_elements
+    def encoded_size(self, sizes: Sizes) -> int:
+        return FLOAT_BYTES * _num_blocks(sum(sizes)) + sum(sizes)
 
-    def max_size(self, num_elements: int) -> int:
-        return self.encoded_size(num_elements)
+    def max_size(self, sizes: Sizes) -> int:
+        return self.encoded_size(sizes)
 
-    def encode(self, values_N: Tensor) -> bytes:
+    def encode(self, values_N: Tensor, sizes: Sizes) -> bytes:
         n = values_N.numel()
         x_MB = _in_blocks(values_N)
         scale_M = (x_MB.abs().amax(dim=1) / _LEVELS).clamp(max=_MAX_SCALE)
@@ -42,7 +42,8 @@ class Int8Block:
         q_MB = (x_MB / divisor_M1).round().clamp(-_LEVELS, _LEVELS).to(torch.int8)
         return float_bytes(scale_M) + q_MB.reshape(-1)[:n].numpy().tobytes()
 
-    def decode(self, data: Buffer, num_elements: int) -> Tensor:
+    def decode(self, data: Buffer, sizes: Sizes) -> Tensor:
+        num_elements = sum(sizes)
         num_blocks = _num_blocks(num_elements)
         scale_M = floats_at(data, 0, num_blocks)
         if not is_finite(scale_M):

@@ -13,12 +13,20 @@ from decentra.modules import Fragment, build_layout
 
 torch.set_num_threads(1)
 
-CODEC_NAMES = ("fp32", "bf16", "int8")
+DENSE_NAMES = ("fp32", "bf16", "int8")
+SPARSE_NAMES = ("topk16", "topk32", "topk64", "topk128", "topk256")
+CODEC_NAMES = DENSE_NAMES + SPARSE_NAMES
 
 
 def small_fragment() -> Fragment:
     """A norm, a matrix with a partial int8 block, an empty matrix and a scalar: 3 + 130 + 0 + 1 elements."""
     return build_layout([("a.norm", (3,)), ("b.weight", (10, 13)), ("c.empty", (0, 5)), ("d.scalar", ())])[FragmentId("trunk/0")]
+
+
+def large_fragment() -> Fragment:
+    """A norm, a matrix of two chunks and a bit, a router's few rows, and a matrix of exactly one chunk."""
+    shapes = [("a.norm", (64,)), ("b.weight", (64, 130)), ("c.rows", (8, 64)), ("d.weight", (64, 64))]
+    return build_layout(shapes)[FragmentId("trunk/0")]
 
 
 def vector(num_elements: int, seed: int, scale: float = 1.0) -> Tensor:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from decentra.delta.aggregate import aggregate, bits_float, float_bits
 from decentra.delta.anchor import AnchorState
+from decentra.delta.decoded import Decoded
 from decentra.delta.outer import outer_step
 from decentra.delta.screen import screen
 from decentra.errors import ConfigError, IntegrityError, RejectedPayload
@@ -43,7 +44,7 @@ def test_bits_are_ieee_float32() -> None:
 def test_sum_does_not_depend_on_the_order_of_arrival(order: list[PeerId]) -> None:
     deltas = {p: vector(1000, i, 10.0 ** (3 * i)) for i, p in enumerate((A, B, C))}
     weights = {p: float_bits(w) for p, w in ((A, 0.1), (B, 0.3), (C, 0.6))}
-    total_N = aggregate({p: deltas[p] for p in order}, {p: weights[p] for p in reversed(order)})
+    total_N = aggregate({p: Decoded.of(deltas[p]) for p in order}, {p: weights[p] for p in reversed(order)})
     w = [torch.tensor(x) for x in (0.1, 0.3, 0.6)]
     assert same_bits(total_N, (deltas[A] * w[0] + deltas[B] * w[1]) + deltas[C] * w[2])
     # the order matters, or this test could not fail
@@ -52,19 +53,36 @@ def test_sum_does_not_depend_on_the_order_of_arrival(order: list[PeerId]) -> Non
 
 def test_aggregate_leaves_its_inputs_alone() -> None:
     x_N = vector(10, 1)
-    total_N = aggregate({A: x_N}, {A: ONE})
+    total_N = aggregate({A: Decoded.of(x_N)}, {A: ONE})
     total_N.zero_()
     assert same_bits(x_N, vector(10, 1))
 
 
 def test_aggregate_refuses_incomplete_rounds_and_bad_weights() -> None:
-    x_N = vector(10, 1)
-    for deltas, weights in (({}, {}), ({A: x_N}, {A: ONE, B: ONE}), ({A: x_N, B: x_N}, {A: ONE})):
+    x = Decoded.of(vector(10, 1))
+    for deltas, weights in (({}, {}), ({A: x}, {A: ONE, B: ONE}), ({A: x, B: x}, {A: ONE})):
         with pytest.raises(IntegrityError):
             aggregate(deltas, weights)
     for bits in (0x7FC00000, float_bits(-0.5)):
         with pytest.raises(RejectedPayload):
-            aggregate({A: x_N}, {A: bits})
+            aggregate({A: x}, {A: bits})
+
+
+def test_a_sparse_delta_adds_the_bits_of_its_dense_form() -> None:
+    """Also where products underflow to -0 and where a total is zero."""
+    for seed in range(5):
+        x_N, y_N = vector(5000, seed, 1e-3), torch.zeros(5000)
+        positions_K = torch.randperm(5000, generator=torch.Generator().manual_seed(seed))[:70].numpy()
+        values_K = (vector(70, seed + 10, 1e-30)).numpy()
+        y_N[positions_K] = torch.from_numpy(values_K)
+        sparse = Decoded(5000, ((100, x_N[100:140]),), positions_K[positions_K > 140], values_K[positions_K > 140])
+        y_N[:141] = 0
+        y_N[100:140] = x_N[100:140]
+        assert same_bits(sparse.dense(), y_N)
+        weights = {A: float_bits(1e-20), B: float_bits(0.7)}
+        assert same_bits(aggregate({A: sparse, B: Decoded.of(x_N)}, weights), aggregate({A: Decoded.of(y_N), B: Decoded.of(x_N)}, weights))
+        assert same_bits(sparse.subtracted_from(x_N), x_N - y_N)
+        assert math.isclose(sparse.norm(), float(y_N.double().norm()), rel_tol=1e-12)
 
 
 def test_average_moves_the_anchor_by_the_mean() -> None:
@@ -103,9 +121,9 @@ def test_outer_step_refuses_unknown_rules_and_bad_scalars() -> None:
 
 def test_screen_gives_the_norm_or_the_reason() -> None:
     x_N = torch.tensor([3.0, -4.0])
-    assert screen(x_N, norm_limit=None, peer="p", round=1) == 5.0
-    assert screen(x_N, norm_limit=5.0, peer="p", round=1) == 5.0
-    assert math.isclose(screen(torch.full((4,), 1e38), norm_limit=None, peer="p", round=1), 2e38, rel_tol=1e-6)
+    assert screen(Decoded.of(x_N), norm_limit=None, peer="p", round=1) == 5.0
+    assert screen(Decoded.of(x_N), norm_limit=5.0, peer="p", round=1) == 5.0
+    assert math.isclose(screen(Decoded.of(torch.full((4,), 1e38)), norm_limit=None, peer="p", round=1), 2e38, rel_tol=1e-6)
     for values_N, limit, reason in (
         (x_N, 4.9, "norm"),
         (x_N, float("nan"), "norm"),
@@ -113,5 +131,5 @@ def test_screen_gives_the_norm_or_the_reason() -> None:
         (torch.tensor([1.0, float("-inf")]), 9.0, "not-finite"),
     ):
         with pytest.raises(RejectedPayload) as caught:
-            screen(values_N, norm_limit=limit, peer="p", round=3)
+            screen(Decoded.of(values_N), norm_limit=limit, peer="p", round=3)
         assert (caught.value.reason, caught.value.peer, caught.value.round) == (reason, "p", 3)

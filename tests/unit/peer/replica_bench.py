@@ -20,7 +20,7 @@ from decentra.ids import PeerId, digest_of
 from decentra.modules import build_layout
 from decentra.peer.disk import sweep
 from decentra.peer.replica import Replica
-from decentra.protocol.member import Ending
+from decentra.protocol.duties import Ending
 from decentra.protocol.messages import Entry, Settlement
 from decentra.sim.adapters import InlineCompute, SimDisk, SimEvents, SimExchange, SimNet, SimSnapshot
 from decentra.sim.loop import run_virtual

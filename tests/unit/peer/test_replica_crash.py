@@ -29,7 +29,7 @@ from decentra.delta.anchor import anchor_digest, encode_anchor
 from decentra.delta.outer import outer_step
 from decentra.delta.packet import decode_packet
 from decentra.delta.raw import float_bytes
-from decentra.protocol.member import Ending
+from decentra.protocol.duties import Ending
 from decentra.sim.adapters import Crash, SimDisk
 
 

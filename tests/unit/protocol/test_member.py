@@ -9,8 +9,10 @@ from hypothesis import strategies as st
 from protocol_world import BASE, FRAGMENT, PEERS, digest, offer, packet_of
 
 from decentra.ids import Digest, FragmentId, PeerId
+from decentra.protocol import duties as do
 from decentra.protocol import member as m
-from decentra.protocol.member import Ending, FragmentLife, MemberMachine, Self, reconcile
+from decentra.protocol.duties import Ending, FragmentLife, Self, reconcile
+from decentra.protocol.member import MemberMachine
 from decentra.protocol.messages import (
     Abstention,
     Attestation,
@@ -55,11 +57,11 @@ def machine(role: Role = Role.TRAINER, **life: object) -> MemberMachine:
     return found
 
 
-def said(effects: list[m.Effect], kind: type) -> list[object]:
-    return [e.message for e in effects if isinstance(e, m.Say) and isinstance(e.message, kind)]
+def said(effects: list[do.Effect], kind: type) -> list[object]:
+    return [e.message for e in effects if isinstance(e, do.Say) and isinstance(e.message, kind)]
 
 
-def of(effects: list[m.Effect], kind: type) -> list[m.Effect]:
+def of(effects: list[do.Effect], kind: type) -> list[do.Effect]:
     return [e for e in effects if isinstance(e, kind)]
 
 
@@ -67,18 +69,18 @@ def test_one_round_from_offer_to_commit() -> None:
     peer = machine()
     assert said(peer.handle(m.Viewed(view()), 0.0), Holding) == [Holding(ME, FRAGMENT, BASE)]
     assert peer.handle(m.Stepped(H - 1), 0.0) == []
-    assert peer.handle(m.Stepped(H), 0.0) == [m.Encode(FRAGMENT, 1, BASE)]
+    assert peer.handle(m.Stepped(H), 0.0) == [do.Encode(FRAGMENT, 1, BASE)]
     mine = offer(ME)
-    assert peer.handle(m.Encoded(mine), 0.0) == [m.Say(mine)]
+    assert peer.handle(m.Encoded(mine), 0.0) == [do.Say(mine)]
     (fetch,) = peer.handle(m.Viewed(view(version=2, offers=(mine, offer(B)))), 0.0)
-    assert isinstance(fetch, m.Fetch)
+    assert isinstance(fetch, do.Fetch)
     assert (fetch.sender, fetch.packet, set(fetch.sources)) == (B, packet_of(B), {B, C})
     assert said(peer.handle(m.Fetched(FRAGMENT, packet_of(B)), 0.0), Receipt) == [Receipt(FRAGMENT, 1, ME, B, packet_of(B))]
     settled = settlement_of(1, BASE, ME, B)
-    assert peer.handle(m.Viewed(view(Phase.SETTLED, version=3, settlement=settled)), 0.0) == [m.Apply(settled)]
+    assert peer.handle(m.Viewed(view(Phase.SETTLED, version=3, settlement=settled)), 0.0) == [do.Apply(settled)]
     assert said(peer.handle(m.Applied(FRAGMENT, 1, NEXT), 0.0), Attestation) == [Attestation(FRAGMENT, 1, ME, NEXT)]
     over = view(Phase.OPEN, 2, NEXT, recent=(confirmed(1, BASE, NEXT, ME, B),))
-    assert peer.handle(m.Viewed(over), 0.0) == [m.Commit(FRAGMENT, 1, NEXT, Ending.APPLIED)]
+    assert peer.handle(m.Viewed(over), 0.0) == [do.Commit(FRAGMENT, 1, NEXT, Ending.APPLIED)]
     assert said(peer.handle(m.Committed(FRAGMENT, NEXT), 0.0), Holding) == [Holding(ME, FRAGMENT, NEXT)]
     life = peer.lives[FRAGMENT]
     assert (life.anchor, life.pending, life.tentative, life.busy) == (NEXT, None, None, "")
@@ -88,23 +90,23 @@ def test_settled_without_me_is_excluded_and_without_a_packet_followed() -> None:
     for pending, ending in ((offer(ME), Ending.EXCLUDED), (None, Ending.FOLLOWED)):
         peer = machine(pending=pending, tentative=(1, NEXT))
         effects = peer.handle(m.Viewed(view(Phase.CONFIRMED, 1, NEXT, recent=(confirmed(1, BASE, NEXT, B),))), 0.0)
-        assert of(effects, m.Commit) == [m.Commit(FRAGMENT, 1, NEXT, ending)]
+        assert of(effects, do.Commit) == [do.Commit(FRAGMENT, 1, NEXT, ending)]
 
 
 def test_a_round_given_up_cancels_the_packet() -> None:
     for phase in (Phase.ABANDONED, Phase.VOID):
         peer = machine(pending=offer(ME))
         effects = peer.handle(m.Viewed(view(phase, recent=(Outcome(1, phase, "no quorum"),))), 0.0)
-        assert of(effects, m.Cancel) == [m.Cancel(FRAGMENT, 1, "no quorum")]
-        assert not of(peer.handle(m.Tick(), 0.0), m.Cancel), "it is under way"
+        assert of(effects, do.Cancel) == [do.Cancel(FRAGMENT, 1, "no quorum")]
+        assert not of(peer.handle(m.Tick(), 0.0), do.Cancel), "it is under way"
 
 
 def test_a_cancelled_packet_is_offered_anew_only_in_another_round() -> None:
     peer = machine(pending=offer(ME), encoded_at_steps=H)
     peer.num_steps = H
     peer.handle(m.Viewed(view(Phase.ABANDONED, recent=(Outcome(1, Phase.ABANDONED, ""),))), 0.0)
-    assert not of(peer.handle(m.Cancelled(FRAGMENT), 0.0), m.Encode)
-    assert of(peer.handle(m.Viewed(view(Phase.OPEN, 2, recent=(Outcome(1, Phase.ABANDONED, ""),))), 0.0), m.Encode)
+    assert not of(peer.handle(m.Cancelled(FRAGMENT), 0.0), do.Encode)
+    assert of(peer.handle(m.Viewed(view(Phase.OPEN, 2, recent=(Outcome(1, Phase.ABANDONED, ""),))), 0.0), do.Encode)
 
 
 def test_a_restart_offers_the_same_packet_again() -> None:
@@ -119,10 +121,10 @@ def test_a_restart_offers_the_same_packet_again() -> None:
 def test_a_newcomer_recovers_and_a_peer_far_behind_does_too() -> None:
     for anchor in (None, digest("long ago")):
         peer = machine(anchor=anchor)
-        (recover,) = of(peer.handle(m.Viewed(view()), 0.0), m.Recover)
-        assert isinstance(recover, m.Recover)
+        (recover,) = of(peer.handle(m.Viewed(view()), 0.0), do.Recover)
+        assert isinstance(recover, do.Recover)
         assert (recover.anchor, set(recover.sources)) == (BASE, {B, C})
-        assert of(peer.handle(m.Tick(), 0.0), m.Recover) == []
+        assert of(peer.handle(m.Tick(), 0.0), do.Recover) == []
         assert said(peer.handle(m.Recovered(FRAGMENT, BASE), 0.0), Holding) == [Holding(ME, FRAGMENT, BASE)]
 
 
@@ -131,11 +133,11 @@ def test_a_peer_a_little_behind_replays_the_rounds() -> None:
     last = digest("last")
     recent = (confirmed(1, BASE, NEXT, B), confirmed(2, NEXT, last, B))
     effects = peer.handle(m.Viewed(view(Phase.OPEN, 3, last, recent=recent)), 0.0)
-    assert [e.packet for e in effects if isinstance(e, m.Fetch)] == [packet_of(B, 1)]
-    assert peer.handle(m.Fetched(FRAGMENT, packet_of(B, 1)), 0.0) == [m.Apply(settlement_of(1, BASE, B))]
-    assert peer.handle(m.Applied(FRAGMENT, 1, NEXT), 0.0) == [m.Commit(FRAGMENT, 1, NEXT, Ending.FOLLOWED)]
+    assert [e.packet for e in effects if isinstance(e, do.Fetch)] == [packet_of(B, 1)]
+    assert peer.handle(m.Fetched(FRAGMENT, packet_of(B, 1)), 0.0) == [do.Apply(settlement_of(1, BASE, B))]
+    assert peer.handle(m.Applied(FRAGMENT, 1, NEXT), 0.0) == [do.Commit(FRAGMENT, 1, NEXT, Ending.FOLLOWED)]
     effects = peer.handle(m.Committed(FRAGMENT, NEXT), 0.0)
-    assert [e.packet for e in effects if isinstance(e, m.Fetch)] == [packet_of(B, 2)]
+    assert [e.packet for e in effects if isinstance(e, do.Fetch)] == [packet_of(B, 2)]
 
 
 def test_replay_gives_way_to_recovery() -> None:
@@ -144,18 +146,18 @@ def test_replay_gives_way_to_recovery() -> None:
     peer = machine()
     peer.handle(m.Viewed(behind), 0.0)
     peer.handle(m.FetchFailed(FRAGMENT, packet_of(B), False), 0.0)
-    assert of(peer.handle(m.Tick(), 5.0), m.Recover)
+    assert of(peer.handle(m.Tick(), 5.0), do.Recover)
     peer = machine()
     peer.handle(m.Viewed(behind), 0.0)
-    assert of(peer.handle(m.FetchFailed(FRAGMENT, packet_of(B), True), 0.0), m.Recover)
+    assert of(peer.handle(m.FetchFailed(FRAGMENT, packet_of(B), True), 0.0), do.Recover)
     peer = machine(packets=frozenset({packet_of(B)}))
-    assert of(peer.handle(m.Viewed(behind), 0.0), m.Apply)
+    assert of(peer.handle(m.Viewed(behind), 0.0), do.Apply)
     peer.handle(m.Failed(FRAGMENT, "disk full"), 0.0)
-    assert of(peer.handle(m.Tick(), 5.0), m.Recover)
+    assert of(peer.handle(m.Tick(), 5.0), do.Recover)
     peer = machine(tentative=(1, digest("our own result")))
-    assert of(peer.handle(m.Viewed(behind), 0.0), m.Recover)
+    assert of(peer.handle(m.Viewed(behind), 0.0), do.Recover)
     peer = machine(bad_packets=frozenset({packet_of(B)}))
-    assert of(peer.handle(m.Viewed(behind), 0.0), m.Recover)
+    assert of(peer.handle(m.Viewed(behind), 0.0), do.Recover)
 
 
 def test_a_confirmed_round_that_was_rolled_back_is_not_committed() -> None:
@@ -163,33 +165,33 @@ def test_a_confirmed_round_that_was_rolled_back_is_not_committed() -> None:
     for tentative in (None, (1, NEXT)):
         peer = machine(pending=offer(ME), tentative=tentative)
         effects = peer.handle(m.Viewed(view(Phase.CONFIRMED, 1, BASE, recent=(confirmed(1, BASE, NEXT, ME, B),))), 0.0)
-        assert of(effects, m.Commit) == []
-        assert len(of(effects, m.Cancel)) == 1
+        assert of(effects, do.Commit) == []
+        assert len(of(effects, do.Cancel)) == 1
 
 
 def test_a_round_that_moved_nothing_is_committed() -> None:
     peer = machine(pending=offer(ME), tentative=(1, BASE))
     effects = peer.handle(m.Viewed(view(Phase.CONFIRMED, 1, BASE, recent=(confirmed(1, BASE, BASE, ME, B),))), 0.0)
-    assert of(effects, m.Commit) == [m.Commit(FRAGMENT, 1, BASE, Ending.APPLIED)]
+    assert of(effects, do.Commit) == [do.Commit(FRAGMENT, 1, BASE, Ending.APPLIED)]
 
 
 def test_an_abstention_is_repeated_on_a_new_stream() -> None:
     peer = machine()
     peer.handle(m.Viewed(view()), 0.0)
-    assert of(peer.handle(m.Stepped(H), 0.0), m.Encode)
+    assert of(peer.handle(m.Stepped(H), 0.0), do.Encode)
     expected = [Abstention(FRAGMENT, 1, ME, "loss not finite")]
     assert said(peer.handle(m.Skipped(FRAGMENT, 1, "loss not finite"), 0.0), Abstention) == expected
     assert peer.handle(m.Stepped(9 * H), 0.0) == [], "it sat out this round"
     peer.handle(m.Connected(), 0.0)
     assert said(peer.handle(m.Viewed(view()), 0.0), Abstention) == expected
-    assert of(peer.handle(m.Viewed(view(number=2)), 0.0), m.Encode)
+    assert of(peer.handle(m.Viewed(view(number=2)), 0.0), do.Encode)
 
 
 def test_near_the_cut_off_a_peer_offers_what_it_has() -> None:
     peer = machine()
     peer.handle(m.Viewed(view()), 0.0)
     assert peer.handle(m.Stepped(1), 7.9) == []
-    assert of(peer.handle(m.Tick(), 8.0), m.Encode)
+    assert of(peer.handle(m.Tick(), 8.0), do.Encode)
     nothing = machine()
     nothing.handle(m.Viewed(view()), 0.0)
     assert nothing.handle(m.Tick(), 9.0) == [], "no step, no offer"
@@ -200,10 +202,10 @@ def test_followers_and_keepers_do_not_offer_but_keepers_give_receipts() -> None:
         peer = machine(role, trains=trains)
         effects = peer.handle(m.Viewed(view(holders=(B,), keepers=(ME, C), offers=(offer(B),))), 0.0)
         peer.num_steps = 100
-        assert of(effects + peer.handle(m.Tick(), 9.0), m.Encode) == []
+        assert of(effects + peer.handle(m.Tick(), 9.0), do.Encode) == []
         assert said(peer.handle(m.Fetched(FRAGMENT, packet_of(B)), 0.0), Receipt)
     outsider = machine()
-    assert of(outsider.handle(m.Viewed(view(holders=(B,), offers=(offer(B),))), 0.0), m.Fetch) == []
+    assert of(outsider.handle(m.Viewed(view(holders=(B,), offers=(offer(B),))), 0.0), do.Fetch) == []
 
 
 def test_a_bad_packet_is_not_asked_for_again_and_a_lost_one_is() -> None:
@@ -211,7 +213,7 @@ def test_a_bad_packet_is_not_asked_for_again_and_a_lost_one_is() -> None:
         peer = machine()
         peer.handle(m.Viewed(view(offers=(offer(B),))), 0.0)
         assert peer.handle(m.FetchFailed(FRAGMENT, packet_of(B), is_bad), 0.0) == []
-        assert bool(of(peer.handle(m.Tick(), m.RETRY_S), m.Fetch)) is not is_bad
+        assert bool(of(peer.handle(m.Tick(), m.RETRY_S), do.Fetch)) is not is_bad
 
 
 def test_an_old_view_is_ignored_until_the_stream_is_new() -> None:
@@ -231,14 +233,14 @@ def test_placement_and_the_end() -> None:
     peer.handle(m.Connected(), 0.0)
     mine = MemberView(ME, "me", Role.TRAINER, True, (), (1,), Counters())
     (placed,) = peer.handle(m.SwarmViewed(SwarmView(1, (mine,))), 0.0)
-    assert placed == m.SetTrained(frozenset({FragmentId("trunk/0"), FragmentId("expert.1/0")}))
+    assert placed == do.SetTrained(frozenset({FragmentId("trunk/0"), FragmentId("expert.1/0")}))
     assert peer.handle(m.SwarmViewed(SwarmView(2, (mine,))), 0.0) == [], "placed as before"
     over = SwarmView(3, (mine,), is_stopping=True, is_stopped=True, why="enough")
-    assert of(peer.handle(m.SwarmViewed(over), 0.0), m.Finish) == [], "it has seen no view yet"
-    effects: list[m.Effect] = []
+    assert of(peer.handle(m.SwarmViewed(over), 0.0), do.Finish) == [], "it has seen no view yet"
+    effects: list[do.Effect] = []
     for f in peer.lives:
         effects += peer.handle(m.Viewed(replace(view(Phase.IDLE, 0), fragment=f)), 0.0)
-    assert of(effects, m.Finish) == [m.Finish("enough")]
+    assert of(effects, do.Finish) == [do.Finish("enough")]
 
 
 # ---------------------------------------------------------------- a view is state, not an order
@@ -285,16 +287,16 @@ def test_reconciling_twice_is_reconciling_once(life: FragmentLife, num_steps: in
     twice, none = reconcile(once, SELF, num_steps, now)
     assert none == ()
     assert twice == once
-    operations = [e for e in effects if isinstance(e, m.Encode | m.Apply | m.Commit | m.Cancel | m.Recover)]
+    operations = [e for e in effects if isinstance(e, do.Encode | do.Apply | do.Commit | do.Cancel | do.Recover)]
     assert len(operations) <= 1, "at most one local operation of a fragment"
     assert not operations or not life.busy
     assert bool(once.busy) == bool(life.busy or operations)
     for effect in effects:
-        if isinstance(effect, m.Commit):
+        if isinstance(effect, do.Commit):
             assert life.view is not None
             assert (effect.round, effect.anchor) in {(o.round, o.anchor) for o in life.view.recent if o.phase is Phase.CONFIRMED}
-        if isinstance(effect, m.Fetch):
+        if isinstance(effect, do.Fetch):
             assert ME not in effect.sources
-        if isinstance(effect, m.Encode):
+        if isinstance(effect, do.Encode):
             assert effect.base == life.anchor == life.view.anchor  # type: ignore[union-attr]
             assert life.pending is None

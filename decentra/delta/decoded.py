@@ -1,0 +1,64 @@
+"""A decoded packet: some values of a fragment dense, some sparse. Adds itself to a sum without becoming a whole vector first.
+
+Everything here is elementwise fp32 mul, add or sub, so every machine gets the same bits, dense or sparse.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from decentra.delta.raw import Ints
+
+# N elements of a fragment, n of a run of it, K values of the sparse part
+
+
+@dataclass(frozen=True, eq=False)
+class Decoded:
+    """One peer's delta of one fragment. Elements in no run and at no position are zero."""
+
+    num_elements: int
+    runs: tuple[tuple[int, Tensor], ...] = ()  # (start, fp32 [n])
+    positions_K: Ints = field(default_factory=lambda: np.empty(0, np.int64))  # each once
+    values_K: npt.NDArray[np.float32] = field(default_factory=lambda: np.empty(0, np.float32))
+
+    @staticmethod
+    def of(values_N: Tensor) -> Decoded:
+        """A dense delta, fp32 [N]."""
+        return Decoded(values_N.numel(), ((0, values_N.contiguous()),))
+
+    def dense(self) -> Tensor:
+        """fp32 [N], a new tensor."""
+        values_N = np.zeros(self.num_elements, np.float32)
+        for start, run_n in self.runs:
+            values_N[start : start + run_n.numel()] = run_n.numpy()
+        values_N[self.positions_K] = self.values_K
+        return torch.from_numpy(values_N)
+
+    def add_to(self, total_N: Tensor, weight: float) -> None:
+        """``total_N`` += weight * self. A total that began as +0 gets the same bits whether zeros are added or left out."""
+        total = total_N.numpy()
+        for start, run_n in self.runs:
+            total[start : start + run_n.numel()] += run_n.numpy() * np.float32(weight)
+        total[self.positions_K] += self.values_K * np.float32(weight)
+
+    def subtracted_from(self, raw_N: Tensor) -> Tensor:
+        """raw - self, fp32 [N], a new tensor."""
+        left_N = raw_N.clone()
+        left = left_N.numpy()
+        for start, run_n in self.runs:
+            left[start : start + run_n.numel()] -= run_n.numpy()
+        left[self.positions_K] -= self.values_K
+        return left_N
+
+    def norm(self) -> float:
+        """L2 norm, in fp64; infinite or NaN when a value is."""
+        square = float(np.dot(self.values_K.astype(np.float64), self.values_K.astype(np.float64)))
+        for _, run_n in self.runs:
+            square += float(torch.linalg.vector_norm(run_n, dtype=torch.float64)) ** 2
+        return math.sqrt(square)
