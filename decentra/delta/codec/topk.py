@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from decentra.delta.codec.support import CHUNK_ELEMENTS, WORD_BYTES, decode_support, encode_support, max_support_bytes
+from decentra.delta.codec.support import CHUNK_ELEMENTS, decode_support, encode_support, max_support_bytes
 from decentra.delta.raw import Buffer, Ints, Sizes
 from decentra.errors import RejectedPayload
 
@@ -23,6 +23,7 @@ from decentra.errors import RejectedPayload
 _STEPS_PER_OCTAVE = 8
 _TOP_OCTAVE = 4
 _SAMPLE_EVERY = 8
+_BLOCK_ROWS = 32
 
 
 def _scales() -> npt.NDArray[np.float32]:
@@ -75,6 +76,8 @@ class TopK:
 
     def max_size(self, sizes: Sizes) -> int:
         kept_M = _chunks(sizes, self.kept_per_chunk).kept_M
+        if not len(kept_M):
+            return 0
         return len(kept_M) + _sign_bytes(kept_M) + max_support_bytes(kept_M)
 
     def encode(self, values_N: Tensor, sizes: Sizes) -> bytes:
@@ -94,8 +97,10 @@ class TopK:
         """Finite values whatever the bytes."""
         chunks = _chunks(sizes, self.kept_per_chunk)
         num_chunks, sign_bytes = len(chunks.kept_M), _sign_bytes(chunks.kept_M)
+        if not num_chunks:
+            return Sparse(0, np.empty(0, np.int64), np.empty(0, np.float32))
         support = memoryview(data)[num_chunks + sign_bytes :]
-        if len(data) < num_chunks + sign_bytes or len(support) % WORD_BYTES:
+        if len(data) < num_chunks + sign_bytes:
             raise RejectedPayload("malformed", f"{len(data)} bytes are no section of {sum(sizes)} {self.name} values")
         level_M = np.frombuffer(data, np.uint8, num_chunks)
         is_negative_K = np.unpackbits(np.frombuffer(data, np.uint8, sign_bytes, num_chunks), count=int(chunks.kept_M.sum())).view(bool)
@@ -132,6 +137,11 @@ def _chunks(sizes: Sizes, kept_per_chunk: int) -> _Chunks:
 
 def top_rows(x_MC: npt.NDArray[np.float32], k: int) -> Ints:
     """Columns of the k largest magnitudes of every row [M k], ascending, row after row; of equals the first."""
+    # a few rows at a time stay in the processor's cache
+    return np.concatenate([_top_of_block(x_MC[i : i + _BLOCK_ROWS], k) for i in range(0, len(x_MC), _BLOCK_ROWS)])
+
+
+def _top_of_block(x_MC: npt.NDArray[np.float32], k: int) -> Ints:
     num_rows, columns = x_MC.shape
     # a finite float's magnitude orders as its bits do
     bits_MC = x_MC.view(np.int32) & 0x7FFFFFFF
