@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 import tomllib
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
@@ -107,9 +108,23 @@ class OuterSpec(_Frozen):
     momentum: float = Field(0.9, ge=0, lt=1, description="used by nesterov only")
 
 
+CodecName = Literal["fp32", "bf16", "int8", "topk256", "topk128", "topk64", "topk32", "topk16"]  # densest first
+
+
 class CodecSpec(_Frozen):
-    name: Literal["fp32", "bf16", "int8", "topk16", "topk32", "topk64", "topk128", "topk256"] = "int8"
+    """How deltas are packed. With ``sparsest`` every peer picks its own codec between the two, by its link and its owner's limits."""
+
+    name: CodecName = Field("int8", description="the densest codec a peer may use, and the only one unless sparsest is set")
+    sparsest: CodecName | None = None
+    share: float = Field(0.5, gt=0, le=1, description="share of a round's time that sending may take where a peer picks its codec")
     error_feedback: float = Field(1.0, ge=0, le=1, description="beta: share of the residual carried into the next round")
+
+    @model_validator(mode="after")
+    def _check(self) -> CodecSpec:
+        names = get_args(CodecName)
+        if self.sparsest is not None and names.index(self.sparsest) < names.index(self.name):
+            raise ValueError(f"sparsest {self.sparsest!r} is denser than name {self.name!r}")
+        return self
 
 
 class PlacementSpec(_Frozen):
@@ -183,7 +198,38 @@ class PeerConfig(_Frozen):
     listen: tuple[str, ...] = Field(("/ip4/0.0.0.0/tcp/0",), description="p2p listen addresses; empty: outbound only")
     announce: tuple[str, ...] = ()
     max_steps: int | None = Field(None, ge=1, description="stop training after this many inner steps")
+    up: str | None = Field(
+        None, description="most that packets may take of the uplink, such as '5mbit'; heard where the run lets peers choose"
+    )
+    cap: str | None = Field(None, description="most that packets may send, such as '20GB/day'; heard where the run lets peers choose")
     blob_budget_bytes: int = Field(8 << 30, ge=1 << 20)
+
+    @model_validator(mode="after")
+    def _check(self) -> PeerConfig:
+        assert self.up_bytes_per_s is None or self.up_bytes_per_s > 0
+        assert self.cap_bytes_per_day is None or self.cap_bytes_per_day > 0
+        return self
+
+    @property
+    def up_bytes_per_s(self) -> float | None:
+        return None if self.up is None else _measure(self.up, _BITS_PER_S, "up", "5mbit") / 8
+
+    @property
+    def cap_bytes_per_day(self) -> float | None:
+        return None if self.cap is None else _measure(self.cap, _BYTES_PER_DAY, "cap", "20GB/day")
+
+
+_BITS_PER_S = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
+_BYTES_PER_DAY = {"mb/day": 1e6, "gb/day": 1e9, "tb/day": 1e12, "mb/hour": 24e6, "gb/hour": 24e9}
+
+
+def _measure(text: str, units: dict[str, float], key: str, example: str) -> float:
+    """A number with one of ``units``. Raises ValueError."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z/]+)\s*", text)
+    factor = units.get(found.group(2).lower()) if found else None
+    if found is None or factor is None or float(found.group(1)) == 0:
+        raise ValueError(f"{key}: expected a number and one of {', '.join(units)}, such as {example}")
+    return float(found.group(1)) * factor
 
 
 M = TypeVar("M", bound=BaseModel)

@@ -58,6 +58,8 @@ def join(
     announce: Annotated[list[str] | None, typer.Option(help="multiaddress to tell others, behind a forwarded port")] = None,
     outbound_only: OutboundOpt = False,
     max_steps: Annotated[int | None, typer.Option(min=1, help="leave after this many inner steps")] = None,
+    up: Annotated[str | None, typer.Option(help="most that packets may take of the uplink, such as 5mbit")] = None,
+    cap: Annotated[str | None, typer.Option(help="most that packets may send, such as 20GB/day")] = None,
     model_code: Annotated[Path | None, typer.Option(help="the run's own model code")] = None,
     genesis: GenesisOpt = None,
     patience_s: PatienceOpt = 300.0,
@@ -69,7 +71,7 @@ def join(
     given = {
         "name": name, "dir": state, "experts": _experts(experts), "num_experts": num_experts, "data": [str(d) for d in data or ()], "domain": domain,
         "shared_fraction": shared_fraction, "device": device, "threads": threads, "listen": list(listen or ()), "announce": list(announce or ()),
-        "max_steps": max_steps, "model_code": model_code,
+        "max_steps": max_steps, "up": up, "cap": cap, "model_code": model_code,
     }  # fmt: skip
     peer = _peer_config(config, given)
     _take_part(invite, peer, genesis, outbound_only, patience_s, as_json, verbose, log_json)

@@ -55,6 +55,7 @@ class Pending:
     residual_after_N: Tensor
     num_tokens: int
     num_steps: int
+    norm: float | None = None  # L2 of the decoded packet; not kept in the record
 
 
 class Account:
@@ -87,10 +88,13 @@ class Account:
             assert self.pending.base == self.anchor_digest, "a pending delta was taken from the current anchor"
             assert self.pending.residual_before_N is self.residual_N, "the residual waits for the outcome"
 
-    def encode(self, round: int, live_N: Tensor, codec_name: str, beta: float, num_tokens: int, num_steps: int) -> Pending:
+    def encode(
+        self, round: int, live_N: Tensor, codec_name: str, beta: float, num_tokens: int, num_steps: int, *, max_norm: float | None = None
+    ) -> Pending:
         """Encode the progress of ``live_N`` fp32 [N] (copied) plus ``beta`` times the residual (error feedback, arXiv 1901.09847, alg. 1).
 
-        The residual moves at the outcome, not here. Raises TrainingError when an encode is pending or the sum is not finite,
+        A packet whose norm would pass ``max_norm`` is sent scaled down to it; the rest stays in the residual. The residual moves at the
+        outcome, not here. Raises TrainingError when an encode is pending or the sum is not finite,
         ConfigError for an unknown codec.
         """
         if self.pending is not None:
@@ -102,8 +106,14 @@ class Account:
         raw_N = torch.add(torch.mul(self.residual_N, beta), pseudo_gradient(self.anchor_state.anchor_N, y_N))
         packet = encode_packet(self.fragment, raw_N, codec_name)
         # the own packet is decoded like a foreign one: all peers, this one too, aggregate the same numbers
-        residual_after_N = decode_packet(packet, self.fragment, peer="self", round=round).subtracted_from(raw_N)
-        self.pending = Pending(round, self.anchor_digest, packet, y_N, self.residual_N, residual_after_N, num_tokens, num_steps)
+        sent = decode_packet(packet, self.fragment, peer="self", round=round)
+        if max_norm is not None and sent.norm() > max_norm:
+            packet = encode_packet(self.fragment, torch.mul(raw_N, max_norm / sent.norm()), codec_name)
+            sent = decode_packet(packet, self.fragment, peer="self", round=round)
+        norm = sent.norm()
+        self.pending = Pending(
+            round, self.anchor_digest, packet, y_N, self.residual_N, sent.subtracted_from(raw_N), num_tokens, num_steps, norm
+        )
         self.check()
         return self.pending
 

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import get_args
 
+from decentra.config import CodecName
 from decentra.errors import ConfigError
 
-LADDER = ("fp32", "bf16", "int8", "topk256", "topk128", "topk64", "topk32", "topk16")  # densest first
+LADDER: tuple[str, ...] = get_args(CodecName)  # densest first
 DAY_S = 86_400.0
 
 

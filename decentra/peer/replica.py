@@ -7,7 +7,8 @@ can be tried again.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -30,6 +31,7 @@ from decentra.protocol.duties import Ending
 from decentra.protocol.messages import Offer, Settlement
 
 _STAMP_BYTES = 8
+MAX_NORM_GROWTH = 2.0  # of a packet over the usual one
 NUM_KEPT_ROUNDS = 4  # rounds whose packets are served on, for members that come back
 
 
@@ -81,12 +83,14 @@ class Replica:
     compute: Compute
     events: Events
     live: LiveWeights | None = None
+    codec: Callable[[], str] | None = None  # picks the next packet's codec; default: the manifest's
     account: Account | None = None
     pending_offer: Offer | None = None
     _tentative: tuple[Digest, AnchorState] | None = None
     _seq: int = 0  # of the newest file
     _tokens_at_encode: int = 0
     _tokens_before: int = 0
+    _usual_norm: float | None = None  # of the packets sent since the start
     _kept: dict[int, tuple[Digest, ...]] = field(default_factory=dict)
 
     # ------------------------------------------------------------ start
@@ -148,9 +152,14 @@ class Replica:
             raise TrainingError("the loss was not finite in this round's inner steps")
         num_tokens = max(0, snapshot.num_tokens - self._tokens_at_encode)
         account.extra = self._next_stamp(snapshot.cursor)
-        codec, beta = self.manifest.codec.name, self.manifest.codec.error_feedback
+        codec = self.manifest.codec.name if self.codec is None else self.codec()
+        beta = self.manifest.codec.error_feedback
         try:
-            pending = await self.compute.run(account.encode, number, snapshot.live_N, codec, beta, num_tokens, snapshot.num_steps)
+            pending = await self.compute.run(
+                functools.partial(
+                    account.encode, number, snapshot.live_N, codec, beta, num_tokens, snapshot.num_steps, max_norm=self._max_norm()
+                )
+            )
         except TrainingError:
             await self.live.load(self.fragment.id, account.anchor_state.anchor_N)
             raise
@@ -162,6 +171,7 @@ class Replica:
             account.cancelled()
             raise
         self._tokens_before, self._tokens_at_encode = self._tokens_at_encode, snapshot.num_tokens
+        self._usual_norm = pending.norm if self._usual_norm is None else (self._usual_norm + (pending.norm or 0.0)) / 2
         self.pending_offer = offer
         return offer
 
@@ -251,6 +261,12 @@ class Replica:
         if self.account is None:
             raise IntegrityError(f"{self.fragment.id} has no anchor at this peer yet")
         return self.account
+
+    def _max_norm(self) -> float | None:
+        """Where codecs change, what a sparse one left behind must not come out at once."""
+        if self.manifest.codec.sparsest is None or not self._usual_norm:
+            return None
+        return MAX_NORM_GROWTH * self._usual_norm
 
     def _offer(self, number: int, base: Digest, packet: bytes, num_tokens: int, num_steps: int) -> Offer:
         return Offer(self.fragment.id, number, self.me, base, digest_of(packet), len(packet), num_tokens, num_steps)

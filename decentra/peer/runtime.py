@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from decentra.errors import DecentraError, IntegrityError, ManifestMismatch
 from decentra.ids import FragmentId, PeerId
 from decentra.modules import Layout
 from decentra.peer.disk import sweep, write_atomic
+from decentra.peer.link import RateControl, Uplink, limits_of
 from decentra.peer.replica import Replica
 from decentra.peer.sync import PeerLoop
 from decentra.peer.trainer import Trainer
@@ -88,8 +90,13 @@ class PeerRuntime:
     replicas: dict[FragmentId, Replica] = field(init=False, default_factory=dict)
     trainer: Trainer | None = field(init=False, default=None)
     loop: PeerLoop | None = field(init=False, default=None)
+    rate: RateControl = field(init=False)
     _why_left: str | None = field(init=False, default=None)
     _restored: Places = field(init=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        spec, uplink = self.manifest.codec, Uplink(lambda: self.traffic()[0])
+        self.rate = RateControl(spec, self.layout, limits_of(spec, self.config), uplink, self.peer)
 
     async def run(self) -> str:
         """Raises Refused, IntegrityError (golden check, layout), TrainingError, DataError."""
@@ -152,7 +159,10 @@ class PeerRuntime:
     async def _load_replicas(self) -> None:
         p = self.ports
         for fragment in self.layout.fragments:
-            replica = Replica(fragment, self.manifest, self.peer, p.exchange, p.disk, p.compute, p.events, live=self.trainer)
+            replica = Replica(
+                fragment, self.manifest, self.peer, p.exchange, p.disk, p.compute, p.events, live=self.trainer,
+                codec=functools.partial(self._codec, fragment.id),
+            )  # fmt: skip
             await replica.load()
             self.replicas[fragment.id] = replica
             if self._restored.get(fragment.id) == (place := replica.place) and place is not None:
@@ -163,6 +173,13 @@ class PeerRuntime:
             if self.trainer is not None and fragment.id in self.trainer.trained:
                 await replica.begin_training()
 
+    def _codec(self, fragment: FragmentId) -> str:
+        before = self.rate.choices.get(fragment)
+        choice = self.rate.codec(fragment, self.ports.clock.now())
+        if before is None or before.codec != choice.codec:
+            self.ports.events.emit("codec", fragment=fragment, codec=choice.codec, why=choice.why)
+        return choice.codec
+
     # ------------------------------------------------------------ life
 
     async def _take_part(self) -> str:
@@ -171,7 +188,7 @@ class PeerRuntime:
         self.loop = PeerLoop(
             Self(self.peer, role, self.manifest.rounds.inner_steps), self._hello, self.manifest.rounds.heartbeat_s, self.ports.service,
             self.ports.exchange, self.replicas, self.ports.clock, self.ports.events, counters=self.counters, on_trained=self._on_trained,
-            on_recovered=self._resume_if_whole, on_revoked=self.on_revoked, num_steps=num_steps,
+            on_recovered=self._resume_if_whole, on_revoked=self.on_revoked, rate=self.rate, num_steps=num_steps,
         )  # fmt: skip
         self._resume_if_whole()
         if self._why_left is not None:
@@ -245,7 +262,9 @@ class PeerRuntime:
             return "keeping" + away
         if self.trainer.is_diverged:
             return "the loss is not finite" + away
-        return ("training" if self.trainer.trained else "waits for experts") + away
+        if not self.trainer.trained:
+            return "waits for experts" + away
+        return "training" + (f"; {self.rate.why}" if self.rate.why else "") + away
 
     # ------------------------------------------------------------ checkpoints
 

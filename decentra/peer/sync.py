@@ -16,6 +16,7 @@ from decentra.delta.anchor import max_anchor_bytes
 from decentra.errors import DecentraError, Refused, RejectedPayload, TrainingError, Unreachable, VersionMismatch
 from decentra.ids import FragmentId, PeerId, short
 from decentra.peer.fetch import Fetcher
+from decentra.peer.link import RateControl
 from decentra.peer.replica import Replica
 from decentra.ports import AveragingService, Clock, Events, Exchange, Session
 from decentra.protocol import duties as do
@@ -54,6 +55,7 @@ class PeerLoop:
     on_trained: Callable[[frozenset[FragmentId]], Coroutine[Any, Any, None]] | None = None
     on_recovered: Callable[[], None] = lambda: None
     on_revoked: Callable[[PeerId], None] = lambda _: None
+    rate: RateControl | None = None
     num_steps: int = 0
     machine: m.MemberMachine = field(init=False)
     members: dict[PeerId, MemberView] = field(init=False, default_factory=dict)
@@ -160,6 +162,8 @@ class PeerLoop:
             async for message in session.messages():
                 match message:
                     case FragmentView():
+                        if self.rate is not None:
+                            self.rate.saw(message, self.clock.now())
                         self._inbox.put_nowait(m.Viewed(message))
                     case SwarmView():
                         self.members = {v.peer: v for v in message.members}
@@ -227,6 +231,8 @@ class PeerLoop:
             self._inbox.put_nowait(m.Failed(effect.fragment, str(error)))
         else:
             self.events.emit("encoded", fragment=offer.fragment, round=offer.round, num_bytes=offer.num_bytes, num_tokens=offer.num_tokens)
+            if self.rate is not None:
+                self.rate.encoded(offer, self.clock.now())
             self._inbox.put_nowait(m.Encoded(offer))
             await self.exchange.announce([offer.packet])
 
@@ -283,6 +289,8 @@ class PeerLoop:
         for fragment in sorted(fragments - self._training):  # the others go on counting their tokens
             await self.replicas[fragment].begin_training()
         self._training = fragments
+        if self.rate is not None:
+            self.rate.trained = fragments
 
     # ------------------------------------------------------------ words
 

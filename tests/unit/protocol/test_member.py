@@ -140,13 +140,22 @@ def test_a_peer_a_little_behind_replays_the_rounds() -> None:
     assert [e.packet for e in effects if isinstance(e, do.Fetch)] == [packet_of(B, 2)]
 
 
+def test_a_failed_fetch_holds_back_fetches_only() -> None:
+    """The fragment's other duties go on at once; the packet is asked for again after a moment."""
+    peer = machine()
+    peer.handle(m.Viewed(view(Phase.OPEN, 1, offers=(offer(B), offer(C)))), 0.0)
+    peer.handle(m.FetchFailed(FRAGMENT, packet_of(B), False), 0.0)
+    assert said(peer.handle(m.Fetched(FRAGMENT, packet_of(C)), 0.1), Receipt)
+    assert of(peer.handle(m.Tick(), 0.5), do.Fetch) == []
+    assert [e.packet for e in of(peer.handle(m.Tick(), 2.0), do.Fetch)] == [packet_of(B)]
+
+
 def test_replay_gives_way_to_recovery() -> None:
     """When a packet is gone, when it is bad, when applying fails, and when we compute another digest."""
     behind = view(Phase.OPEN, 2, NEXT, recent=(confirmed(1, BASE, NEXT, B),))
     peer = machine()
     peer.handle(m.Viewed(behind), 0.0)
-    peer.handle(m.FetchFailed(FRAGMENT, packet_of(B), False), 0.0)
-    assert of(peer.handle(m.Tick(), 5.0), do.Recover)
+    assert of(peer.handle(m.FetchFailed(FRAGMENT, packet_of(B), False), 0.0), do.Recover)
     peer = machine()
     peer.handle(m.Viewed(behind), 0.0)
     assert of(peer.handle(m.FetchFailed(FRAGMENT, packet_of(B), True), 0.0), do.Recover)
