@@ -67,7 +67,11 @@ class DataSpec(_Frozen):
 
 
 class TrainSpec(_Frozen):
-    """The inner loop: AdamW on every peer."""
+    """The inner loop of every peer."""
+
+    optimizer: Literal["adamw", "muon"] = Field(
+        "adamw", description="muon: for hidden matrices, AdamW for the rest; slower per step on a CPU"
+    )
 
     batch_size: int = Field(8, ge=1, le=65536)
     lr: float = Field(1.4e-3, gt=0, le=10)
@@ -101,11 +105,25 @@ class RoundSpec(_Frozen):
 
 
 class OuterSpec(_Frozen):
-    """The outer optimizer (DiLoCo, arXiv 2311.08105, alg. 1)."""
+    """The outer optimizer (DiLoCo, arXiv 2311.08105, alg. 1). Its scalars are computed by the service and travel in the settlement."""
 
     rule: Literal["average", "nesterov"] = "average"
     lr: float = Field(1.0, gt=0, le=10)
     momentum: float = Field(0.9, ge=0, lt=1, description="used by nesterov only")
+    restart_every: int | None = Field(None, ge=1, description="nesterov: forget the momentum every so many rounds (arXiv 2605.28585)")
+    final_lr: float | None = Field(None, gt=0, le=10, description="lr falls to this in a line over anneal_rounds (as SparseLoCo's does)")
+    anneal_rounds: int = Field(100, ge=1)
+    shrink_tokens: int = Field(0, ge=0, description="n0: lr times n / (n + n0) for a round with n tokens, so little evidence moves little")
+
+    def scalars(self, height: int, num_tokens: int) -> tuple[float, float]:
+        """Learning rate and momentum of the round that leads to anchor ``height`` (1: the first)."""
+        lr = self.lr
+        if self.final_lr is not None:
+            lr += (self.final_lr - self.lr) * min(1.0, (height - 1) / self.anneal_rounds)
+        if self.shrink_tokens:
+            lr *= num_tokens / (num_tokens + self.shrink_tokens)
+        is_restart = self.restart_every is not None and (height - 1) % self.restart_every == 0
+        return lr, 0.0 if is_restart else self.momentum
 
 
 CodecName = Literal["fp32", "bf16", "int8", "topk256", "topk128", "topk64", "topk32", "topk16"]  # densest first
@@ -160,6 +178,7 @@ class Manifest(_Frozen):
     train: TrainSpec = TrainSpec()
     rounds: RoundSpec = RoundSpec()
     outer: OuterSpec = OuterSpec()
+    outer_experts: OuterSpec | None = Field(None, description="the outer optimizer of experts, where it is another one")
     codec: CodecSpec = CodecSpec()
     placement: PlacementSpec = PlacementSpec()
     admission: AdmissionSpec = AdmissionSpec()
@@ -175,6 +194,10 @@ class Manifest(_Frozen):
     def canonical_bytes(self) -> bytes:
         """UTF-8 JSON with sorted keys and no spaces: equal manifests give equal bytes."""
         return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+    def outer_of(self, fragment: FragmentId) -> OuterSpec:
+        """The outer optimizer of a fragment."""
+        return self.outer_experts if self.outer_experts is not None and fragment.startswith("expert.") else self.outer
 
     def run_id(self) -> RunId:
         return RunId(digest_of(self.canonical_bytes()))

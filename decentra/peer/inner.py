@@ -25,6 +25,7 @@ from decentra.ids import FragmentId, expert_of, module_of_fragment
 from decentra.model.output import loss_of
 from decentra.modules import Layout
 from decentra.peer.adamw import MOMENTS, AdamW
+from decentra.peer.muon import MUON_MOMENTS, MuonWithAdamW, moments_of
 
 NUM_BAD_STEPS_DIVERGED = 5
 LOSS_EMA_DECAY = 0.95
@@ -93,7 +94,7 @@ class InnerLoop:
         self._model = model.to(device)
         self._parameters: dict[str, nn.Parameter] = dict(model.named_parameters())
         self._counters = _Counters()
-        self._optimizer = self._new_optimizer([])
+        self._optimizer = self._new_optimizer({})
         self.trained: frozenset[FragmentId] = frozenset()
         self.set_trained(trained)
 
@@ -187,12 +188,14 @@ class InnerLoop:
                 parameter.grad = None
         self.trained = trained
         old = self._optimizer.state
-        self._optimizer = self._new_optimizer([p for p in self._parameters.values() if p.requires_grad])
+        self._optimizer = self._new_optimizer({name: p for name, p in self._parameters.items() if p.requires_grad})
         self._optimizer.state.update({p: old[p] for p in self._optimizer.parameters if p in old})
 
-    def _new_optimizer(self, parameters: list[nn.Parameter]) -> AdamW:
+    def _new_optimizer(self, parameters: dict[str, nn.Parameter]) -> AdamW | MuonWithAdamW:
         train = self._manifest.train
-        return AdamW(parameters, beta1=train.beta1, beta2=train.beta2, weight_decay=train.weight_decay)
+        if train.optimizer == "muon":
+            return MuonWithAdamW(parameters, beta1=train.beta1, beta2=train.beta2, weight_decay=train.weight_decay)
+        return AdamW(list(parameters.values()), beta1=train.beta1, beta2=train.beta2, weight_decay=train.weight_decay)
 
     # ------------------------------------------------------------ state record
 
@@ -232,8 +235,9 @@ class InnerLoop:
                     parameter.copy_(live)
             if parameter.requires_grad:
                 self._optimizer.state.pop(parameter, None)
-                state = {key: tensors[f"{key}/{name}"].to(self.device) for key in MOMENTS if f"{key}/{name}" in tensors}
-                if len(state) == len(MOMENTS):
+                moments = moments_of(name, parameter, self._manifest.train.optimizer)
+                state = {key: tensors[f"{key}/{name}"].to(self.device) for key in moments if f"{key}/{name}" in tensors}
+                if len(state) == len(moments):
                     self._optimizer.state[parameter] = state
 
     def _check_record_tensor(self, key: str, value: Tensor) -> None:
@@ -241,7 +245,7 @@ class InnerLoop:
         if kind == "rng":
             return
         parameter = self._parameters.get(name)
-        if kind not in ("live", *MOMENTS) or parameter is None:
+        if kind not in ("live", *MOMENTS, *MUON_MOMENTS) or parameter is None:
             raise IntegrityError(f"trainer record: it has {key[:100]!r}, which this model does not; it belongs to another run or model")
         shape = () if kind == "step" else tuple(parameter.shape)
         if tuple(value.shape) != shape or not value.is_floating_point():

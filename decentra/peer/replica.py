@@ -282,7 +282,11 @@ class Replica:
         deltas = {p: decode_packet(d, self.fragment, peer=p, round=settlement.round) for p, d in packets.items()}
         mean_N = aggregate(deltas, {e.peer: e.weight_bits for e in settlement.entries})
         state = outer_step(
-            account.anchor_state, mean_N, rule=self.manifest.outer.rule, lr_bits=settlement.lr_bits, momentum_bits=settlement.momentum_bits
+            account.anchor_state,
+            mean_N,
+            rule=self.manifest.outer_of(self.fragment.id).rule,
+            lr_bits=settlement.lr_bits,
+            momentum_bits=settlement.momentum_bits,
         )
         blob = encode_anchor(self.fragment, state)
         return state, blob, anchor_digest(blob)

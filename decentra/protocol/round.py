@@ -20,7 +20,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from decentra.bits import float_bits
-from decentra.ids import Digest, FragmentId, PeerId, short
+from decentra.config import OuterSpec
+from decentra.ids import Digest, FragmentId, PeerId, expert_of, module_of_fragment, short
 from decentra.protocol.messages import Abstention, Attestation, Entry, Offer, Phase, Receipt, Settlement
 
 MAX_OFFER_TOKENS, MAX_OFFER_BYTES = 1 << 40, 1 << 40  # sums of them stay far inside 63 bits
@@ -35,8 +36,12 @@ class Rules:
     cut_off_s: float
     grace_s: float
     attest_s: float
-    outer_lr: float
-    outer_momentum: float
+    outer: OuterSpec
+    outer_experts: OuterSpec | None = None
+
+    def outer_of(self, fragment: FragmentId) -> OuterSpec:
+        is_expert = expert_of(module_of_fragment(fragment)) is not None
+        return self.outer_experts if is_expert and self.outer_experts is not None else self.outer
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,10 +264,11 @@ def _settle(round_: Round, now: float, rules: Rules, offers: tuple[Offer, ...], 
     num_tokens = sum(o.num_tokens for o in offers)
     if num_tokens == 0:
         return _give_up(round_, Phase.ABANDONED, "nobody trained a token of it")
+    lr, momentum = rules.outer_of(round_.fragment).scalars(round_.height + 1, num_tokens)
     entries = tuple(Entry(o.peer, o.packet, o.num_bytes, o.num_tokens, float_bits(o.num_tokens / num_tokens)) for o in offers)
     settlement = Settlement(
         round_.fragment, round_.number, round_.height + 1, round_.base, entries,
-        float_bits(rules.outer_lr), float_bits(rules.outer_momentum), why,
+        float_bits(lr), float_bits(momentum), why,
     )  # fmt: skip
     settled = replace(round_, phase=Phase.SETTLED, settlement=settlement, settled_at=now, why=why)
     return settled, (DidSettle(settlement),)

@@ -120,7 +120,7 @@ class RoundBook:
         """A new run at its genesis anchors, and the record that begins its ledger."""
         run = manifest.run_id()
         spec = manifest.rounds
-        rules = Rules(spec.cut_off_s, spec.grace_s, spec.attest_s, manifest.outer.lr, manifest.outer.momentum)
+        rules = Rules(spec.cut_off_s, spec.grace_s, spec.attest_s, manifest.outer, manifest.outer_experts)
         book = RoundBook(manifest, run, rules, Timing(spec.cut_off_s, spec.gather_s, spec.rollback_s))
         for fragment, digest in sorted(manifest.genesis.items()):
             book.fragments[fragment] = FragmentBook(fragment, digest, idle_since=now)

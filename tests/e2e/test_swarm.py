@@ -99,9 +99,7 @@ def test_a_swarm_survives_a_killed_peer_and_a_killed_host(tmp_path: Path) -> Non
         before = kill_host_and_return(world, host, run, invite)
         world.wait_for("the service resumed from its ledger", lambda: host.events("service-resumed"))
         world.wait_for("rounds after the restart", lambda: trunk(host) > max(h for f, _, h, _ in before if f == "trunk/0"))
-        code, status, _ = world.run("status", invite, "--json")
-        assert code == 0
-        assert_status_names_everything(status, run, {p.name for p in peers})
+        assert_status_names_everything(status_of_all(world, invite, len(peers) + 1), run, {p.name for p in peers})
 
         assert [p.exit_code(120) for p in peers] == [0] * NUM_PEERS
         results = [p.last_json() for p in peers]
@@ -116,6 +114,18 @@ def test_a_swarm_survives_a_killed_peer_and_a_killed_host(tmp_path: Path) -> Non
         assert contributed[0] <= KILL_PEER_AT + 1
         assert contributed[-1] > back_at, f"the killed peer returned at height {back_at} and contributed to {contributed}"
         world.assert_nothing_left()
+
+
+def status_of_all(world: Lab, invite: str, num_members: int) -> dict[str, Any]:
+    """The status once everybody has greeted the restarted service; a round may be confirmed before that."""
+
+    def complete() -> dict[str, Any]:
+        code, status, _ = world.run("status", invite, "--json")
+        assert code == 0
+        return status if len(status["members"]) == num_members else {}
+
+    found: dict[str, Any] = world.wait_for("every member is back", complete)
+    return found
 
 
 def check_ledger(before: list[tuple[str, int, int, str]], records: list[ledger.Record], results: list[dict[str, Any]]) -> None:

@@ -25,6 +25,7 @@ TUN_PATH = "/dev/net/tun"
 _TUNSETIFF, _IFF_TUN, _IFF_NO_PI = 0x400454CA, 0x0001, 0x1000
 MTU_BYTES = 1500
 READ_AT_ONCE = 64
+_UP, _DOWN = "UP", "DOWN"  # no names of hosts: those are in small letters
 QUEUE_S = 0.5  # a link holds this much before it drops what comes
 
 
@@ -58,12 +59,20 @@ class Traffic:
 
 
 class WanLab(Lab):
-    """``with WanLab(("org", "a", "b"), Link(delay_s=0.04)) as lab``: every pair of hosts has a link in each direction."""
+    """``with WanLab(("org", "a", "b"), Link(delay_s=0.04)) as lab``: every pair of hosts has a link in each direction.
 
-    def __init__(self, hosts: Sequence[str], link: Link = Link(), *, seed: int = 0) -> None:
+    ``access_bytes_per_s``: what a host sends to all others together, and gets from them, is no faster than this (0: no limit). Large packets
+    (``mtu_bytes``) let the carrying thread move more.
+    """
+
+    def __init__(
+        self, hosts: Sequence[str], link: Link = Link(), *, seed: int = 0, access_bytes_per_s: float = 0.0, mtu_bytes: int = MTU_BYTES
+    ) -> None:
         super().__init__(hosts)
         self.links = {(one, other): link for one in hosts for other in hosts if one != other}
         self.traffic = {pair: Traffic() for pair in self.links}
+        self.access_bytes_per_s = dict.fromkeys(hosts, access_bytes_per_s)
+        self._mtu_bytes = mtu_bytes
         self._rng = random.Random(seed)
         self._devices: dict[str, int] = {}
         self._thread: threading.Thread | None = None
@@ -110,7 +119,7 @@ class WanLab(Lab):
             self._devices[host] = _open_tun(device)
             run_ip("link", "set", device, "netns", name)
             run_ip("-n", name, "link", "set", device, "name", "net0")
-            run_ip("-n", name, "link", "set", "net0", "mtu", str(MTU_BYTES), "up")
+            run_ip("-n", name, "link", "set", "net0", "mtu", str(self._mtu_bytes), "up")
             run_ip("-n", name, "addr", "add", f"{self.address(host)}/24", "dev", "net0")
         self._wake_r, self._wake_w = os.pipe()
         self._thread = threading.Thread(target=self._carry, name="wan", daemon=True)
@@ -132,7 +141,7 @@ class WanLab(Lab):
 
     def _carry(self) -> None:
         on_the_way: list[tuple[float, int, tuple[str, str], bytes]] = []
-        free_at_s = dict.fromkeys(self.links, 0.0)
+        free_at_s = dict.fromkeys([*self.links, *((way, host) for host in self.hosts for way in (_UP, _DOWN))], 0.0)
         last_due_s = dict.fromkeys(self.links, 0.0)
         order = itertools.count()  # packets due at the same time leave as they came
         by_number = dict(enumerate(self.hosts, 1))
@@ -162,13 +171,20 @@ class WanLab(Lab):
         if link.loss and self._rng.random() < link.loss:
             traffic.num_lost += 1
             return None
-        start_s = max(now, free_at_s[pair])
-        if start_s - now > QUEUE_S:
-            traffic.num_dropped += 1
-            return None
-        free_at_s[pair] = start_s + (num_bytes / link.rate_bytes_per_s if link.rate_bytes_per_s else 0.0)
+        at_s = now
+        stages = (
+            ((_UP, pair[0]), self.access_bytes_per_s[pair[0]]),
+            (pair, link.rate_bytes_per_s),
+            ((_DOWN, pair[1]), self.access_bytes_per_s[pair[1]]),
+        )
+        for stage, rate_bytes_per_s in stages:
+            if free_at_s[stage] - at_s > QUEUE_S:
+                traffic.num_dropped += 1
+                return None
+            if rate_bytes_per_s:
+                at_s = free_at_s[stage] = max(at_s, free_at_s[stage]) + num_bytes / rate_bytes_per_s
         jitter_s = self._rng.uniform(-link.jitter_s, link.jitter_s) if link.jitter_s else 0.0
-        last_due_s[pair] = max(last_due_s[pair], free_at_s[pair] + max(0.0, link.delay_s + jitter_s))
+        last_due_s[pair] = max(last_due_s[pair], at_s + max(0.0, link.delay_s + jitter_s))
         return last_due_s[pair]
 
     def _deliver(self, on_the_way: list[tuple[float, int, tuple[str, str], bytes]]) -> None:

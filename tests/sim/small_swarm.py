@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+from decentra.config import OuterSpec
 from decentra.ids import Digest, FragmentId, PeerId
 from decentra.protocol import duties as do
 from decentra.protocol import fragment as books
@@ -25,7 +26,7 @@ from decentra.protocol.round import Reject, Round, Rules
 
 FRAGMENT = FragmentId("trunk/0")
 GENESIS = Digest("g")
-RULES = Rules(cut_off_s=1.0, grace_s=1.0, attest_s=1.0, outer_lr=1.0, outer_momentum=0.0)
+RULES = Rules(cut_off_s=1.0, grace_s=1.0, attest_s=1.0, outer=OuterSpec(lr=1.0, momentum=0.0))
 TIMING = Timing(cut_off_s=1.0, gather_s=1.0, rollback_s=1e9)
 LATE_S, VERY_LATE_S = 1e6, 1e12  # past every deadline of a round; past the roll-back, too
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from hypothesis import strategies as st
 
-from decentra.config import AdmissionSpec, Manifest, ModelSpec, PlacementSpec, RoundSpec
+from decentra.config import AdmissionSpec, Manifest, ModelSpec, OuterSpec, PlacementSpec, RoundSpec
 from decentra.ids import Digest, FragmentId, PeerId, digest_of
 from decentra.protocol.messages import Abstention, Attestation, Offer, Receipt
 from decentra.protocol.round import Returned, Round, Rules, Suspected, Tick
 
 FRAGMENT = FragmentId("trunk/0")
-RULES = Rules(cut_off_s=10.0, grace_s=5.0, attest_s=8.0, outer_lr=0.7, outer_momentum=0.9)
+RULES = Rules(cut_off_s=10.0, grace_s=5.0, attest_s=8.0, outer=OuterSpec(lr=0.7, momentum=0.9))
 PEERS = tuple(PeerId(f"peer-{i}") for i in range(5))
 
 

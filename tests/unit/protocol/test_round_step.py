@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from protocol_world import BASE, PEERS, RULES, attestation, digest, new_round, offer, receipt, round_events
 
 from decentra.bits import bits_float, float_bits
+from decentra.config import OuterSpec
+from decentra.ids import FragmentId
 from decentra.protocol.messages import Abstention, Phase
 from decentra.protocol.round import (
     DidConfirm,
@@ -82,7 +84,7 @@ def check_step(before: Round, after: Round, effects: Sequence[RoundEffect], now:
         assert math.isclose(sum(weights), 1.0, abs_tol=1e-6)
         tokens = sum(e.num_tokens for e in settlement.entries)
         assert all(e.weight_bits == float_bits(e.num_tokens / tokens) for e in settlement.entries)
-        assert (settlement.lr_bits, settlement.momentum_bits) == (float_bits(RULES.outer_lr), float_bits(RULES.outer_momentum))
+        assert (settlement.lr_bits, settlement.momentum_bits) == (float_bits(RULES.outer.lr), float_bits(RULES.outer.momentum))
     if after.phase is Phase.CONFIRMED:
         agreeing = {a.peer for a in after.attestations if a.anchor == after.anchor}
         assert len(agreeing) >= min(2, len(after.roster))
@@ -263,3 +265,16 @@ def test_a_late_offer_says_so() -> None:
     _, effects = play(settled, Returned(C), offer(C))
     assert [e.reason for e in effects if isinstance(e, Reject)] == ["late"]
     assert settled.base == BASE
+
+
+def test_the_settlements_scalars_follow_the_manifests_outer_rule() -> None:
+    spec = OuterSpec(rule="nesterov", lr=1.0, final_lr=0.5, anneal_rounds=10, momentum=0.9, restart_every=4, shrink_tokens=100)
+    assert spec.scalars(1, 100) == (0.5, 0.0)  # half of 1.0 by shrinking; the first round starts a momentum
+    assert spec.scalars(2, 300) == (pytest.approx(0.95 * 0.75), 0.9)
+    assert spec.scalars(5, 300)[1] == 0.0
+    assert spec.scalars(100, 10**9) == (pytest.approx(0.5), 0.9)
+    rules = replace(RULES, outer=OuterSpec(lr=0.7), outer_experts=OuterSpec(lr=0.3))
+    assert rules.outer_of(FragmentId("trunk/0")).lr == 0.7
+    assert rules.outer_of(FragmentId("router/0")).lr == 0.7
+    assert rules.outer_of(FragmentId("expert.3/0")).lr == 0.3
+    assert replace(RULES, outer_experts=None).outer_of(FragmentId("expert.3/0")) == RULES.outer

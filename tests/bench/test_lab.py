@@ -7,7 +7,7 @@ import torch
 
 from decentra.errors import ConfigError
 from decentra.ids import PeerId
-from tests.bench.learning import Lab, build_swarm, lr_share, main, mean_loss, parse_settings, placements, run_alone, run_swarm
+from tests.bench.lab import Lab, build_swarm, lr_share, main, mean_loss, parse_settings, placements, run_alone, run_swarm
 
 TINY = [
     "model.hidden_size=16", "model.num_layers=1", "model.num_heads=1", "model.num_kv_heads=1", "model.head_dim=16",
