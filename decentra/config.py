@@ -94,6 +94,9 @@ class RoundSpec(_Frozen):
     lease_s: float = Field(15.0, gt=0, description="a member silent for this long is suspected")
     rollback_s: float = Field(60.0, gt=0, description="an anchor nobody present holds is given up after this")
     trunk_fragments: int = Field(1, ge=1, le=1024)
+    overlap: bool = Field(
+        True, description="train on while a round settles; false: inner steps wait for it, which idles and is never stale"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> RoundSpec:
@@ -114,6 +117,14 @@ class OuterSpec(_Frozen):
     final_lr: float | None = Field(None, gt=0, le=10, description="lr falls to this in a line over anneal_rounds (as SparseLoCo's does)")
     anneal_rounds: int = Field(100, ge=1)
     shrink_tokens: int = Field(0, ge=0, description="n0: lr times n / (n + n0) for a round with n tokens, so little evidence moves little")
+
+    @model_validator(mode="after")
+    def _check(self) -> OuterSpec:
+        if self.final_lr is not None and self.final_lr > self.lr:
+            raise ValueError(f"final_lr {self.final_lr:g} is more than lr {self.lr:g}; lr falls to it")
+        if self.restart_every is not None and self.rule != "nesterov":
+            raise ValueError("restart_every needs rule = 'nesterov': the average keeps no momentum")
+        return self
 
     def scalars(self, height: int, num_tokens: int) -> tuple[float, float]:
         """Learning rate and momentum of the round that leads to anchor ``height`` (1: the first)."""
@@ -229,8 +240,7 @@ class PeerConfig(_Frozen):
 
     @model_validator(mode="after")
     def _check(self) -> PeerConfig:
-        assert self.up_bytes_per_s is None or self.up_bytes_per_s > 0
-        assert self.cap_bytes_per_day is None or self.cap_bytes_per_day > 0
+        _ = self.up_bytes_per_s, self.cap_bytes_per_day  # they raise
         return self
 
     @property
@@ -248,10 +258,10 @@ _BYTES_PER_DAY = {"mb/day": 1e6, "gb/day": 1e9, "tb/day": 1e12, "mb/hour": 24e6,
 
 def _measure(text: str, units: dict[str, float], key: str, example: str) -> float:
     """A number with one of ``units``. Raises ValueError."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z/]+)\s*", text)
+    found = re.fullmatch(r"\s*([0-9]{1,9}(?:\.[0-9]{1,9})?)\s*([A-Za-z/]+)\s*", text)
     factor = units.get(found.group(2).lower()) if found else None
     if found is None or factor is None or float(found.group(1)) == 0:
-        raise ValueError(f"{key}: expected a number and one of {', '.join(units)}, such as {example}")
+        raise ValueError(f"{key}: expected a number above 0 and one of {', '.join(units)}, such as {example}")
     return float(found.group(1)) * factor
 
 
@@ -317,7 +327,8 @@ def _explain(cls: type[BaseModel], error: Any) -> str:
         near = difflib.get_close_matches(path[-1], known, n=1)
         hint = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(sorted(known))}"
         return f"unknown key '{key}'; {hint}"
-    return f"'{key}': {error['msg']}, got {str(error.get('input'))[:80]!r}" if key else str(error["msg"])
+    said = str(error["msg"]).removeprefix("Value error, ")
+    return f"'{key}': {said}, got {str(error.get('input'))[:80]!r}" if key else said
 
 
 def _known_keys(cls: type[BaseModel], path: list[str]) -> list[str]:

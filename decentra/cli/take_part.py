@@ -38,7 +38,10 @@ OutboundOpt = Annotated[bool, typer.Option("--outbound-only", help="listen nowhe
 GenesisOpt = Annotated[
     Path | None, typer.Option(help="RUN_DIR/genesis, the first anchors: for the first member of a run that has no host to get them from")
 ]
-PatienceOpt = Annotated[float, typer.Option("--wait", help="seconds to keep trying while the service is away", min=0.0)]
+PatienceOpt = Annotated[
+    float,
+    typer.Option("--wait", help="seconds to try for the first contact; who has anchors trains meanwhile", min=0.0),
+]
 
 
 @app.command()
@@ -58,8 +61,11 @@ def join(
     announce: Annotated[list[str] | None, typer.Option(help="multiaddress to tell others, behind a forwarded port")] = None,
     outbound_only: OutboundOpt = False,
     max_steps: Annotated[int | None, typer.Option(min=1, help="leave after this many inner steps")] = None,
-    up: Annotated[str | None, typer.Option(help="most that packets may take of the uplink, such as 5mbit")] = None,
-    cap: Annotated[str | None, typer.Option(help="most that packets may send, such as 20GB/day")] = None,
+    up: Annotated[
+        str | None,
+        typer.Option(help="most that packets may take of the uplink, such as 5mbit, where the run lets peers choose"),
+    ] = None,
+    cap: Annotated[str | None, typer.Option(help="most that packets may send, such as 20GB/day; likewise")] = None,
     model_code: Annotated[Path | None, typer.Option(help="the run's own model code")] = None,
     genesis: GenesisOpt = None,
     patience_s: PatienceOpt = 300.0,

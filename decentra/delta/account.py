@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from decentra.delta.anchor import AnchorState
+from decentra.delta.decoded import Decoded
 from decentra.delta.packet import decode_packet, encode_packet
 from decentra.delta.pseudo_gradient import pseudo_gradient
 from decentra.delta.raw import FLOAT_BYTES, assert_fits, fingerprint, float_bytes, floats_at
@@ -93,8 +94,8 @@ class Account:
     ) -> Pending:
         """Encode the progress of ``live_N`` fp32 [N] (copied) plus ``beta`` times the residual (error feedback, arXiv 1901.09847, alg. 1).
 
-        A packet whose norm would pass ``max_norm`` is sent scaled down to it; the rest stays in the residual. The residual moves at the
-        outcome, not here. Raises TrainingError when an encode is pending or the sum is not finite,
+        A packet whose norm would pass ``max_norm``, and twice that of the progress itself, is sent scaled down; the rest stays in the
+        residual. The residual moves at the outcome, not here. Raises TrainingError when an encode is pending or the sum is not finite,
         ConfigError for an unknown codec.
         """
         if self.pending is not None:
@@ -103,12 +104,13 @@ class Account:
                 " ask the ledger for it"
             )
         y_N = live_N.detach().clone()
-        raw_N = torch.add(torch.mul(self.residual_N, beta), pseudo_gradient(self.anchor_state.anchor_N, y_N))
+        progress_N = pseudo_gradient(self.anchor_state.anchor_N, y_N)
+        raw_N = torch.add(torch.mul(self.residual_N, beta), progress_N)
         packet = encode_packet(self.fragment, raw_N, codec_name)
         # the own packet is decoded like a foreign one: all peers, this one too, aggregate the same numbers
         sent = decode_packet(packet, self.fragment, peer="self", round=round)
-        if max_norm is not None and sent.norm() > max_norm:
-            packet = encode_packet(self.fragment, torch.mul(raw_N, max_norm / sent.norm()), codec_name)
+        if max_norm is not None and (norm := sent.norm()) > (most := max(max_norm, 2 * Decoded.of(progress_N).norm())):
+            packet = encode_packet(self.fragment, torch.mul(raw_N, most / norm), codec_name)
             sent = decode_packet(packet, self.fragment, peer="self", round=round)
         norm = sent.norm()
         self.pending = Pending(

@@ -32,6 +32,11 @@ class Decoded:
         """A dense delta, fp32 [N]."""
         return Decoded(values_N.numel(), ((0, values_N.contiguous()),))
 
+    @property
+    def is_sparse(self) -> bool:
+        """True when it holds far less than a value per element."""
+        return 10 * (len(self.values_K) + sum(run_n.numel() for _, run_n in self.runs)) < self.num_elements
+
     def dense(self) -> Tensor:
         """fp32 [N], a new tensor."""
         values_N = np.zeros(self.num_elements, np.float32)

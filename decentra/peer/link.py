@@ -1,53 +1,24 @@
-"""What this peer's uplink carries, as the receipts of others show it, and the codec that follows from it. No I/O.
+"""How late this peer's packets arrive, as the receipts of others show it, and the codec that follows from it. No I/O.
 
-Sending is watched from outside: a packet is under way from its offer until every other member of its roster has given a receipt, or its round is settled
-without them. While packets are under way the link counts as busy; packet bytes over busy time, times the copies that really left, is its rate. That
-includes round trips and the receivers' own time, so it is what a round can count on, not what a speed test shows.
+A packet has arrived when half of the other members of its roster have given receipts: one member that cannot fetch proves nothing about our uplink. It
+missed its round when that was settled without it. What is still open when the service goes away proves nothing and is forgotten.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from decentra.config import CodecSpec, PeerConfig
 from decentra.delta.packet import max_packet_bytes
-from decentra.delta.rate import Choice, Limits, allowed, choose
+from decentra.delta.rate import Limits, Pace, allowed, held_back
 from decentra.ids import FragmentId, PeerId
 from decentra.modules import Layout
 from decentra.protocol.messages import FragmentView, Offer, Phase
 
-SMOOTHING = 0.5  # of the newest measurement
-USUAL_FANOUT = 2.0  # copies a packet leaves in until more is known: others pass it on
-
-
-@dataclass
-class Uplink:
-    """Packets under way and the rates of past busy times."""
-
-    tx_bytes: Callable[[], int]  # all that left this peer so far
-    bytes_per_s: float | None = None
-    fanout: float = USUAL_FANOUT
-    _under_way: dict[FragmentId, int] = field(default_factory=dict)
-    _busy_since: float = 0.0
-    _busy_bytes: int = 0
-    _tx_before: int = 0
-
-    def sent(self, fragment: FragmentId, num_bytes: int, now: float) -> None:
-        if not self._under_way:
-            self._busy_since, self._busy_bytes, self._tx_before = now, 0, self.tx_bytes()
-        self._under_way[fragment] = num_bytes
-        self._busy_bytes += num_bytes
-
-    def ended(self, fragment: FragmentId, now: float) -> None:
-        if self._under_way.pop(fragment, None) is None or self._under_way or now <= self._busy_since:
-            return
-        left = self.tx_bytes() - self._tx_before
-        if left > 0:
-            self.fanout = _smooth(self.fanout, left / self._busy_bytes)
-            # seconds per byte are smoothed, not bytes per second: one slow round weighs more than one fast one
-            s_per_byte = _smooth(None if self.bytes_per_s is None else 1 / self.bytes_per_s, (now - self._busy_since) / left)
-            self.bytes_per_s = 1 / s_per_byte
+USUAL_COPIES = 2.0  # in which a packet leaves its sender; others pass it on
+SMOOTHING = 0.3  # of the newest time of a round
 
 
 @dataclass
@@ -57,59 +28,83 @@ class RateControl:
     spec: CodecSpec
     layout: Layout
     limits: Limits
-    uplink: Uplink
     me: PeerId
     round_s: float | None = None
-    choices: dict[FragmentId, Choice] = field(default_factory=dict)
     trained: frozenset[FragmentId] = frozenset()
-    _encoded_at: dict[FragmentId, float] = field(default_factory=dict)
+    pace: Pace = field(init=False, default_factory=lambda: Pace(0))
+    codec_now: str = field(init=False, default="")
+    why_now: str = field(init=False, default="")
+    _under_way: dict[FragmentId, tuple[Offer, float]] = field(init=False, default_factory=dict)
+    _encoded_at: dict[FragmentId, float] = field(init=False, default_factory=dict)
+    _worst: float | None = field(init=False, default=None)  # lateness since the last step
+    _stepped_at: float = field(init=False, default=-math.inf)
 
     def __post_init__(self) -> None:
         self.rungs = allowed(self.spec.name, self.spec.sparsest or self.spec.name)
 
-    def codec(self, fragment: FragmentId, now: float) -> Choice:
+    @property
+    def has_choice(self) -> bool:
+        return len(self.rungs) > 1
+
+    def resumed(self) -> None:
+        """The process is new but residuals are not: what they hold must come out slowly, so start at the sparse end."""
+        if self.has_choice:
+            self.pace = Pace(len(self.rungs) - 1, why="the peer was started again")
+
+    def codec(self, fragment: FragmentId, now: float) -> str:
         """The codec of this fragment's next packet; called once per encode."""
         if (before := self._encoded_at.get(fragment)) is not None and now > before:
-            self.round_s = _smooth(self.round_s, now - before)
+            took_s = now - before if self.round_s is None else min(now - before, 4 * self.round_s)  # an outage is no round
+            self.round_s = took_s if self.round_s is None else (1 - SMOOTHING) * self.round_s + SMOOTHING * took_s
         self._encoded_at[fragment] = now
-        if len(self.rungs) == 1:
-            return Choice(self.rungs[0], "the run has one codec")
-        last = self.choices.get(fragment)
-        choice = choose(
-            self.rungs, self._round_bytes(), round_s=self.round_s, link_bytes_per_s=self.uplink.bytes_per_s, limits=self.limits,
-            last=None if last is None else last.codec,
-        )  # fmt: skip
-        self.choices[fragment] = choice
-        return choice
+        if not self.has_choice:
+            self.codec_now = self.rungs[0]
+            return self.codec_now
+        if self._worst is not None and now - self._stepped_at >= (self.round_s or 0.0):
+            self.pace = self.pace.after(self._worst, self.limits.share, len(self.rungs))
+            self._worst, self._stepped_at = None, now
+        rung, why = held_back(self.pace.rung, self.rungs, self._round_bytes(), self.round_s, self.limits)
+        self.codec_now, self.why_now = self.rungs[rung], why or self.pace.why
+        return self.codec_now
 
     def encoded(self, offer: Offer, now: float) -> None:
-        self.uplink.sent(offer.fragment, offer.num_bytes, now)
+        self._under_way[offer.fragment] = (offer, now)
 
     def saw(self, view: FragmentView, now: float) -> None:
-        """Notice when our packet has arrived everywhere, or its round is past it."""
-        roster = {*view.holders, *view.keepers} - {self.me}
+        """Notice when our packet has arrived, or its round went past it."""
+        if view.fragment not in self._under_way:
+            return
+        offer, sent_at = self._under_way[view.fragment]
+        if view.round < offer.round:
+            return
+        is_over = view.round > offer.round or view.phase is not Phase.OPEN
+        others = {*view.holders, *view.keepers} - {self.me}
         have = {holder for sender, holder in view.receipts if sender == self.me}
-        if view.phase is not Phase.OPEN or (roster and roster <= have):
-            self.uplink.ended(view.fragment, now)
+        if not is_over and 2 * len(have & others) < len(others):
+            return
+        del self._under_way[view.fragment]
+        if is_over:
+            settlement = view.settlement if view.round == offer.round else None
+            if settlement is None or any(e.packet == offer.packet for e in settlement.entries):
+                return  # it is in, or nobody's fault: says nothing of its time
+            lateness = math.inf
+        else:
+            lateness = (now - sent_at) / self.round_s if self.round_s else 0.0
+        self._worst = lateness if self._worst is None else max(self._worst, lateness)
+
+    def disconnected(self) -> None:
+        self._under_way.clear()
 
     @property
     def why(self) -> str:
         """In words, for status; empty where there is nothing to choose."""
-        if len(self.rungs) == 1 or not self.choices:
-            return ""
-        codecs = sorted({c.codec for c in self.choices.values()}, key=self.rungs.index)
-        newest = self.choices[max(self.choices, key=lambda f: self._encoded_at[f])]
-        return f"sends {' and '.join(codecs)} ({newest.why})"
+        return f"sends {self.codec_now} ({self.why_now})" if self.has_choice and self.codec_now else ""
 
     def _round_bytes(self) -> Mapping[str, float]:
         fragments = [f for f in self.layout.fragments if f.id in self.trained or not self.trained]
-        return {rung: self.uplink.fanout * sum(max_packet_bytes(f, rung) for f in fragments) for rung in self.rungs}
+        return {rung: USUAL_COPIES * sum(max_packet_bytes(f, rung) for f in fragments) for rung in self.rungs}
 
 
 def limits_of(spec: CodecSpec, config: PeerConfig) -> Limits:
     """What the manifest and the owner of this machine allow."""
     return Limits(spec.share, config.up_bytes_per_s, config.cap_bytes_per_day)
-
-
-def _smooth(old: float | None, new: float) -> float:
-    return new if old is None else (1 - SMOOTHING) * old + SMOOTHING * new

@@ -18,6 +18,7 @@ from decentra.config import Manifest
 from decentra.delta.account import Account, account_from_record, to_record
 from decentra.delta.aggregate import aggregate
 from decentra.delta.anchor import AnchorState, anchor_digest, decode_anchor, encode_anchor
+from decentra.delta.decoded import Decoded
 from decentra.delta.outer import outer_step
 from decentra.delta.packet import decode_packet, max_packet_bytes
 from decentra.delta.screen import screen
@@ -90,6 +91,7 @@ class Replica:
     _seq: int = 0  # of the newest file
     _tokens_at_encode: int = 0
     _tokens_before: int = 0
+    _screened: dict[Digest, Decoded] = field(default_factory=dict)  # sparse ones of the current round
     _usual_norm: float | None = None  # of the packets sent since the start
     _kept: dict[int, tuple[Digest, ...]] = field(default_factory=dict)
 
@@ -116,6 +118,10 @@ class Replica:
     @property
     def anchor(self) -> Digest | None:
         return None if self.account is None else self.account.anchor_digest
+
+    @property
+    def has_residual(self) -> bool:
+        return self.account is not None and bool(self.account.residual_N.any())
 
     @property
     def place(self) -> tuple[str, int] | None:
@@ -184,7 +190,9 @@ class Replica:
 
     async def check_packet(self, digest: Digest, data: bytes, sender: PeerId, number: int) -> None:
         """Screen a foreign packet, then store and serve it. Raises RejectedPayload."""
-        await self.compute.run(self._screen, data, sender, number)
+        delta = await self.compute.run(self._screen, data, sender, number)
+        if delta.is_sparse:
+            self._screened[digest] = delta  # small: kept until its round is applied, so that it is decoded once
         await self._hold_packet(number, digest, data)
 
     async def apply(self, settlement: Settlement) -> Digest:
@@ -220,6 +228,7 @@ class Replica:
             await self.live.shift(self.fragment.id, shift_N)
         self.pending_offer = None
         self._set_tentative(None)
+        self._screened.clear()
         await self._collect_garbage()
 
     async def cancel(self, number: int) -> None:
@@ -271,15 +280,20 @@ class Replica:
     def _offer(self, number: int, base: Digest, packet: bytes, num_tokens: int, num_steps: int) -> Offer:
         return Offer(self.fragment.id, number, self.me, base, digest_of(packet), len(packet), num_tokens, num_steps)
 
-    def _screen(self, data: bytes, sender: PeerId, number: int) -> None:
+    def _screen(self, data: bytes, sender: PeerId, number: int) -> Decoded:
         delta = decode_packet(data, self.fragment, peer=sender, round=number)
         screen(delta, norm_limit=None, peer=sender, round=number)
+        return delta
+
+    def _delta(self, sender: PeerId, data: bytes, settlement: Settlement) -> Decoded:
+        known = next((self._screened.get(e.packet) for e in settlement.entries if e.peer == sender), None)
+        return decode_packet(data, self.fragment, peer=sender, round=settlement.round) if known is None else known
 
     def _aggregate(self, settlement: Settlement, packets: dict[PeerId, bytes]) -> tuple[AnchorState, bytes, Digest]:
         account = self._account()
         if settlement.base != account.anchor_digest:
             raise IntegrityError(f"settlement of {settlement.base[:12]}, this peer is at {account.anchor_digest[:12]}")
-        deltas = {p: decode_packet(d, self.fragment, peer=p, round=settlement.round) for p, d in packets.items()}
+        deltas = {p: self._delta(p, d, settlement) for p, d in packets.items()}
         mean_N = aggregate(deltas, {e.peer: e.weight_bits for e in settlement.entries})
         state = outer_step(
             account.anchor_state,

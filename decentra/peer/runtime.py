@@ -17,7 +17,7 @@ from decentra.errors import DecentraError, IntegrityError, ManifestMismatch
 from decentra.ids import FragmentId, PeerId
 from decentra.modules import Layout
 from decentra.peer.disk import sweep, write_atomic
-from decentra.peer.link import RateControl, Uplink, limits_of
+from decentra.peer.link import RateControl, limits_of
 from decentra.peer.replica import Replica
 from decentra.peer.sync import PeerLoop
 from decentra.peer.trainer import Trainer
@@ -95,11 +95,15 @@ class PeerRuntime:
     _restored: Places = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
-        spec, uplink = self.manifest.codec, Uplink(lambda: self.traffic()[0])
-        self.rate = RateControl(spec, self.layout, limits_of(spec, self.config), uplink, self.peer)
+        spec = self.manifest.codec
+        self.rate = RateControl(spec, self.layout, limits_of(spec, self.config), self.peer)
 
     async def run(self) -> str:
         """Raises Refused, IntegrityError (golden check, layout), TrainingError, DataError."""
+        if self.rate.limits.is_set and not self.rate.has_choice:
+            self.ports.events.emit(
+                "limits-not-heard", why=f"the run has one codec, {self.manifest.codec.name}; --up and --cap change nothing"
+            )
         check_layout(self.manifest, self.layout)
         await self.ports.compute.run(check_golden)
         if removed := sweep(self.ports.disk):
@@ -164,6 +168,8 @@ class PeerRuntime:
                 codec=functools.partial(self._codec, fragment.id),
             )  # fmt: skip
             await replica.load()
+            if replica.has_residual:
+                self.rate.resumed()
             self.replicas[fragment.id] = replica
             if self._restored.get(fragment.id) == (place := replica.place) and place is not None:
                 pass  # the checkpoint's live weights belong to this very anchor and packet: nothing trained since is lost
@@ -174,11 +180,10 @@ class PeerRuntime:
                 await replica.begin_training()
 
     def _codec(self, fragment: FragmentId) -> str:
-        before = self.rate.choices.get(fragment)
-        choice = self.rate.codec(fragment, self.ports.clock.now())
-        if before is None or before.codec != choice.codec:
-            self.ports.events.emit("codec", fragment=fragment, codec=choice.codec, why=choice.why)
-        return choice.codec
+        before, codec = self.rate.codec_now, self.rate.codec(fragment, self.ports.clock.now())
+        if before != codec and self.rate.has_choice:
+            self.ports.events.emit("codec", codec=codec, why=self.rate.why_now)
+        return codec
 
     # ------------------------------------------------------------ life
 
@@ -189,6 +194,7 @@ class PeerRuntime:
             Self(self.peer, role, self.manifest.rounds.inner_steps), self._hello, self.manifest.rounds.heartbeat_s, self.ports.service,
             self.ports.exchange, self.replicas, self.ports.clock, self.ports.events, counters=self.counters, on_trained=self._on_trained,
             on_recovered=self._resume_if_whole, on_revoked=self.on_revoked, rate=self.rate, num_steps=num_steps,
+            on_limit=self.trainer.step_to if self.trainer is not None and not self.manifest.rounds.overlap else None,
         )  # fmt: skip
         self._resume_if_whole()
         if self._why_left is not None:

@@ -56,6 +56,7 @@ class PeerLoop:
     on_recovered: Callable[[], None] = lambda: None
     on_revoked: Callable[[PeerId], None] = lambda _: None
     rate: RateControl | None = None
+    on_limit: Callable[[int | None], None] | None = None  # told how far training may go, where it waits for rounds
     num_steps: int = 0
     machine: m.MemberMachine = field(init=False)
     members: dict[PeerId, MemberView] = field(init=False, default_factory=dict)
@@ -123,6 +124,8 @@ class PeerLoop:
             event = await self._inbox.get()
             for effect in self.machine.handle(event, self.clock.now()):
                 self._start(effect)
+            if self.on_limit is not None:
+                self.on_limit(self.machine.step_limit)
 
     async def _ticks(self) -> None:
         while True:
@@ -149,6 +152,8 @@ class PeerLoop:
             except (Unreachable, DecentraError) as error:
                 why = str(error)
             self._outbox = None
+            if self.rate is not None:
+                self.rate.disconnected()
             self._inbox.put_nowait(m.Disconnected(why))
             self.events.emit("service-away", why=why, retry_s=backoff_s)
             await self.clock.sleep(backoff_s)

@@ -74,12 +74,13 @@ class Trainer:
         """Moves the model to ``device``. Raises ConfigError for a device this machine lacks or fragments the model lacks."""
         self._inner = InnerLoop(manifest, layout, model, source, resolve_device(device), trained)
         self._num_threads, self._on_steps, self._max_steps = threads, on_steps, max_steps
-        self._wake = threading.Condition()  # guards the five fields below
+        self._wake = threading.Condition()  # guards the six fields below
         self._commands: deque[_Command] = deque()
         self._is_paused, self._is_stopping, self._is_running = True, False, False
         self._failure: BaseException | None = None
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._step_limit: int | None = None
         self._step_s: float | None = None
         self._totals = Totals()
 
@@ -104,6 +105,12 @@ class Trainer:
 
     def resume(self) -> None:
         self._set(is_paused=False)
+
+    def step_to(self, limit: int | None) -> None:
+        """No inner step begins once ``limit`` are done; None: no limit."""
+        with self._wake:
+            self._step_limit = limit
+            self._wake.notify()
 
     def _set(self, *, is_paused: bool | None = None, is_stopping: bool | None = None) -> None:
         with self._wake:
@@ -210,7 +217,8 @@ class Trainer:
             command.execute()
 
     def _may_step(self) -> bool:
-        return not self._is_paused and not self.is_finished and self._inner.can_step
+        is_ahead = self._step_limit is not None and self._totals.num_steps >= self._step_limit
+        return not self._is_paused and not self.is_finished and not is_ahead and self._inner.can_step
 
     def _step(self) -> None:
         start_s = time.perf_counter()

@@ -142,6 +142,16 @@ class MemberMachine:
             effects.append(Finish(self.swarm.why))
         return effects
 
+    @property
+    def step_limit(self) -> int | None:
+        """How many inner steps may be done by now if training waits for rounds: up to H after each fragment's last encode, none while it is out."""
+        at = [
+            life.encoded_at_steps + (0 if life.pending is not None or life.busy == "encode" else self.me.inner_steps)
+            for life in self.lives.values()
+            if life.trains
+        ]
+        return min(at, default=None)
+
     def _take(self, event: Event, now: float, effects: list[Effect]) -> tuple[FragmentId, ...] | None:
         """Take the event in; the fragments it concerns, None for all."""
         match event:

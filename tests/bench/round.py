@@ -42,6 +42,7 @@ from wan import Link, WanLab
 HERE, ROOT = Path(__file__).parent, Path(__file__).parents[2]
 TORCHFT_PYTHON = ROOT / ".venv-torchft" / "bin" / "python"
 NUM_ROUNDS, NUM_WARMUP = 7, 2
+LIGHTHOUSE_PORT = 29510
 DEADLINE_S = 900.0
 MODELS = {10: {}, 50: {"hidden_size": 512, "num_layers": 8, "num_heads": 8, "head_dim": 64, "expert_hidden_size": 384}}
 
@@ -117,6 +118,7 @@ def measure_decentra(args: argparse.Namespace, shape: dict[str, Any] | None = No
     settings = [f"model.{key}={value}" for key, value in shape.items()]
     settings += [
         "name=bench", "data.seq_len=8", "train.batch_size=1", "data.bytes_per_domain=60000", "data.held_out_bytes=2048", "rounds.inner_steps=1",
+        "rounds.overlap=false",
         f"placement.experts_per_peer={shape['num_experts']}", f"codec.name={args.codec}", f"codec.sparsest={args.sparsest}",
         "rounds.cut_off_s=300", "rounds.grace_s=300", "rounds.attest_s=300", "rounds.gather_s=120",
     ]  # fmt: skip
@@ -132,7 +134,7 @@ def measure_decentra(args: argparse.Namespace, shape: dict[str, Any] | None = No
             listen = ["--listen", f"/ip4/{here.address(f'p{index}')}/tcp/0"]
             join = ["join", invite, "--name", f"p{index}", "--dir", str(here.folder / f"p{index}"), "--log-json", "--verbose", *listen]
             here.start(f"p{index}", [*cli, *join], f"p{index}")
-        num_fragments = len(run.manifest.genesis)
+        num_fragments = len(run.manifest().genesis)
         found = _heights(here, num_fragments, args.peers, num_rounds)
         said = [e for i in range(args.peers) for e in _events(here.folder / f"p{i}.log", "codec", "encoded")]
     packets = [e["num_bytes"] for e in said if e["event"] == "encoded"][-args.peers * num_fragments :]
@@ -174,7 +176,7 @@ def measure_hivemind(args: argparse.Namespace, num_params: int) -> dict[str, Any
             members.append(here.start(f"p{index}", [*line, here.address(f"p{index}"), *([first] if first else [])], f"hivemind-{index}"))
             maddr = _line(members[-1])["maddr"]
             first = first or maddr
-        return {"hivemind_s": None} | _rival("hivemind", members, begin=lambda p: _say(p, "go\n"))
+        return {"hivemind_s": None} | _rival(here, "hivemind", members, begin=lambda p: _say(p, "go\n"))
 
 
 def measure_torchft(args: argparse.Namespace, num_params: int) -> dict[str, Any]:
@@ -182,29 +184,31 @@ def measure_torchft(args: argparse.Namespace, num_params: int) -> dict[str, Any]
         return {"torchft_s": None, "torchft_why": f"{TORCHFT_PYTHON.parent.parent.name} is missing; 'make bench' makes it"}
     with place(args) as here:
         lighthouse = TORCHFT_PYTHON.with_name("torchft_lighthouse")
-        bind = [f"--bind=[::]:{29510}", f"--min_replicas={args.peers}", "--quorum_tick_ms=50", "--join_timeout_ms=20000"]
+        bind = [f"--bind=[::]:{LIGHTHOUSE_PORT}", f"--min_replicas={args.peers}", "--quorum_tick_ms=50", "--join_timeout_ms=20000"]
         here.start("org", [str(lighthouse), *bind], "lighthouse")
         time.sleep(2.0)
         members = []
         for index in range(args.peers):
             line = [str(TORCHFT_PYTHON), str(HERE / "rival_torchft.py"), str(num_params), str(args.peers), str(NUM_ROUNDS + 1), str(index)]
             address = here.address(f"p{index}")
-            members.append(here.start(f"p{index}", [*line, f"http://{here.address('org')}:29510", address], f"torchft-{index}"))
-        return {"torchft_s": None} | _rival("torchft", members)
+            members.append(here.start(f"p{index}", [*line, f"http://{here.address('org')}:{LIGHTHOUSE_PORT}", address], f"torchft-{index}"))
+        return {"torchft_s": None} | _rival(here, "torchft", members)
 
 
 def _rival(
-    name: str, members: list[subprocess.Popen[str]], begin: Callable[[subprocess.Popen[str]], None] = lambda _: None
+    here: Place, name: str, members: list[subprocess.Popen[str]], begin: Callable[[subprocess.Popen[str]], None] = lambda _: None
 ) -> dict[str, Any]:
     """Median over members and rounds; the first round connects and does not count. Failed rounds are counted apart."""
+    cpu_s = here.cpu_s()
     for member in members:
         begin(member)
     found = [_line(member) for member in members]
+    cpu_s = here.cpu_s() - cpu_s
     rounds = [d for member in found for d in member["durations_s"][1:]]
     good = [d for d in rounds if d is not None]
     return {
         f"{name}_s": statistics.median(good) if good else None, f"{name}_failed": len(rounds) - len(good),
-        f"{name}_cpu_s": sum(member["cpu_s"] for member in found) / (NUM_ROUNDS + 1),
+        f"{name}_cpu_s": cpu_s / (NUM_ROUNDS + 1),
     }  # fmt: skip
 
 

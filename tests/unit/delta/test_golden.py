@@ -6,9 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import constriction
+import numpy as np
 import pytest
 import torch
 
+from decentra.delta.codec import support
 from decentra.delta.golden import GOLDEN, check_golden, golden_digest
 from decentra.errors import IntegrityError
 
@@ -17,6 +20,7 @@ from .history import HISTORY, SETTLED, swarm_history
 ROOT = Path(__file__).parents[3]
 PROGRAM = """
 import torch
+from decentra.delta.codec import support
 from decentra.delta.golden import golden_digest
 print(torch.backends.cpu.get_cpu_capability())
 for num_threads in (1, 2):
@@ -54,6 +58,18 @@ def test_flush_to_zero_arithmetic_is_refused() -> None:
             check_golden()
     finally:
         torch.set_flush_denormal(False)
+
+
+def test_another_table_of_the_coder_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine whose entropy coder agrees with itself and with nobody else must not take part."""
+
+    def other(half: int, count: int, concentration: int) -> object:
+        low, high = max(0, count - half), min(count, half)
+        return constriction.stream.model.Categorical(np.full(high - low + 1, 1 / (high - low + 1)), perfect=False)
+
+    monkeypatch.setattr(support, "_split_model", other)
+    with pytest.raises(IntegrityError, match=GOLDEN):
+        check_golden()
 
 
 def test_the_history_of_a_small_swarm_has_not_changed() -> None:

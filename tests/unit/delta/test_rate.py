@@ -1,63 +1,75 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from decentra.delta.rate import LADDER, Limits, allowed, choose
+from decentra.delta.rate import LADDER, MAX_PATIENCE, Limits, Pace, allowed, held_back
 from decentra.errors import ConfigError
 
 BYTES = dict(zip(LADDER, (40e6, 20e6, 10.3e6, 500e3, 300e3, 170e3, 100e3, 60e3), strict=True))
+NUM = len(LADDER)
 
 
-def pick(
-    mbit: float | None, *, round_s: float | None = 10.0, last: str | None = None, limits: Limits = Limits(), rungs: tuple[str, ...] = LADDER
-) -> str:
-    link = None if mbit is None else mbit * 1e6 / 8
-    return choose(rungs, BYTES, round_s=round_s, link_bytes_per_s=link, limits=limits, last=last).codec
+def walk(pace: Pace, lateness: list[float]) -> Pace:
+    for late in lateness:
+        pace = pace.after(late, 0.5, NUM)
+    return pace
 
 
-def test_the_densest_that_fits_wins() -> None:
-    assert pick(100) == "fp32"  # 62 MB in half of ten seconds
-    assert pick(50) == "bf16"
-    assert pick(20) == "int8"
-    assert pick(10) == "topk256"
-    assert pick(0.5) == "topk128"
-    assert pick(0.2) == "topk32"
-    assert pick(0.01) == "topk16"  # nothing fits: the sparsest
+def test_late_packets_make_it_sparser_and_calm_ones_denser() -> None:
+    assert walk(Pace(2), [0.6]).rung == 3
+    assert walk(Pace(2), [math.inf] * 10).rung == NUM - 1
+    assert walk(Pace(5), [0.1]).rung == 4
+    assert walk(Pace(5), [0.3] * 20).rung == 5, "neither late nor calm"
+    assert walk(Pace(0), [0.01] * 5).rung == 0
 
 
-def test_without_measurements_nothing_changes() -> None:
-    assert pick(None) == "fp32"
-    assert pick(None, last="topk64") == "topk64"
-    assert pick(1000, round_s=None, last="topk32") == "topk32"
+def test_a_try_that_fails_makes_the_next_one_wait_twice_as_long() -> None:
+    pace = Pace(4)
+    for patience in (1, 2, 4, 8):
+        assert pace.patience == patience
+        pace = walk(pace, [0.01] * (patience - 1))
+        assert pace.rung == 4
+        pace = walk(pace, [0.01])
+        assert pace.rung == 3
+        pace = walk(pace, [2.0])
+        assert pace.rung == 4
+    assert walk(Pace(4, patience=MAX_PATIENCE, was_try=True), [2.0]).patience == MAX_PATIENCE
 
 
-def test_denser_one_rung_a_round_sparser_at_once() -> None:
-    assert pick(1000, last="topk64") == "topk128"
-    assert pick(1000, last="topk256") == "int8"
-    assert pick(0.01, last="fp32") == "topk16"
+def test_a_link_that_carries_one_rung_is_used_with_that_rung_almost_always() -> None:
+    """Rungs denser than 5 are late. In 300 rounds few tries fail."""
+    pace, late = Pace(0), 0
+    for _ in range(300):
+        is_late = pace.rung < 5
+        late += is_late
+        pace = pace.after(0.9 if is_late else 0.05, 0.5, NUM)
+    assert late <= 5 + 7 + 300 // MAX_PATIENCE  # down, then tries after 1, 2, 4, ... 64, 64, ... calm rounds
+    assert pace.rung >= 5 - 1
 
 
-def test_the_owners_limits_count_and_are_named() -> None:
-    slow = choose(LADDER, BYTES, round_s=10.0, link_bytes_per_s=1e9, limits=Limits(up_bytes_per_s=5e6 / 8), last=None)
-    assert slow.codec == "topk256"
-    assert "limit of 5 Mbit/s" in slow.why
-    capped = choose(LADDER, BYTES, round_s=10.0, link_bytes_per_s=1e9, limits=Limits(cap_bytes_per_day=1e9), last=None)
-    assert capped.codec == "topk32"
-    assert "cap of 1 GB a day" in capped.why
-    hopeless = choose(LADDER, BYTES, round_s=10.0, link_bytes_per_s=None, limits=Limits(cap_bytes_per_day=1e6), last=None)
-    assert hopeless.codec == "topk16"
-    assert "more than" in hopeless.why
+@given(st.lists(st.floats(0, 10) | st.just(math.inf), max_size=60), st.integers(0, NUM - 1))
+def test_it_stays_on_the_ladder_and_says_why(lateness: list[float], rung: int) -> None:
+    pace = walk(Pace(rung), lateness)
+    assert 0 <= pace.rung < NUM
+    assert 1 <= pace.patience <= MAX_PATIENCE
+    assert pace.why
 
 
-@given(st.floats(1, 1e9), st.floats(0.1, 1e4), st.sampled_from([None, *LADDER]), st.integers(0, 7), st.integers(0, 7))
-def test_a_choice_is_allowed_and_fits_unless_nothing_does(link: float, round_s: float, last: str | None, one: int, other: int) -> None:
-    rungs = allowed(LADDER[min(one, other)], LADDER[max(one, other)])
-    found = choose(rungs, BYTES, round_s=round_s, link_bytes_per_s=link, limits=Limits(), last=last)
-    assert found.codec in rungs
-    assert BYTES[found.codec] <= 0.5 * link * round_s or found.codec == rungs[-1]
-    assert found.why
+def test_the_owners_limits_hold_from_the_first_packet() -> None:
+    slow = Limits(up_bytes_per_s=5e6 / 8)
+    assert held_back(0, LADDER, BYTES, None, slow)[0] == NUM - 1
+    rung, why = held_back(0, LADDER, BYTES, 10.0, slow)
+    assert (LADDER[rung], "limit of 5 Mbit/s" in why) == ("topk256", True)
+    rung, why = held_back(0, LADDER, BYTES, 10.0, Limits(cap_bytes_per_day=1e9))
+    assert (LADDER[rung], "cap of 1 GB a day" in why) == ("topk32", True)
+    rung, why = held_back(0, LADDER, BYTES, 10.0, Limits(cap_bytes_per_day=1e6))
+    assert (LADDER[rung], "more than" in why) == ("topk16", True)
+    assert held_back(6, LADDER, BYTES, 10.0, slow) == (6, ""), "a limit makes nothing denser"
+    assert held_back(0, LADDER, BYTES, None, Limits()) == (0, "")
 
 
 def test_a_ladder_of_a_manifest_is_in_order() -> None:
