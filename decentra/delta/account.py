@@ -10,16 +10,16 @@ cancelled                 e_before      none        (abandoned or void: live sti
 followed (no pending)     unchanged     A' - A
 reset (full recover)      zero          none: the caller loads z = A'
 
-An account's record restores it bit by bit; whoever writes it makes the write atomic. Little-endian: magic, version u16, flags u16
-(1: momentum, 2: pending), layout fingerprint [8], N u64, packet length u64, extra length u32, round u64, tokens u64, steps u64, anchor
-digest [32]; fp32 [N] each: anchor, (momentum), residual, (y, e_after); packet; extra; sha256 [32] of everything before it. The base of a
-pending is the anchor and its e_before is the residual, so neither is stored twice.
+An account's record restores it bit by bit, given its anchor, which is a blob of its own; whoever writes it makes the write atomic. Little-endian:
+magic, version u16, flags u16 (1: residual, 2: pending), layout fingerprint [8], N u64, packet length u64, extra length u32, round u64, tokens u64,
+steps u64, anchor digest [32]; fp32 [N] each: (residual, left out when zero), (y, e_after); packet; extra; crc32 u32 of everything before it. The
+base of a pending is the anchor and its e_before is the residual, so neither is stored twice.
 """
 
 from __future__ import annotations
 
-import hashlib
 import struct
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -38,10 +38,10 @@ from decentra.modules import Fragment
 # N elements of a fragment
 
 _MAGIC = b"DCAC"
-_VERSION = 1
-_HAS_MOMENTUM, _HAS_PENDING = 1, 2
+_VERSION = 2
+_HAS_RESIDUAL, _HAS_PENDING = 1, 2
 _HEADER = struct.Struct("<4sHH8sQQIQQQ32s")
-_SHA_BYTES = 32
+_CRC = struct.Struct("<I")
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +56,7 @@ class Pending:
     residual_after_N: Tensor
     num_tokens: int
     num_steps: int
-    norm: float | None = None  # L2 of the decoded packet; not kept in the record
+    sent: Decoded | None = None  # the packet decoded; not kept in the record
 
 
 class Account:
@@ -112,9 +112,8 @@ class Account:
         if max_norm is not None and (norm := sent.norm()) > (most := max(max_norm, 2 * Decoded.of(progress_N).norm())):
             packet = encode_packet(self.fragment, torch.mul(raw_N, most / norm), codec_name)
             sent = decode_packet(packet, self.fragment, peer="self", round=round)
-        norm = sent.norm()
         self.pending = Pending(
-            round, self.anchor_digest, packet, y_N, self.residual_N, sent.subtracted_from(raw_N), num_tokens, num_steps, norm
+            round, self.anchor_digest, packet, y_N, self.residual_N, sent.subtracted_from(raw_N), num_tokens, num_steps, sent
         )
         self.check()
         return self.pending
@@ -162,48 +161,59 @@ class Account:
 
 
 def to_record(account: Account) -> bytes:
-    """Bytes that hold the whole account and its ``extra``. Raises IntegrityError when the anchor digest is no sha256."""
-    state, pending, fragment = account.anchor_state, account.pending, account.fragment
+    """Bytes that hold the whole account but its anchor, and its ``extra``. Raises IntegrityError when the anchor digest is no sha256."""
+    pending, fragment = account.pending, account.fragment
     if not is_digest(account.anchor_digest):
         raise IntegrityError(f"fragment {fragment.id}: expected the anchor's sha256 in hex, got {account.anchor_digest[:80]!r}")
-    flags = (0 if state.momentum_N is None else _HAS_MOMENTUM) | (0 if pending is None else _HAS_PENDING)
+    has_residual = bool(account.residual_N.any())
+    flags = (_HAS_RESIDUAL if has_residual else 0) | (0 if pending is None else _HAS_PENDING)
     packet, counts = (b"", (0, 0, 0)) if pending is None else (pending.packet, (pending.round, pending.num_tokens, pending.num_steps))
     header = _HEADER.pack(
         _MAGIC, _VERSION, flags, fingerprint(fragment), fragment.num_elements, len(packet), len(account.extra), *counts,
         bytes.fromhex(account.anchor_digest),
     )  # fmt: skip
-    tensors = [state.anchor_N, state.momentum_N, account.residual_N]
+    tensors = [account.residual_N] if has_residual else []
     if pending is not None:
         tensors += [pending.live_N, pending.residual_after_N]
-    body = b"".join([header, *(float_bytes(x_N) for x_N in tensors if x_N is not None), packet, account.extra])
-    return body + hashlib.sha256(body).digest()
+    body = b"".join([header, *(float_bytes(x_N) for x_N in tensors), packet, account.extra])
+    return body + _CRC.pack(zlib.crc32(body))
 
 
-def account_from_record(fragment: Fragment, data: bytes) -> Account:
-    """Restore an account bit by bit. Raises IntegrityError for a record that is damaged, cut, of another version or another fragment."""
+def anchor_of_record(data: bytes) -> Digest | None:
+    """The anchor a record belongs to, not verified; None for bytes that are too short."""
+    return Digest(_HEADER.unpack_from(data)[-1].hex()) if len(data) >= _HEADER.size else None
+
+
+def account_from_record(fragment: Fragment, data: bytes, state: AnchorState) -> Account:
+    """Restore an account bit by bit; ``state``: the anchor of ``anchor_of_record``.
+
+    Raises IntegrityError for a record that is damaged, cut, of another version or another fragment.
+    """
     where = f"account record of {fragment.id}"
-    if len(data) < _HEADER.size + _SHA_BYTES or hashlib.sha256(data[:-_SHA_BYTES]).digest() != data[-_SHA_BYTES:]:
+    if (
+        len(data) < _HEADER.size + _CRC.size
+        or zlib.crc32(memoryview(data)[: -_CRC.size]) != _CRC.unpack_from(data, len(data) - _CRC.size)[0]
+    ):
         raise IntegrityError(f"{where}: {len(data)} bytes do not match their own checksum; recover from the anchor")
     magic, version, flags, layout, num_elements, packet_bytes, extra_bytes, round, num_tokens, num_steps, digest = _HEADER.unpack_from(data)
-    if magic != _MAGIC or version != _VERSION or flags & ~(_HAS_MOMENTUM | _HAS_PENDING):
+    if magic != _MAGIC or version != _VERSION or flags & ~(_HAS_RESIDUAL | _HAS_PENDING):
         raise IntegrityError(
             f"{where}: expected version {_VERSION}, got {magic!r}, version {version}, flags {flags}; recover from the anchor"
         )
     if layout != fingerprint(fragment) or num_elements != fragment.num_elements:
         raise IntegrityError(f"{where}: it is of another fragment or model; recover from the anchor")
-    has_momentum, has_pending = bool(flags & _HAS_MOMENTUM), bool(flags & _HAS_PENDING)
-    num_tensors = 2 + has_momentum + 2 * has_pending
-    packet_at = _HEADER.size + num_tensors * FLOAT_BYTES * num_elements
-    if len(data) != packet_at + packet_bytes + extra_bytes + _SHA_BYTES:
+    has_residual, has_pending = bool(flags & _HAS_RESIDUAL), bool(flags & _HAS_PENDING)
+    packet_at = _HEADER.size + (has_residual + 2 * has_pending) * FLOAT_BYTES * num_elements
+    if len(data) != packet_at + packet_bytes + extra_bytes + _CRC.size:
         raise IntegrityError(f"{where}: {len(data)} bytes do not match its own lengths; recover from the anchor")
     tensors = _tensors(data, num_elements)
-    state = AnchorState(next(tensors), next(tensors) if has_momentum else None)
-    residual_N, pending, anchor_digest = next(tensors), None, Digest(digest.hex())
+    residual_N = next(tensors) if has_residual else torch.zeros(num_elements)
+    pending, anchor_digest = None, Digest(digest.hex())
     if has_pending:
         packet = bytes(data[packet_at : packet_at + packet_bytes])
         y_N, residual_after_N = next(tensors), next(tensors)
         pending = Pending(round, anchor_digest, packet, y_N, residual_N, residual_after_N, num_tokens, num_steps)
-    extra = bytes(data[packet_at + packet_bytes : -_SHA_BYTES])
+    extra = bytes(data[packet_at + packet_bytes : -_CRC.size])
     return Account(fragment, state, anchor_digest, residual_N=residual_N, pending=pending, extra=extra)
 
 

@@ -35,6 +35,7 @@ class ExchangeLimits:
     slot_s: float = 10.0  # they wait this long
     idle_s: float = 20.0  # longest silence on an open stream
     connect_s: float = 5.0
+    reached_s: float = 20.0  # a peer that answered is asked for a stream at once for this long
     unreachable_s: float = 30.0  # a peer that did not answer is not dialled again for this long
     max_blob_bytes: int = 64 << 30
     ttl_s: float = 300.0  # of announcements
@@ -72,6 +73,7 @@ class HivemindExchange:
         self._peer_slots: dict[PeerId, tuple[asyncio.Semaphore, int]] = {}  # with the number of those who hold or want one
         self._num_waiting = 0
         self._unreachable_until: dict[PeerId, float] = {}
+        self._reached_until: dict[PeerId, float] = {}  # at most one entry per member
 
     async def start(self) -> None:
         await self._node.serve(self._protocol, self._serve)
@@ -116,8 +118,7 @@ class HivemindExchange:
         RejectedPayload (an answer that is no answer).
         """
         request = pack_request(Request(digest, offset, self._credentials()))
-        await self._reach(peer, addresses)
-        reader, writer = await self._node.open_stream(peer, self._protocol, self._limits.connect_s)
+        reader, writer = await self._open(peer, addresses)
         try:
             async with self._deadline(peer, digest, self._limits.idle_s + self._limits.slot_s):
                 writer.write(request)
@@ -158,6 +159,18 @@ class HivemindExchange:
             self._node.events.emit("lookup-failed", digest=digest, why=str(error))
             return []
         return [(peer, _parse_addresses(body)) for peer, body in found if peer != self._node.peer_id]
+
+    async def _open(self, peer: PeerId, addresses: Sequence[str]) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """A stream; who answered a moment ago is not connected to anew."""
+        if self._reached_until.get(peer, 0.0) > time.monotonic():
+            try:
+                return await self._node.open_stream(peer, self._protocol, self._limits.connect_s)
+            except Unreachable:
+                self._reached_until.pop(peer, None)
+        await self._reach(peer, addresses)
+        stream = await self._node.open_stream(peer, self._protocol, self._limits.connect_s)
+        self._reached_until[peer] = time.monotonic() + self._limits.reached_s
+        return stream
 
     async def _reach(self, peer: PeerId, addresses: Sequence[str]) -> None:
         now = time.monotonic()

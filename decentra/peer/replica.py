@@ -15,7 +15,7 @@ from typing import Protocol
 from torch import Tensor
 
 from decentra.config import Manifest
-from decentra.delta.account import Account, account_from_record, to_record
+from decentra.delta.account import Account, account_from_record, anchor_of_record, to_record
 from decentra.delta.aggregate import aggregate
 from decentra.delta.anchor import AnchorState, anchor_digest, decode_anchor, encode_anchor
 from decentra.delta.decoded import Decoded
@@ -177,7 +177,11 @@ class Replica:
             account.cancelled()
             raise
         self._tokens_before, self._tokens_at_encode = self._tokens_at_encode, snapshot.num_tokens
-        self._usual_norm = pending.norm if self._usual_norm is None else (self._usual_norm + (pending.norm or 0.0)) / 2
+        if (sent := pending.sent) is not None:
+            norm = await self.compute.run(sent.norm)
+            self._usual_norm = norm if self._usual_norm is None else (self._usual_norm + norm) / 2
+            if sent.is_sparse:
+                self._screened[offer.packet] = sent
         self.pending_offer = offer
         return offer
 
@@ -199,6 +203,8 @@ class Replica:
         """Compute the settlement's anchor and make it durable; what comes back is attested. The confirmed anchor stays beside it."""
         packets: dict[PeerId, bytes] = {}
         for entry in settlement.entries:
+            if entry.packet in self._screened:
+                continue
             data = await self.exchange.read(entry.packet)
             if data is None:
                 raise IntegrityError(f"packet {entry.packet[:12]} of {self.fragment.id} is gone from this peer's store")
@@ -285,15 +291,12 @@ class Replica:
         screen(delta, norm_limit=None, peer=sender, round=number)
         return delta
 
-    def _delta(self, sender: PeerId, data: bytes, settlement: Settlement) -> Decoded:
-        known = next((self._screened.get(e.packet) for e in settlement.entries if e.peer == sender), None)
-        return decode_packet(data, self.fragment, peer=sender, round=settlement.round) if known is None else known
-
     def _aggregate(self, settlement: Settlement, packets: dict[PeerId, bytes]) -> tuple[AnchorState, bytes, Digest]:
         account = self._account()
         if settlement.base != account.anchor_digest:
             raise IntegrityError(f"settlement of {settlement.base[:12]}, this peer is at {account.anchor_digest[:12]}")
-        deltas = {p: self._delta(p, d, settlement) for p, d in packets.items()}
+        deltas = {e.peer: self._screened[e.packet] for e in settlement.entries if e.peer not in packets}
+        deltas |= {p: decode_packet(d, self.fragment, peer=p, round=settlement.round) for p, d in packets.items()}
         mean_N = aggregate(deltas, {e.peer: e.weight_bits for e in settlement.entries})
         state = outer_step(
             account.anchor_state,
@@ -334,7 +337,11 @@ class Replica:
         if data is None:
             return None
         try:
-            return await self.compute.run(account_from_record, self.fragment, data)
+            digest = anchor_of_record(data)
+            state = None if digest is None else await self._stored_anchor(digest)
+            if state is None:
+                raise IntegrityError("its anchor is not in this peer's store")
+            return await self.compute.run(account_from_record, self.fragment, data, state)
         except IntegrityError as error:
             self.events.emit("damaged-file", file=f"{self._file}.record", why=str(error))
             return None

@@ -239,7 +239,6 @@ class PeerLoop:
             if self.rate is not None:
                 self.rate.encoded(offer, self.clock.now())
             self._inbox.put_nowait(m.Encoded(offer))
-            await self.exchange.announce([offer.packet])
 
     async def _fetch(self, effect: do.Fetch) -> None:
         try:
@@ -276,7 +275,6 @@ class PeerLoop:
                 await replica.commit(number, anchor, ending)
                 self.events.emit("committed", fragment=fragment, round=number, anchor=anchor[:12], ending=str(ending))
                 self._inbox.put_nowait(m.Committed(fragment, anchor))
-                await self.exchange.announce([anchor])
             case do.Cancel(fragment, number, why):
                 await replica.cancel(number)
                 self.events.emit("cancelled", fragment=fragment, round=number, why=why)

@@ -21,6 +21,7 @@ from decentra.wire.signed import Opened, open_sealed, purpose_of, seal
 
 CERTIFICATE, ADMISSION, JOIN, COMMAND, MANIFEST, TOKEN = "service-certificate", "admission", "join", "command", "manifest", "token"
 MAX_CREDENTIALS_BYTES = 4096
+RECHECK_S, MAX_CHECKED = 60.0, 512  # signatures of shown credentials are checked again after; how many are remembered
 
 _TOKEN_FORMAT = 1
 _TOKEN_ID_BYTES = 8
@@ -125,6 +126,7 @@ class TrustChain:
     def __init__(self, run_id: RunId, run_public: bytes) -> None:
         self.run_id, self.run_public = run_id, run_public
         self._revoked: set[str] = set()
+        self._checked: dict[bytes, tuple[Admission, float]] = {}
 
     def revoke(self, name: str) -> None:
         """From now on refuse this peer id or token id."""
@@ -190,6 +192,17 @@ class TrustChain:
             raise Refused(f"{error}; this run may need another version of decentra") from None
 
     def _admission(self, credentials: bytes, now_s: float) -> Admission:
+        """Signatures of the same bytes are checked once in ``RECHECK_S``; expiry and revocation always."""
+        known = self._checked.get(credentials)
+        if known is None or not known[1] <= now_s < known[1] + RECHECK_S:
+            admission = self._checked_admission(credentials, now_s)
+            while len(self._checked) >= MAX_CHECKED:
+                self._checked.pop(next(iter(self._checked)))
+            self._checked[credentials] = known = (admission, now_s)
+        self._check_admission(known[0], now_s)
+        return known[0]
+
+    def _checked_admission(self, credentials: bytes, now_s: float) -> Admission:
         if not credentials:
             raise Refused("no credentials were shown; join the run first")
         try:

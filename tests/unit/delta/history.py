@@ -43,7 +43,7 @@ def swarm_history() -> list[dict[str, object]]:
             for _ in range(NUM_INNER_STEPS):
                 lives[p] = torch.sub(lives[p], torch.mul(torch.sub(lives[p], targets[p]), 0.125))
             accounts[p].encode(round, lives[p], "int8", 1.0, 64, NUM_INNER_STEPS)
-            accounts[p] = account_from_record(FRAGMENT, to_record(accounts[p]))
+            accounts[p] = account_from_record(FRAGMENT, to_record(accounts[p]), accounts[p].anchor_state)
         if settled:
             deltas = {p: decode_packet(pending.packet, FRAGMENT) for p in settled if (pending := accounts[p].pending)}
             mean_N = aggregate(deltas, dict.fromkeys(deltas, float_bits(1 / len(deltas))))

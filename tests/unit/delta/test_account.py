@@ -36,7 +36,7 @@ def next_state(seed: int) -> tuple[AnchorState, Digest]:
 
 def restored(account: Account) -> Account:
     record = to_record(account)
-    back = account_from_record(FRAGMENT, record)
+    back = account_from_record(FRAGMENT, record, account.anchor_state)
     assert to_record(back) == record
     return back
 
@@ -273,20 +273,20 @@ def test_a_damaged_record_is_refused(data: st.DataObject) -> None:
     else:
         record[at] ^= data.draw(st.integers(1, 255))
     with pytest.raises(IntegrityError):
-        account_from_record(FRAGMENT, bytes(record))
+        account_from_record(FRAGMENT, bytes(record), account().anchor_state)
 
 
 @settings(deadline=None)
 @given(st.binary(max_size=400))
 def test_random_records_are_refused(data: bytes) -> None:
     with pytest.raises(IntegrityError):
-        account_from_record(FRAGMENT, data)
+        account_from_record(FRAGMENT, data, account().anchor_state)
 
 
 def test_a_record_of_another_fragment_is_refused() -> None:
     other = build_layout([("x.weight", (N,))])[FragmentId("trunk/0")]
     with pytest.raises(IntegrityError, match="another fragment"):
-        account_from_record(other, pending_record())
+        account_from_record(other, pending_record(), account().anchor_state)
 
 
 def test_a_record_needs_a_real_digest() -> None:
@@ -297,5 +297,5 @@ def test_a_record_needs_a_real_digest() -> None:
 
 def test_the_anchor_in_a_record_is_the_anchor_blob() -> None:
     a = account()
-    blob = encode_anchor(FRAGMENT, account_from_record(FRAGMENT, to_record(a)).anchor_state)
+    blob = encode_anchor(FRAGMENT, account_from_record(FRAGMENT, to_record(a), a.anchor_state).anchor_state)
     assert same_bits(decode_anchor(FRAGMENT, blob).anchor_N, a.anchor_state.anchor_N)
