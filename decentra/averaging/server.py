@@ -102,7 +102,9 @@ class AveragingServer(Generic[OutboxT]):
         except RuntimeError:
             port = 0
         if port == 0:
-            raise PortTaken(f"cannot listen on {listen}: the port is in use or the address is not this machine's; choose another port")
+            raise PortTaken(
+                f"cannot listen on {listen}: the port is in use or the address is not this machine's; choose another (--service-port of host)"
+            )
         await server.start()
         self._server = server
         self._events.emit("service-listening", address=listen, port=port, run=self.identity.run)

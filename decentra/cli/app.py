@@ -39,8 +39,11 @@ def logging_to(verbose: bool, log_json: bool) -> None:
 
 
 def invite_of(text: str) -> Any:
+    from decentra.errors import InviteError
     from decentra.invite import parse_invite
 
     if not text.startswith("decentra") and len(text) < 4096 and (path := Path(text).expanduser()).is_file():
         text = path.read_text()
+    elif not text.startswith("decentra") and len(text) < 4096 and (path.suffix or "/" in text):
+        raise InviteError(f"{text}: no such file, and no invite: one starts with 'decentra1_'")
     return parse_invite(text)

@@ -378,7 +378,7 @@ async def _view(demo: Demo) -> Any:
     from decentra.status.terminal import render
 
     with Live(Text("waiting for the swarm"), console=Console(stderr=True), auto_refresh=False, vertical_overflow="crop") as live:
-        yield lambda: live.update(render(demo.snap), refresh=True)
+        yield lambda: live.update(render(demo.snap, live.console.height), refresh=True)
 
 
 def _evaluate_genesis(run: Path, manifest: Manifest) -> dict[str, Any]:

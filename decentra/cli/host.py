@@ -231,7 +231,10 @@ async def _keep(
     runtime = member_runtime(door, config, run.host, node, exchange, events)  # type: ignore[arg-type]
     stop.on_stop(runtime.leave)
     why = await runtime.run()
-    events.emit("leaving", why=why)
+    if runtime.saw_the_end:
+        events.emit("run-over", why=f"{why}; its result is served on, Ctrl-C when everybody has pulled it")
+    else:
+        events.emit("leaving", why=why)
 
 
 def _public_multiaddr(node: GossipNode, address: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import time
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -11,31 +12,47 @@ from typing import Any
 from decentra.cli.console import LogEvents
 from decentra.cli.rundir import read_genesis
 from decentra.cli.running import StopRequest, locked_dir, watch_loop
-from decentra.cli.wiring import check_data, follow_service, gossip, join_again, member_runtime, open_door, state_dir
+from decentra.cli.wiring import (
+    check_fit,
+    check_local,
+    compare_held_out,
+    follow_service,
+    gossip,
+    join_again,
+    member_runtime,
+    open_door,
+    state_dir,
+)
 from decentra.config import Manifest, PeerConfig
 from decentra.errors import ExitCode, Refused
 from decentra.gossip.exchange import HivemindExchange
 from decentra.ids import short
 from decentra.invite import Invite
+from decentra.peer.disk import RealDisk, write_atomic
 from decentra.peer.runtime import PeerRuntime
 from decentra.ports import Events
 
 PROGRESS_S = 10.0
+OVER_FILE = "over"  # why the run ended, once it has
 
 
 async def run_member(
     invite: Invite, config: PeerConfig, stop: StopRequest, *, patience_s: float, genesis: Path | None = None
 ) -> dict[str, Any]:
     """Take part until the run is over, Ctrl-C, or the configured number of steps; returns what was contributed."""
+    check_local(config)
     root: Path = state_dir(invite.run_id, config)
     with locked_dir(root):
+        if (over := RealDisk(root).read(OVER_FILE)) is not None:
+            raise Refused(f"this run is over ({over.decode(errors='replace')[:200]}); 'decentra pull' gets its result")
         events: Events = LogEvents(run=invite.run_id[:8], peer=config.name)
         async with AsyncExitStack() as stack:
-            door = await _or_stop(open_door(invite, config, root, events, patience_s=patience_s), stop)
+            opening = open_door(invite, config, root, events, patience_s=patience_s, check=functools.partial(check_fit, config))
+            door = await _or_stop(opening, stop)
             if door is None:
                 return {"ok": True, "why": stop.why, "num_steps": 0, "num_tokens": 0}
             stack.push_async_callback(door.client.close)
-            await asyncio.to_thread(check_data, door, config, events)
+            await asyncio.to_thread(compare_held_out, door, config, events)
             node, exchange = await stack.enter_async_context(
                 gossip(root, invite.bootstrap, config, door.trust, lambda: door.client.credentials, events)
             )
@@ -54,6 +71,8 @@ async def run_member(
             began = time.monotonic()
             try:
                 why = await runtime.run()
+                if runtime.saw_the_end:
+                    write_atomic(RealDisk(root), OVER_FILE, why.encode())
             finally:
                 for task in tasks:
                     task.cancel()

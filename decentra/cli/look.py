@@ -66,7 +66,7 @@ async def watch_status(invite: Invite, stop: StopRequest, period_s: float) -> No
             while not stop.event.is_set():
                 try:
                     manifest, snap = await fetch_status(client, manifest)
-                    live.update(render(snap), refresh=True)
+                    live.update(render(snap, live.console.height), refresh=True)
                     if snap["is_stopped"]:
                         return
                 except Unreachable as error:

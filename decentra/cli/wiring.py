@@ -16,7 +16,7 @@ import platformdirs
 from decentra.averaging.client import AveragingClient
 from decentra.config import Manifest, PeerConfig, manifest_from_bytes
 from decentra.data.windows import source_for
-from decentra.errors import ConfigError, DecentraError, Refused, Unreachable
+from decentra.errors import ConfigError, DataError, DecentraError, Refused, Unreachable
 from decentra.gossip import records
 from decentra.gossip.blobs import BlobStore
 from decentra.gossip.exchange import HivemindExchange
@@ -30,6 +30,7 @@ from decentra.peer.disk import RealDisk, write_atomic
 from decentra.peer.runtime import PeerRuntime, Ports
 from decentra.ports import Events
 from decentra.protocol.messages import Role
+from decentra.protocol.placement import check_experts
 from decentra.wire.trust import TrustChain
 
 RETRY_S, MAX_RETRY_S = 2.0, 15.0
@@ -58,8 +59,16 @@ class Door:
     is_admitted: bool
 
 
-async def open_door(invite: Invite, config: PeerConfig, root: Path, events: Events, *, patience_s: float) -> Door:
-    """Fetch and check the manifest and be admitted.
+async def open_door(
+    invite: Invite,
+    config: PeerConfig,
+    root: Path,
+    events: Events,
+    *,
+    patience_s: float,
+    check: Callable[[Manifest, PeerId], None] | None = None,
+) -> Door:
+    """Fetch and check the manifest and be admitted. ``check`` sees the manifest first: what it raises costs no place in the run.
 
     A peer that was here before goes on with its stored manifest and credentials while the service is away. Raises Refused at once, Unreachable
     after ``patience_s``.
@@ -74,6 +83,8 @@ async def open_door(invite: Invite, config: PeerConfig, root: Path, events: Even
     while True:
         try:
             manifest = (await client.describe()).manifest
+            if check is not None:
+                await asyncio.to_thread(check, manifest, key.peer_id)
             await client.join(Role(config.role), nonce, config.name)
             break
         except Unreachable as error:
@@ -187,13 +198,35 @@ def member_runtime(door: Door, config: PeerConfig, root: Path, node: GossipNode,
     return runtime
 
 
-def check_data(door: Door, config: PeerConfig, events: Events) -> None:
-    """Fail before anything starts when the text cannot be used; say when embedded domains differ from the organiser's."""
+def check_local(config: PeerConfig) -> None:
+    """What is wrong with this machine's part whatever the run is. Raises ConfigError, DataError."""
+    for path in map(Path, config.data):
+        if not path.expanduser().exists():
+            raise DataError(f"{path}: no such file or folder; check the path in 'data'")
+    if config.role == "trainer" and config.device not in ("auto", "cpu"):
+        from decentra.peer.inner import resolve_device
+
+        resolve_device(config.device)
+
+
+def check_fit(config: PeerConfig, manifest: Manifest, peer: PeerId) -> None:
+    """What is wrong with this machine's part in this run. Raises ConfigError, DataError."""
+    if config.role != "trainer":
+        return
+    num_experts = manifest.model.num_experts
+    if config.experts is not None:
+        check_experts(config.experts, num_experts)
+    if config.num_experts is not None and config.num_experts > num_experts:
+        raise ConfigError(f"num_experts {config.num_experts}: this run has {num_experts}")
+    source_for(manifest, config, peer)
+
+
+def compare_held_out(door: Door, config: PeerConfig, events: Events) -> None:
+    """Say when embedded domains differ from the organiser's."""
     from decentra.data.domains import differing_held_out
 
     if config.role != "trainer":
         return
-    source_for(door.manifest, config, door.key.peer_id)
     if door.manifest.data.held_out and (differing := differing_held_out(door.manifest.data)):
         events.emit(
             "held-out-differs", domains=list(differing),

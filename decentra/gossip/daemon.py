@@ -250,7 +250,9 @@ def _start_error(error: BaseException, listen: Sequence[str]) -> BaseException:
     text = str(error)
     if "address already in use" in text:
         ports = re.findall(r"/tcp/(\d+)", " ".join(listen))
-        return PortTaken(f"port {', '.join(ports)} is in use by another process; stop it, or listen on another port")
+        return PortTaken(
+            f"port {', '.join(ports)} is in use by another process; stop it, or listen on another port (--bootstrap-port of host)"
+        )
     if "binary" in text:
         return ConfigError(f"p2pd cannot run on this machine: {text}; reinstall hivemind for this platform")
     return Unreachable(f"p2pd did not start: {text}; look for a firewall or a full disk, then try again")

@@ -313,8 +313,11 @@ class GossipNode:
         wait_s, renew_at = self._timing.retry_s, time.monotonic() + self._timing.renew_s
         while not self._attached.is_set():
             if self._daemon is not None:
-                who = ", ".join(self._contacts.bootstraps) or "of the known peers"
-                self.events.emit("bootstrap-waiting", why=f"bootstrap {who} does not answer, trying again in {wait_s:.0f} s", wait_s=wait_s)
+                if bootstraps := ", ".join(self._contacts.bootstraps):
+                    why = f"bootstrap {bootstraps} does not answer, trying again in {wait_s:.0f} s"
+                    self.events.emit("bootstrap-waiting", why=why, wait_s=wait_s)
+                else:  # the first node of a run, before anybody came or after all have left
+                    self.events.emit("alone", wait_s=wait_s)
             await asyncio.sleep(_jittered(wait_s))
             wait_s = min(2 * wait_s, self._timing.retry_max_s)
             if self._daemon is not None:

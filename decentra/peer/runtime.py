@@ -115,6 +115,11 @@ class PeerRuntime:
         finally:
             await self._stop_trainer()
 
+    @property
+    def saw_the_end(self) -> bool:
+        """True when the run itself is over, not only this peer's part."""
+        return self.loop is not None and self.loop.machine.is_finished
+
     def leave(self, why: str) -> None:
         self._why_left = why
         if self.loop is not None:

@@ -8,6 +8,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from decentra.ids import ROUTER, TRUNK
+
 _PHASE_STYLE = {
     "open": "cyan",
     "settled": "yellow",
@@ -19,9 +21,37 @@ _PHASE_STYLE = {
 }
 
 
-def render(snap: dict[str, Any]) -> RenderableType:
-    """The whole view: headline, members, modules."""
-    return Group(_headline(snap), Text(), members_table(snap), Text(), modules_table(snap))
+def render(snap: dict[str, Any], height: int | None = None) -> RenderableType:
+    """The whole view: headline, members, modules, and why anything waits. With ``height`` lines to fill, experts share a row if they must."""
+    num_fragments = sum(len(m["fragments"]) for m in snap["modules"])
+    is_short = height is not None and len(snap["members"]) + num_fragments + 12 > height
+    return Group(
+        _headline(snap), Text(), members_table(snap), reasons({m["name"] or m["peer"][-8:]: m["state"] for m in snap["members"] if m["state"]}),
+        Text(), modules_table(snap, is_short=is_short),
+        reasons({_label(m, f): f["why"] for m in _ordered(snap) for f in m["fragments"] if f["why"]}),
+    )  # fmt: skip
+
+
+def reasons(why_of: dict[str, str]) -> RenderableType:
+    """One line per reason, with everybody it holds for."""
+    who_of: dict[str, list[str]] = {}
+    for name, why in why_of.items():
+        who_of.setdefault(why, []).append(name)
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(ratio=1, style="dim")
+    for why, names in who_of.items():
+        who = ", ".join(names) if len(names) < 5 else f"{names[0]} and {len(names) - 1} more"
+        table.add_row(f"{who}: {why}")
+    return table
+
+
+def _ordered(snap: dict[str, Any]) -> list[dict[str, Any]]:
+    """Trunk, router, experts by number."""
+    return sorted(snap["modules"], key=lambda m: (m["module"] != TRUNK, m["module"] != ROUTER, len(m["module"]), m["module"]))
+
+
+def _label(module: dict[str, Any], fragment: dict[str, Any]) -> str:
+    return str(fragment["fragment"] if len(module["fragments"]) > 1 else module["module"])
 
 
 def _headline(snap: dict[str, Any]) -> Text:
@@ -44,39 +74,44 @@ def _headline(snap: dict[str, Any]) -> Text:
 
 def members_table(snap: dict[str, Any]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="dim")
-    for name in ("member", "role", "live", "in", "experts"):
+    for name in ("member", "role", "live", "in"):
         table.add_column(name, no_wrap=True)
-    for name in ("steps", "tokens", "tok/s", "loss", "up", "down"):
+    table.add_column("experts")
+    for name in ("steps", "tok/s", "loss", "up", "down"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("doing", ratio=1)
     for m in snap["members"]:
         is_trainer = m["role"] == "trainer"
         table.add_row(
             Text(m["name"] or m["peer"][-8:], "bold" if m["is_live"] else "dim"), m["role"], _mark(m["is_live"]),
-            _mark(m["is_participating"]) if is_trainer else "",
-            ",".join(map(str, m["experts"])), count(m["num_steps"]) if is_trainer else "", count(m["num_tokens"]) if is_trainer else "",
+            _mark(m["is_participating"]) if is_trainer else "", ",".join(map(str, m["experts"])), count(m["num_steps"]) if is_trainer else "",
             f"{m['tokens_per_s']:.0f}" if is_trainer else "", "-" if m["loss"] is None else f"{m['loss']:.3f}", size(m["tx_bytes"]), size(m["rx_bytes"]),
-            Text(m["state"] or "", "dim" if m["is_live"] else "red"),
         )  # fmt: skip
     return table
 
 
-def modules_table(snap: dict[str, Any]) -> Table:
+def modules_table(snap: dict[str, Any], *, is_short: bool = False) -> Table:
     table = Table(box=None, pad_edge=False, header_style="dim")
-    for name in ("module", "holders"):
-        table.add_column(name, no_wrap=True)
-    for name in ("confirmed", "thin", "given up", "tokens", "round"):
+    table.add_column("module", no_wrap=True)
+    table.add_column("holders")
+    for name in ("confirmed", "thin", "lost", "tokens", "round"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("phase", no_wrap=True)
-    table.add_column("waits for", ratio=1)
-    for module in snap["modules"]:
+    experts = [m for m in _ordered(snap) if m["module"].startswith("expert.")]
+    shown = [m for m in _ordered(snap) if m not in experts] if is_short else _ordered(snap)
+    for module in shown:
         for f in module["fragments"]:
-            label = f["fragment"] if len(module["fragments"]) > 1 else module["module"]
             table.add_row(
-                label, ", ".join(module["holders"]) or Text("nobody", "red"), str(f["num_confirmed"]), str(f["num_thin"]),
-                str(f["num_abandoned"] + f["num_void"]), count(f["num_tokens"]), str(f["round"]),
-                Text(f["phase"], _PHASE_STYLE.get(f["phase"], "")), Text(f["why"], "dim"),
+                _label(module, f), ", ".join(module["holders"]) or Text("nobody", "red"), str(f["num_confirmed"]), str(f["num_thin"]),
+                str(f["num_abandoned"] + f["num_void"]), count(f["num_tokens"]), str(f["round"]), Text(f["phase"], _PHASE_STYLE.get(f["phase"], "")),
             )  # fmt: skip
+    if is_short and experts:
+        fragments = [f for m in experts for f in m["fragments"]]
+        fewest = min(len(m["holders"]) for m in experts)
+        table.add_row(
+            f"{len(experts)} experts", Text(f"at least {fewest} each", "" if fewest else "red"), f"{min(f['num_confirmed'] for f in fragments)}+",
+            str(sum(f["num_thin"] for f in fragments)), str(sum(f["num_abandoned"] + f["num_void"] for f in fragments)),
+            count(sum(f["num_tokens"] for f in fragments)), f"{min(f['round'] for f in fragments)}+", "",
+        )  # fmt: skip
     return table
 
 

@@ -83,6 +83,7 @@ BAD_INVITES = {
     "mistyped": (good_line()[:40] + ("A" if good_line()[40] != "A" else "B") + good_line()[41:], "truncated or mistyped"),
     "newer format": ("decentra7_" + good_line()[10:], "update decentra"),
     "foreign character": (good_line()[:30] + "!" + good_line()[31:], "copy the whole line"),
+    "a file that is not there": ("no/such/invite.txt", "no such file"),
     "far too long": ("decentra1_" + "A" * 5000, "at most 4096 characters"),
 }
 
@@ -175,7 +176,7 @@ def test_a_taken_service_port_is_named(hosted: Hosted, tmp_path: Path) -> None:
     port = parse_invite(hosted.invite).services[0].split(":")[1]
     run = Lab(tmp_path).init()
     args = ("--address", "127.0.0.1", "--listen", "127.0.0.1", "--bootstrap-port", "0", "--service-port", port)
-    decentra("host", str(run.root), *args).refused(2, port, "in use", "choose another port")
+    decentra("host", str(run.root), *args).refused(2, port, "in use", "--service-port")
 
 
 def test_a_taken_bootstrap_port_is_named(hosted: Hosted, tmp_path: Path) -> None:
@@ -342,9 +343,31 @@ def test_usage_errors_are_json_too() -> None:
     assert said.json["exit_code"] == 2
 
 
+def test_what_is_wrong_here_costs_no_place_in_the_run(hosted: Hosted, tmp_path: Path) -> None:
+    """The run is not even asked for what no run could use; and what this run cannot use does not make a member."""
+    before = decentra("status", hosted.invite, "--json").json["members"]
+    join(hosted.invite, tmp_path / "gone", "--data", str(tmp_path / "missing")).refused(2, "no such file")
+    assert not (tmp_path / "gone").exists()
+    join(hosted.invite, tmp_path / "odd", "--name", "odd", "--domain", "poetry").refused(2, "poetry")
+    assert decentra("status", hosted.invite, "--json").json["members"] == before
+
+
+def test_a_run_that_is_over_is_not_trained_for(hosted: Hosted, used: Path, tmp_path: Path) -> None:
+    state = Path(shutil.copytree(used, tmp_path / "peer"))
+    (state / "over").write_text("the demo has its 8 rounds")
+    join(hosted.invite, state).refused(4, "is over", "decentra pull")
+
+
+def test_limits_that_are_none(offline: RunDir) -> None:
+    line = invite_from(offline)
+    decentra("join", line, "--up", "fast").refused(2, "up: expected a number above 0", "5mbit")
+    decentra("join", line, "--cap", "20").refused(2, "cap: expected", "20GB/day")
+
+
 def test_experts(offline: RunDir, hosted: Hosted, tmp_path: Path) -> None:
     decentra("join", invite_from(offline), "--experts", "0,x").refused(2, "--experts expects numbers", "0,x")
-    join(hosted.invite, tmp_path / "peer", "--experts", "0,99").refused(4, "99", "experts 0 to 3")
+    join(hosted.invite, tmp_path / "peer", "--experts", "0,99").refused(2, "99", "experts 0 to 3")
+    join(hosted.invite, tmp_path / "peer", "--num-experts", "99").refused(2, "99", "this run has 4")
 
 
 def test_names_devices_and_domains(hosted: Hosted, tmp_path: Path) -> None:

@@ -80,6 +80,21 @@ def test_tables_hold_what_the_snapshot_says() -> None:
         assert word in text
 
 
+def test_tables_fit_eighty_columns_and_short_windows() -> None:
+    """Nothing is cut off: modules keep their names, reasons have lines of their own, and many experts share a row where lines are few."""
+    snap = snap_of(*a_swarm(1))
+    for height in (None, 14):
+        out = io.StringIO()
+        Console(file=out, width=80).print(render(snap, height))
+        text = out.getvalue()
+        assert "…" not in text
+        assert max(map(len, text.splitlines())) <= 80
+        for word in ("trunk", "router", "trainer", "waits for offers of trainer (0 of 1 in)"):
+            assert word in text, word
+        assert any(line.startswith("expert.1 ") for line in text.splitlines()) == (height is None)
+    assert "2 experts" in text
+
+
 def test_numbers_for_people() -> None:
     assert [count(n) for n in (7, 9_999, 12_345, 1_234_567)] == ["7", "9999", "12.3k", "1.23M"]
     assert [size(n) for n in (999, 1_500, 2_500_000, 3_000_000_000)] == ["999 B", "1.5 kB", "2.5 MB", "3 GB"]
