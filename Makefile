@@ -11,7 +11,7 @@ PROTOS := decentra/pb/averaging.proto decentra/pb/messages.proto
 demo: .venv/.run ; $(BIN)/decentra demo $(ARGS)
 test: .venv/.dev ; $(BIN)/python -m pytest -n 2 $(ARGS)
 check: .venv/.dev ; $(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports
-bench: .venv/.dev ; $(BIN)/python -m tests.bench.learning --json $(ARGS)
+bench: .venv/.dev .venv-torchft/.ready ; $(BIN)/python -m tests.bench.all $(ARGS)
 proto: .venv-proto/.ready ; .venv-proto/bin/python -m grpc_tools.protoc -I proto --python_out=. --pyi_out=. $(PROTOS) && cat $(PROTOS:%=proto/%) | sha256sum | cut -c1-64 > decentra/pb/PROTO_SHA256
 
 # ---- environments: made once; installed again when pyproject.toml changes
@@ -26,6 +26,10 @@ proto: .venv-proto/.ready ; .venv-proto/bin/python -m grpc_tools.protoc -I proto
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "$(PYTHON) cannot make virtual environments: sudo apt install $$($(PYTHON) -c 'import sys; print(f"python3.{sys.version_info[1]}-venv")' 2>/dev/null || echo python3.11-venv)" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 15))' || { echo "decentra needs Python 3.11 to 3.14, $(PYTHON) is $$($(PYTHON) -V); try make PYTHON=python3.12" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
+
+# Its own environment: a rival to measure against, with dependencies of its own.
+.venv-torchft/.ready:
+	$(PYTHON) -m venv .venv-torchft && .venv-torchft/bin/python -m pip install -q --disable-pip-version-check $(PIP_ARGS) 'torch>=2.10,<2.14' 'torchft==0.2.0' numpy && touch $@
 
 # Its own environment: grpcio-tools wants another protobuf than the one decentra runs with.
 .venv-proto/.ready:
