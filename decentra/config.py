@@ -94,6 +94,9 @@ class RoundSpec(_Frozen):
     lease_s: float = Field(15.0, gt=0, description="a member silent for this long is suspected")
     rollback_s: float = Field(60.0, gt=0, description="an anchor nobody present holds is given up after this")
     trunk_fragments: int = Field(1, ge=1, le=1024)
+    stagger: bool = Field(
+        False, description="spread the fragments' rounds over the inner steps, so that links are used evenly (arXiv 2501.18512)"
+    )
     overlap: bool = Field(
         True, description="train on while a round settles; false: inner steps wait for it, which idles and is never stale"
     )
@@ -137,7 +140,7 @@ class OuterSpec(_Frozen):
         return lr, 0.0 if is_restart else self.momentum
 
 
-CodecName = Literal["fp32", "bf16", "int8", "topk256", "topk128", "topk64", "topk32", "topk16"]  # densest first
+CodecName = Literal["fp32", "bf16", "int8", "int4", "topk256", "topk128", "topk64", "topk32", "topk16"]  # densest first
 
 
 class CodecSpec(_Frozen):

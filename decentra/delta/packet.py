@@ -84,13 +84,13 @@ def _sections(fragment: Fragment, codec_name: str) -> tuple[_Section, _Section]:
     codec = codec_named(codec_name)
     small = [s for s in fragment.slots if _is_small(codec, s)]
     large = [s for s in fragment.slots if not _is_small(codec, s)]
-    companion = codec_named({"int8": "bf16"}.get(codec_name, "int8" if codec_name in SPARSE else codec_name))
+    companion = codec_named({"int8": "bf16", "int4": "bf16"}.get(codec_name, "int8" if codec_name in SPARSE else codec_name))
     return _section(codec, large), _section(companion, small)
 
 
 def _is_small(codec: Codec, slot: Slot) -> bool:
     # norms and biases are few and sensitive: int8 blocks would save nothing and cost most there
-    if codec.name == "int8":
+    if codec.name in ("int8", "int4"):
         return len(slot.shape) < 2
     return codec.name in SPARSE and (len(slot.shape) < 2 or slot.size < MIN_SPARSE_ELEMENTS)
 

@@ -199,6 +199,7 @@ class PeerRuntime:
             Self(self.peer, role, self.manifest.rounds.inner_steps), self._hello, self.manifest.rounds.heartbeat_s, self.ports.service,
             self.ports.exchange, self.replicas, self.ports.clock, self.ports.events, counters=self.counters, on_trained=self._on_trained,
             on_recovered=self._resume_if_whole, on_revoked=self.on_revoked, rate=self.rate, num_steps=num_steps,
+            head_start=self.manifest.rounds.inner_steps if self.manifest.rounds.stagger else 0,
             on_limit=self.trainer.step_to if self.trainer is not None and not self.manifest.rounds.overlap else None,
         )  # fmt: skip
         self._resume_if_whole()

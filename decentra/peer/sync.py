@@ -58,6 +58,7 @@ class PeerLoop:
     rate: RateControl | None = None
     on_limit: Callable[[int | None], None] | None = None  # told how far training may go, where it waits for rounds
     num_steps: int = 0
+    head_start: int = 0  # inner steps over which the fragments' first rounds are spread
     machine: m.MemberMachine = field(init=False)
     members: dict[PeerId, MemberView] = field(init=False, default_factory=dict)
     fetcher: Fetcher = field(init=False)
@@ -72,10 +73,12 @@ class PeerLoop:
     _training: frozenset[FragmentId] = field(init=False, default=frozenset())
 
     def __post_init__(self) -> None:
+        # a fragment that starts with steps to its account is due earlier, and from then on always
+        ahead = {f: self.head_start * i // len(self.replicas) for i, f in enumerate(sorted(self.replicas))}
         lives = {
             f: do.FragmentLife(
                 f, r.anchor, pending=r.pending_offer, packets=frozenset({r.pending_offer.packet} if r.pending_offer else ()),
-                encoded_at_steps=self.num_steps, encoded_before_steps=self.num_steps,
+                encoded_at_steps=self.num_steps - ahead[f], encoded_before_steps=self.num_steps - ahead[f],
             )
             for f, r in self.replicas.items()
         }  # fmt: skip

@@ -150,6 +150,8 @@ def test_an_environment_that_is_there_is_not_made_again(tmp_path: Path) -> None:
     (tmp_path / ".venv" / "bin").mkdir(parents=True)
     for name in ("bin/python", ".run", ".dev"):
         (tmp_path / ".venv" / name).touch()
+    (tmp_path / ".venv-torchft").mkdir()
+    (tmp_path / ".venv-torchft" / ".ready").touch()
     for verb in ("demo", "test", "check", "bench"):
         shown = subprocess.run([make, "-n", verb], cwd=tmp_path, capture_output=True, text=True, timeout=30, check=True)
         assert "pip" not in shown.stdout, verb

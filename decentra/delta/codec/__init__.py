@@ -6,7 +6,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from decentra.delta.codec.block import Int8Block
+from decentra.delta.codec.block import Block
 from decentra.delta.codec.dense import Bf16, Fp32
 from decentra.delta.codec.topk import Sparse as Sparse
 from decentra.delta.codec.topk import TopK
@@ -45,7 +45,9 @@ class Codec(Protocol):
         ...
 
 
-CODECS: tuple[Codec, ...] = (Fp32(), Bf16(), Int8Block(), TopK(16, 16), TopK(32, 17), TopK(64, 18), TopK(128, 19), TopK(256, 20))
+CODECS: tuple[Codec, ...] = (
+    Fp32(), Bf16(), Block("int8", 3, 8), Block("int4", 4, 4), TopK(16, 16), TopK(32, 17), TopK(64, 18), TopK(128, 19), TopK(256, 20)
+)  # fmt: skip
 SPARSE = frozenset(c.name for c in CODECS if isinstance(c, TopK))
 
 

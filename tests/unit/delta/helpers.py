@@ -13,7 +13,7 @@ from decentra.modules import Fragment, build_layout
 
 torch.set_num_threads(1)
 
-DENSE_NAMES = ("fp32", "bf16", "int8")
+DENSE_NAMES = ("fp32", "bf16", "int8", "int4")
 SPARSE_NAMES = ("topk16", "topk32", "topk64", "topk128", "topk256")
 CODEC_NAMES = DENSE_NAMES + SPARSE_NAMES
 

@@ -18,7 +18,7 @@ FLT_MAX = 3.4028234663852886e38
 def test_registry_knows_names_and_codes() -> None:
     assert tuple(c.name for c in CODECS) == CODEC_NAMES
     assert [codec_by_code(c.code) for c in CODECS] == list(CODECS)
-    with pytest.raises(ConfigError, match="fp32, bf16, int8, topk16"):
+    with pytest.raises(ConfigError, match="fp32, bf16, int8, int4, topk16"):
         codec_named("zip")
     with pytest.raises(RejectedPayload, match="codec"):
         codec_by_code(99)
@@ -48,10 +48,11 @@ def test_decoded_values_are_finite_near_and_of_the_promised_size(codec: Codec, v
         # half a unit in the last of 8 places; one whole where the largest values saturate
         assert bool((error_N <= x_N.double().abs() * 2**-8 + 1e-40).all())
     else:
+        levels = 127 if codec.name == "int8" else 7
         for start in range(0, len(values), 128):
             block = slice(start, start + 128)
-            # a subnormal scale loses up to half of the smallest fp32 in each of 127 levels
-            assert bool((error_N[block] <= x_N[block].double().abs().max() / 127 * 0.501 + 128 * 1.5e-45).all())
+            # a subnormal scale loses up to half of the smallest fp32 in each level
+            assert bool((error_N[block] <= x_N[block].double().abs().max() / levels * 0.501 + 128 * 1.5e-45).all())
 
 
 def there_and_back(name: str, x_N: torch.Tensor) -> torch.Tensor:
@@ -75,6 +76,16 @@ def test_int8_blocks_do_not_touch_each_other() -> None:
 def test_int8_absmax_comes_back_exactly_enough() -> None:
     y_N = there_and_back("int8", torch.tensor([127.0, -63.0, 0.4, 0.6]))
     assert y_N.tolist() == [127.0, -63.0, 0.0, 1.0]
+
+
+def test_int4_values_lie_in_halves_of_bytes() -> None:
+    x_N = torch.tensor([7.0, -7.0, 3.4, 0.0, -1.0])
+    data = codec_named("int4").encode(x_N, (2, 3))
+    assert data == struct.pack("<f", 1.0) + bytes([15 | 1 << 4, 11 | 8 << 4, 7 | 8 << 4])
+    assert there_and_back("int4", x_N).tolist() == [7.0, -7.0, 3.0, 0.0, -1.0]
+    for bad, why in ((bytes([0 | 8 << 4]), "below -7"), (bytes([15 | 9 << 4]), "odd last half")):
+        with pytest.raises(RejectedPayload, match=why):
+            codec_named("int4").decode(struct.pack("<f", 1.0) + bad, (1,))
 
 
 @pytest.mark.parametrize(

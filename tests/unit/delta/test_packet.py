@@ -50,7 +50,7 @@ def test_round_trip(codec_name: str) -> None:
     x_N, data = vector(N, 1), packet(codec_name)
     assert len(data) == max_packet_bytes(FRAGMENT, codec_name)
     y_N = decode_packet(data, FRAGMENT).dense()
-    assert torch.allclose(x_N, y_N, atol=0 if codec_name == "fp32" else 0.02)
+    assert torch.allclose(x_N, y_N, atol={"fp32": 0.0, "int4": 0.3}.get(codec_name, 0.02))
     assert same_bits(decode_packet(bytearray(data), FRAGMENT).dense(), y_N)
     assert same_bits(decode_packet(memoryview(data), FRAGMENT).dense(), y_N)
 

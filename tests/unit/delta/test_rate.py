@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from decentra.delta.rate import LADDER, MAX_PATIENCE, Limits, Pace, allowed, held_back
 from decentra.errors import ConfigError
 
-BYTES = dict(zip(LADDER, (40e6, 20e6, 10.3e6, 500e3, 300e3, 170e3, 100e3, 60e3), strict=True))
+BYTES = dict(zip(LADDER, (40e6, 20e6, 10.3e6, 5.3e6, 500e3, 300e3, 170e3, 100e3, 60e3), strict=True))
 NUM = len(LADDER)
 
 
@@ -63,7 +63,7 @@ def test_the_owners_limits_hold_from_the_first_packet() -> None:
     slow = Limits(up_bytes_per_s=5e6 / 8)
     assert held_back(0, LADDER, BYTES, None, slow)[0] == NUM - 1
     rung, why = held_back(0, LADDER, BYTES, 10.0, slow)
-    assert (LADDER[rung], "limit of 5 Mbit/s" in why) == ("topk256", True)
+    assert (LADDER[rung], "limit of 5 Mbit/s" in why) == ("int4", True)
     rung, why = held_back(0, LADDER, BYTES, 10.0, Limits(cap_bytes_per_day=1e9))
     assert (LADDER[rung], "cap of 1 GB a day" in why) == ("topk32", True)
     rung, why = held_back(0, LADDER, BYTES, 10.0, Limits(cap_bytes_per_day=1e6))
@@ -73,7 +73,7 @@ def test_the_owners_limits_hold_from_the_first_packet() -> None:
 
 
 def test_a_ladder_of_a_manifest_is_in_order() -> None:
-    assert allowed("int8", "topk64") == ("int8", "topk256", "topk128", "topk64")
+    assert allowed("int8", "topk64") == ("int8", "int4", "topk256", "topk128", "topk64")
     with pytest.raises(ConfigError, match="denser"):
         allowed("topk64", "int8")
     with pytest.raises(ConfigError, match="expected one of"):

@@ -51,7 +51,7 @@ def rounds(rate: RateControl, takes_s: list[float], first: int = 1) -> list[str]
 def test_a_fast_link_stays_dense_a_slow_one_gets_sparse_and_finds_back() -> None:
     rate = control()
     assert rounds(rate, [1.0] * 6) == ["int8"] * 6
-    assert rounds(rate, [15.0] * 8, first=7)[1:] == ["topk256", "topk128", "topk64", "topk32", "topk16", "topk16", "topk16"]
+    assert rounds(rate, [15.0] * 8, first=7)[1:] == ["int4", "topk256", "topk128", "topk64", "topk32", "topk16", "topk16"]
     assert rounds(rate, [0.5] * 8, first=15)[-1] == "int8"
     assert rate.why.startswith("sends int8 (a packet took")
 
@@ -77,11 +77,11 @@ def test_a_missed_round_counts_and_an_outage_does_not() -> None:
     rounds(rate, [1.0] * 3)
     rate.encoded(offer(4), 80.0)
     rate.saw(view(4, phase=Phase.SETTLED, settled=(A,)), 99.0)
-    assert rate.codec(TRUNK, 100.0) == "topk256"
+    assert rate.codec(TRUNK, 100.0) == "int4"
     rate.encoded(offer(5), 100.0)
     rate.disconnected()
     rate.saw(view(5, A, K), 5000.0)
-    assert rate.codec(TRUNK, 5000.0) == "topk256"
+    assert rate.codec(TRUNK, 5000.0) == "int4"
     assert rate.round_s is not None
     assert rate.round_s < 60
 
@@ -104,13 +104,13 @@ def test_fragments_in_flight_together_are_judged_one_by_one() -> None:
         rate.encoded(offer(3, fragment), 60.0)
     rate.saw(view(3, A, K), 61.0)
     rate.saw(view(3, A, K, fragment=EXPERT), 75.0)
-    assert rate.codec(TRUNK, 80.0) == "topk256"
+    assert rate.codec(TRUNK, 80.0) == "int4"
 
 
 def test_after_a_restart_residuals_come_out_slowly() -> None:
     rate = control()
     rate.resumed()
-    assert rounds(rate, [0.5] * 7) == ["topk16", "topk32", "topk64", "topk128", "topk256", "int8", "int8"]
+    assert rounds(rate, [0.5] * 8) == ["topk16", "topk32", "topk64", "topk128", "topk256", "int4", "int8", "int8"]
 
 
 def test_one_codec_needs_no_choice_and_no_words() -> None:
