@@ -102,7 +102,7 @@ def describe_run(invite: Invite, run: RunDescription) -> dict[str, Any]:
         "organiser": manifest.organiser or f"whoever holds run key {invite.run_public.hex()[:16]}", "services": list(invite.services),
         "bootstrap": list(invite.bootstrap), "model": spec.model_dump(), "num_parameters": num_parameters, "num_parameters_trained": num_trained,
         "data": manifest.data.model_dump(mode="json", exclude={"held_out"}), "inner_steps": manifest.rounds.inner_steps,
-        "codec": manifest.codec.name, "up_bytes_per_round": packets, "down_bytes_per_round": everything * max(1, manifest.placement.holders),
+        "codec": manifest.codec.name, "codec_sparsest": manifest.codec.sparsest, "up_bytes_per_round": packets, "down_bytes_per_round": everything * max(1, manifest.placement.holders),
         "first_download_bytes": 4 * num_parameters if num_parameters else None, "admission": manifest.admission.mode,
         "stop": manifest.stop.model_dump(), "clock_offset_s": round(run.clock_offset_s, 2),
         "leaves_your_machine": "compressed weight differences, counts of steps and tokens, training loss, addresses and the peer's name; never text",

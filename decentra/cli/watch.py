@@ -45,8 +45,9 @@ def show(invite: InviteArg, as_json: JsonOpt = False) -> None:
             "model": f"{model['num_layers']} layers, {model['num_experts']} experts, {model['num_experts_per_token']} per token"
             + (f", {count(num)} parameters ({count(run['num_parameters_trained'])} trained here)" if num else ", own code"),
             "data": f"{', '.join(data['domains'])}; windows of {data['seq_len']} bytes, {data['shared_fraction']:.0%} of them common text",
-            "rounds": f"every {run['inner_steps']} steps, codec {run['codec']}",
-            "each round": f"about {size(run['up_bytes_per_round'])} up per receiver, {size(run['down_bytes_per_round'])} down"
+            "rounds": f"every {run['inner_steps']} steps, codec {run['codec']}"
+            + (f" to {run['codec_sparsest']}, as each link allows" if run["codec_sparsest"] else ""),
+            "each round": f"{'at most' if run['codec_sparsest'] else 'about'} {size(run['up_bytes_per_round'])} up per receiver, {size(run['down_bytes_per_round'])} down"
             if num else "depends on the model",
             "to begin": f"{size(run['first_download_bytes'])} down" if num else "depends on the model",
             "ends": ", ".join(f"{k} {v}" for k, v in run["stop"].items() if v is not None) or "when the organiser says so",
