@@ -39,6 +39,7 @@ def show(invite: InviteArg, as_json: JsonOpt = False) -> None:
     from decentra.status.terminal import count, size
 
     model, data, num = run["model"], run["data"], run["num_parameters"]
+    most = "at most" if run["codec_sparsest"] else "about"
     _print_table(
         {
             "run": f"{run['name']}  {run['run'][:12]}", "about": run["description"] or "-", "run by": run["organiser"], "licence": run["licence"],
@@ -47,7 +48,7 @@ def show(invite: InviteArg, as_json: JsonOpt = False) -> None:
             "data": f"{', '.join(data['domains'])}; windows of {data['seq_len']} bytes, {data['shared_fraction']:.0%} of them common text",
             "rounds": f"every {run['inner_steps']} steps, codec {run['codec']}"
             + (f" to {run['codec_sparsest']}, as each link allows" if run["codec_sparsest"] else ""),
-            "each round": f"{'at most' if run['codec_sparsest'] else 'about'} {size(run['up_bytes_per_round'])} up per receiver, {size(run['down_bytes_per_round'])} down"
+            "each round": f"{most} {size(run['up_bytes_per_round'])} up per receiver, {size(run['down_bytes_per_round'])} down"
             if num else "depends on the model",
             "to begin": f"{size(run['first_download_bytes'])} down" if num else "depends on the model",
             "ends": ", ".join(f"{k} {v}" for k, v in run["stop"].items() if v is not None) or "when the organiser says so",
