@@ -317,6 +317,8 @@ class PeerRuntime:
         if self.trainer is None:
             return
         self.trainer.pause()
-        if self.trainer.failure is None and self.trainer.totals().num_steps:
-            await self._checkpoint()
+        if self.trainer.failure is None:
+            await self.trainer.step_over()  # it counts, too
+            if self.trainer.totals().num_steps:
+                await self._checkpoint()
         await self.trainer.stop()

@@ -153,6 +153,10 @@ class Trainer:
 
     # ------------------------------------------------------------ commands
 
+    async def step_over(self) -> None:
+        """Wait for the end of the inner step under way, if there is one."""
+        await self._call(lambda: None)
+
     async def snapshot(self, fragment: FragmentId) -> Snapshot:
         """A copy of one fragment with its counts. Raises TrainingError when the thread died; so do all commands."""
         return await self._call(lambda: self._inner.snapshot(fragment))

@@ -1,6 +1,6 @@
 """Loss against bytes: one peer alone, one with everybody's batch (what per-step averaging of gradients would do), and swarms between them.
 
-    python -m tests.bench.learning --json [--quick] [--seeds 1,2,3] [--steps 300] [--only METHOD,...] [--plot loss-bytes.png]
+    python -m tests.bench.learning --json [--quick] [--seeds 1,2,3] [--steps 300] [--only "METHOD;..."] [--plot loss-bytes.png]
 
 All methods do the same number of inner steps from the same start on the same text (all domains, every peer another order), each with the learning rate
 that was best for it on seed 0 (``tests/bench/LOG.md``). The lab (``tests/bench/lab.py``) shares accounts, codecs, aggregation and inner loop with the
@@ -47,11 +47,12 @@ SPARSE = "codec.error_feedback=0.95"
 METHODS = (
     Method("alone", "solo", ("train.lr=1.4e-3",)),
     Method("big batch", "ddp", ("train.lr=1.4e-3",)),
-    swarm("int8", "int8", 10, "train.lr=1.4e-3"),
-    swarm("top-k 256", "topk256", 10, "train.lr=1.4e-3", SPARSE),
-    swarm("top-k 64", "topk64", 10, "train.lr=1.4e-3", SPARSE),
-    swarm("top-k 64, no error feedback", "topk64", 10, "train.lr=1.4e-3", "codec.error_feedback=0"),
-    swarm("top-k 32", "topk32", 10, "train.lr=1.4e-3", SPARSE),
+    swarm("int8, H 10", "int8", 10, "train.lr=2e-3"),
+    swarm("top-k 256, H 10", "topk256", 10, "train.lr=2e-3", SPARSE),
+    swarm("int8, H 5", "int8", 5, "train.lr=1.4e-3"),
+    swarm("top-k 256, H 5", "topk256", 5, "train.lr=1.4e-3", SPARSE),
+    swarm("top-k 64, H 5", "topk64", 5, "train.lr=1.4e-3", SPARSE),
+    swarm("top-k 64, H 5, no error feedback", "topk64", 5, "train.lr=1.4e-3", "codec.error_feedback=0"),
 )
 
 
@@ -137,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.add_argument("--quick", action="store_true", help="one seed and 60 steps: shows that it runs, not who is better")
         parser.add_argument("--seeds", default="1,2,3")
         parser.add_argument("--steps", type=int, default=300)
-        parser.add_argument("--only", help="methods, comma-separated; default: all")
+        parser.add_argument("--only", help="methods, separated by semicolons; default: all")
         parser.add_argument("--settings", nargs="*", default=[], metavar="KEY=VALUE", help="for all methods")
         parser.add_argument("--plot", type=Path)
 
@@ -149,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"[{time.monotonic() - start_s:6.1f} s] {line}", file=sys.stderr, flush=True)
 
     seeds, steps = ([0], 60) if args.quick else ([int(s) for s in args.seeds.split(",")], args.steps)
-    names = None if args.only is None else args.only.split(",")
+    names = None if args.only is None else args.only.split(";")
     methods = [m for m in METHODS if names is None or m.name in names]
     rows = table(methods, seeds, steps, args.settings, say)
     if args.plot is not None:
