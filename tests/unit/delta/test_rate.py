@@ -23,7 +23,8 @@ def test_late_packets_make_it_sparser_and_calm_ones_denser() -> None:
     assert walk(Pace(2), [0.6]).rung == 3
     assert walk(Pace(2), [math.inf] * 10).rung == NUM - 1
     assert walk(Pace(5), [0.1]).rung == 4
-    assert walk(Pace(5), [0.3] * 20).rung == 5, "neither late nor calm"
+    assert walk(Pace(5), [0.3] * 3).rung == 5, "in time, but not calm"
+    assert walk(Pace(5), [0.3] * 4).rung == 4
     assert walk(Pace(0), [0.01] * 5).rung == 0
 
 
