@@ -47,8 +47,8 @@ SPARSE = "codec.error_feedback=0.95"
 METHODS = (
     Method("alone", "solo", ("train.lr=1.4e-3",)),
     Method("big batch", "ddp", ("train.lr=1.4e-3",)),
-    swarm("int8, H 10", "int8", 10, "train.lr=2e-3"),
-    swarm("top-k 256, H 10", "topk256", 10, "train.lr=2e-3", SPARSE),
+    swarm("int8, H 10", "int8", 10, "train.lr=1.4e-3"),
+    swarm("top-k 256, H 10", "topk256", 10, "train.lr=1.4e-3", SPARSE),
     swarm("int8, H 5", "int8", 5, "train.lr=1.4e-3"),
     swarm("top-k 256, H 5", "topk256", 5, "train.lr=1.4e-3", SPARSE),
     swarm("top-k 64, H 5", "topk64", 5, "train.lr=1.4e-3", SPARSE),
