@@ -85,7 +85,11 @@ class Place:
         return total
 
     def close(self) -> None:
+        """End everything, also what members have forked: hivemind's DHT process and its daemon outlive a member that is ended."""
+        children: list[psutil.Process] = []
         for process in self.processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                children += psutil.Process(process.pid).children(recursive=True)
             process.terminate()
         for process in self.processes:
             try:
@@ -93,6 +97,10 @@ class Place:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+        _, alive = psutil.wait_procs(children, timeout=4)
+        for child in alive:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
 
 
 @contextlib.contextmanager
