@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import time
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +72,8 @@ async def run_member(
             try:
                 why = await runtime.run()
                 if runtime.saw_the_end:
-                    write_atomic(RealDisk(root), OVER_FILE, why.encode())
+                    with suppress(OSError):  # a full disk: the next start asks the service instead
+                        write_atomic(RealDisk(root), OVER_FILE, why.encode())
             finally:
                 for task in tasks:
                     task.cancel()

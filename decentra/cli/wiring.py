@@ -89,6 +89,8 @@ async def open_door(
             break
         except Unreachable as error:
             if stored is not None and credentials:
+                if check is not None:
+                    await asyncio.to_thread(check, stored, key.peer_id)
                 events.emit("waiting", why=f"{error}; going on with what this peer has, the service is asked again")
                 return Door(stored, key, trust, client, nonce, is_admitted=False)
             if time.monotonic() + retry_s > deadline:

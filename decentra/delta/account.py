@@ -56,7 +56,7 @@ class Pending:
     residual_after_N: Tensor
     num_tokens: int
     num_steps: int
-    sent: Decoded | None = None  # the packet decoded; not kept in the record
+    sent: Decoded | None = None  # the packet decoded, where that is small; not kept in the record
 
 
 class Account:
@@ -113,7 +113,15 @@ class Account:
             packet = encode_packet(self.fragment, torch.mul(raw_N, most / norm), codec_name)
             sent = decode_packet(packet, self.fragment, peer="self", round=round)
         self.pending = Pending(
-            round, self.anchor_digest, packet, y_N, self.residual_N, sent.subtracted_from(raw_N), num_tokens, num_steps, sent
+            round,
+            self.anchor_digest,
+            packet,
+            y_N,
+            self.residual_N,
+            sent.subtracted_from(raw_N),
+            num_tokens,
+            num_steps,
+            sent if sent.is_sparse else None,
         )
         self.check()
         return self.pending

@@ -73,7 +73,7 @@ class HivemindExchange:
         self._peer_slots: dict[PeerId, tuple[asyncio.Semaphore, int]] = {}  # with the number of those who hold or want one
         self._num_waiting = 0
         self._unreachable_until: dict[PeerId, float] = {}
-        self._reached_until: dict[PeerId, float] = {}  # at most one entry per member
+        self._reached_until: dict[PeerId, float] = {}
 
     async def start(self) -> None:
         await self._node.serve(self._protocol, self._serve)
@@ -175,6 +175,7 @@ class HivemindExchange:
     async def _reach(self, peer: PeerId, addresses: Sequence[str]) -> None:
         now = time.monotonic()
         self._unreachable_until = {other: until for other, until in self._unreachable_until.items() if until > now}
+        self._reached_until = {other: until for other, until in self._reached_until.items() if until > now}
         if peer in self._unreachable_until and peer not in await self._node.connected():
             left_s = self._unreachable_until[peer] - now
             raise Unreachable(f"peer {peer} did not answer a moment ago; it is dialled again in {left_s:.0f} s")

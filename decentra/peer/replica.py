@@ -32,6 +32,7 @@ from decentra.protocol.duties import Ending
 from decentra.protocol.messages import Offer, Settlement
 
 _STAMP_BYTES = 8
+MAX_SCREENED = 256  # decoded sparse packets kept of one fragment; more are decoded again
 MAX_NORM_GROWTH = 2.0  # of a packet over the usual one
 NUM_KEPT_ROUNDS = 4  # rounds whose packets are served on, for members that come back
 
@@ -180,8 +181,7 @@ class Replica:
         if (sent := pending.sent) is not None:
             norm = await self.compute.run(sent.norm)
             self._usual_norm = norm if self._usual_norm is None else (self._usual_norm + norm) / 2
-            if sent.is_sparse:
-                self._screened[offer.packet] = sent
+            self._screened[offer.packet] = sent
         self.pending_offer = offer
         return offer
 
@@ -195,21 +195,22 @@ class Replica:
     async def check_packet(self, digest: Digest, data: bytes, sender: PeerId, number: int) -> None:
         """Screen a foreign packet, then store and serve it. Raises RejectedPayload."""
         delta = await self.compute.run(self._screen, data, sender, number)
-        if delta.is_sparse:
+        if delta.is_sparse and len(self._screened) < MAX_SCREENED:
             self._screened[digest] = delta  # small: kept until its round is applied, so that it is decoded once
         await self._hold_packet(number, digest, data)
 
     async def apply(self, settlement: Settlement) -> Digest:
         """Compute the settlement's anchor and make it durable; what comes back is attested. The confirmed anchor stays beside it."""
         packets: dict[PeerId, bytes] = {}
+        deltas = {e.peer: self._screened[e.packet] for e in settlement.entries if e.packet in self._screened}
         for entry in settlement.entries:
-            if entry.packet in self._screened:
+            if entry.peer in deltas:
                 continue
             data = await self.exchange.read(entry.packet)
             if data is None:
                 raise IntegrityError(f"packet {entry.packet[:12]} of {self.fragment.id} is gone from this peer's store")
             packets[entry.peer] = data
-        state, blob, digest = await self.compute.run(self._aggregate, settlement, packets)
+        state, blob, digest = await self.compute.run(self._aggregate, settlement, deltas, packets)
         await self.exchange.put(digest, blob)
         self._set_tentative((digest, state))
         self._keep(settlement.round, (*(e.packet for e in settlement.entries), digest))
@@ -249,6 +250,7 @@ class Replica:
         account.cancelled()
         account.extra = extra
         self.pending_offer = None
+        self._screened.clear()
         self._tokens_at_encode = self._tokens_before
 
     async def recover(self, anchor: Digest, number: int, blob: bytes) -> None:
@@ -291,12 +293,13 @@ class Replica:
         screen(delta, norm_limit=None, peer=sender, round=number)
         return delta
 
-    def _aggregate(self, settlement: Settlement, packets: dict[PeerId, bytes]) -> tuple[AnchorState, bytes, Digest]:
+    def _aggregate(
+        self, settlement: Settlement, known: dict[PeerId, Decoded], packets: dict[PeerId, bytes]
+    ) -> tuple[AnchorState, bytes, Digest]:
         account = self._account()
         if settlement.base != account.anchor_digest:
             raise IntegrityError(f"settlement of {settlement.base[:12]}, this peer is at {account.anchor_digest[:12]}")
-        deltas = {e.peer: self._screened[e.packet] for e in settlement.entries if e.peer not in packets}
-        deltas |= {p: decode_packet(d, self.fragment, peer=p, round=settlement.round) for p, d in packets.items()}
+        deltas = known | {p: decode_packet(d, self.fragment, peer=p, round=settlement.round) for p, d in packets.items()}
         mean_N = aggregate(deltas, {e.peer: e.weight_bits for e in settlement.entries})
         state = outer_step(
             account.anchor_state,
