@@ -3,7 +3,8 @@
     python -m tests.bench.learning --json [--quick] [--seeds 1,2,3] [--steps 300] [--only "METHOD;..."] [--plot loss-bytes.png]
 
 All methods do the same number of inner steps from the same start on the same text (all domains, every peer another order), each with the learning rate
-of ``METHODS``; how they were found, and that 1.4e-3 is better for H 10 on seed 0, is in ``tests/bench/LOG.md``. The lab (``tests/bench/lab.py``) shares accounts, codecs, aggregation and inner loop with the
+of ``METHODS``; how they were found, and that 1.4e-3 is better for H 10 on seed 0, is in ``tests/bench/LOG.md``.
+The lab (``tests/bench/lab.py``) shares accounts, codecs, aggregation and inner loop with the
 runtime; only waiting is modelled.
 
 bytes_per_peer    what one peer sends: its packets to every other peer; for the big batch 2 (P - 1) / P fp32 gradients every step (ring all-reduce)
