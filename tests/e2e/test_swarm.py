@@ -12,10 +12,11 @@ from decentra.cli.rundir import RunDir
 from decentra.invite import parse_invite
 from decentra.protocol import ledger
 
-NUM_PEERS, NUM_ROUNDS = 4, 24
+NUM_PEERS = 4
 KILL_PEER_AT = 2  # height of the trunk
-# A round of 20 steps takes one to four seconds, so that a killed process is back (torch's import alone takes seconds) well before the end.
+NUM_ROUNDS = 20  # of the trunk, at least; the organiser ends the run when the story is told, however fast the machine is
 INNER_STEPS = 20
+WHY = "the story is told"
 
 
 def trunk(host: Command) -> int:
@@ -63,7 +64,7 @@ def start_swarm(world: Lab, host: Command) -> tuple[str, list[Command]]:
 
 
 def kill_and_return(world: Lab, host: Command, victim: Command) -> int:
-    """The trunk's height when the peer is back and trains."""
+    """The trunk's height when the killed peer is back and trains; the run goes on meanwhile, for as long as that takes."""
     world.wait_for("the first rounds", lambda: trunk(host) >= KILL_PEER_AT)
     victim.kill()
     at = trunk(host)
@@ -89,21 +90,24 @@ def kill_host_and_return(world: Lab, host: Command, run: RunDir, invite: str) ->
 @pytest.mark.timeout(280)
 def test_a_swarm_survives_a_killed_peer_and_a_killed_host(tmp_path: Path) -> None:
     with lab(tmp_path) as world:
-        run = world.init(f"stop.rounds={NUM_ROUNDS}", f"rounds.inner_steps={INNER_STEPS}")
+        run = world.init(f"rounds.inner_steps={INNER_STEPS}")
         host = world.host(run)
         invite, peers = start_swarm(world, host)
         victim = peers[-1]
         back_at = kill_and_return(world, host, victim)
-        assert back_at < NUM_ROUNDS - 2, "this machine is too slow for the test's number of rounds"
+        world.wait_for("a round with the returned peer", lambda: trunk(host) > back_at + 1)
 
         before = kill_host_and_return(world, host, run, invite)
         world.wait_for("the service resumed from its ledger", lambda: host.events("service-resumed"))
-        world.wait_for("rounds after the restart", lambda: trunk(host) > max(h for f, _, h, _ in before if f == "trunk/0"))
+        at = max(h for f, _, h, _ in before if f == "trunk/0")
+        world.wait_for("rounds after the restart", lambda: trunk(host) > at + 2 and trunk(host) >= NUM_ROUNDS, 120)
         assert_status_names_everything(status_of_all(world, invite, len(peers) + 1), run, {p.name for p in peers})
 
+        code, answer, err = world.run("stop", str(run.root), "--why", WHY, "--json")
+        assert (code, answer.get("ok")) == (0, True), err
         assert [p.exit_code(120) for p in peers] == [0] * NUM_PEERS
         results = [p.last_json() for p in peers]
-        assert all(r["ok"] and "rounds of the trunk are confirmed" in r["why"] for r in results)
+        assert all(r["ok"] and WHY in r["why"] for r in results)
         check_model(world, invite)
         code, seconds = ctrl_c(host)
         assert (code, seconds < 5.0) == (0, True), host.tail()
