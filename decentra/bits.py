@@ -7,6 +7,8 @@ import struct
 
 from decentra.errors import ConfigError, RejectedPayload
 
+Buffer = bytes | bytearray | memoryview
+
 
 def float_bits(x: float) -> int:
     """Bits (0 .. 2**32 - 1) of the float32 nearest to ``x``. Raises ConfigError when that float32 is not finite."""

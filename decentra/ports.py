@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from typing import Any, Protocol, TypeVar
 
+from decentra.bits import Buffer
 from decentra.ids import Digest, FragmentId, PeerId
 from decentra.protocol.messages import Hello, MemberMessage, Outcome, ServiceMessage
 
@@ -108,7 +109,7 @@ class Disk(Protocol):
 
     def read(self, name: str) -> bytes | None: ...
 
-    def write(self, name: str, data: bytes) -> None:
+    def write(self, name: str, *parts: Buffer) -> None:
         """Not durable until ``sync``."""
         ...
 

@@ -12,8 +12,8 @@ reset (full recover)      zero          none: the caller loads z = A'
 
 An account's record restores it bit by bit, given its anchor, which is a blob of its own; whoever writes it makes the write atomic. Little-endian:
 magic, version u16, flags u16 (1: residual, 2: pending), layout fingerprint [8], N u64, packet length u64, extra length u32, round u64, tokens u64,
-steps u64, anchor digest [32]; fp32 [N] each: (residual, left out when zero), (y, e_after); packet; extra; crc32 u32 of everything before it. The
-base of a pending is the anchor and its e_before is the residual, so neither is stored twice.
+steps u64, beta f64, anchor digest [32]; fp32 [N] each: (residual, left out when zero), (y); packet; extra; crc32 u32 of everything before it. The
+base of a pending is the anchor, its e_before is the residual, and e_after follows from these, beta and the packet: each is written once or not at all.
 """
 
 from __future__ import annotations
@@ -26,21 +26,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from decentra.bits import Buffer
 from decentra.delta.anchor import AnchorState
 from decentra.delta.decoded import Decoded
 from decentra.delta.packet import decode_packet, encode_packet
 from decentra.delta.pseudo_gradient import pseudo_gradient
-from decentra.delta.raw import FLOAT_BYTES, assert_fits, fingerprint, float_bytes, floats_at
-from decentra.errors import IntegrityError, TrainingError
+from decentra.delta.raw import FLOAT_BYTES, assert_fits, fingerprint, float_view, floats_at
+from decentra.errors import IntegrityError, RejectedPayload, TrainingError
 from decentra.ids import Digest, is_digest
 from decentra.modules import Fragment
 
 # N elements of a fragment
 
 _MAGIC = b"DCAC"
-_VERSION = 2
+_VERSION = 3
 _HAS_RESIDUAL, _HAS_PENDING = 1, 2
-_HEADER = struct.Struct("<4sHH8sQQIQQQ32s")
+_HEADER = struct.Struct("<4sHH8sQQIQQQd32s")
 _CRC = struct.Struct("<I")
 
 
@@ -56,6 +57,7 @@ class Pending:
     residual_after_N: Tensor
     num_tokens: int
     num_steps: int
+    beta: float = 1.0  # share of the residual that went into the packet
     sent: Decoded | None = None  # the packet decoded, where that is small; not kept in the record
 
 
@@ -105,7 +107,7 @@ class Account:
             )
         y_N = live_N.detach().clone()
         progress_N = pseudo_gradient(self.anchor_state.anchor_N, y_N)
-        raw_N = torch.add(torch.mul(self.residual_N, beta), progress_N)
+        raw_N = _raw(self.residual_N, beta, progress_N)
         packet = encode_packet(self.fragment, raw_N, codec_name)
         # the own packet is decoded like a foreign one: all peers, this one too, aggregate the same numbers
         sent = decode_packet(packet, self.fragment, peer="self", round=round)
@@ -121,6 +123,7 @@ class Account:
             sent.subtracted_from(raw_N),
             num_tokens,
             num_steps,
+            beta,
             sent if sent.is_sparse else None,
         )
         self.check()
@@ -168,23 +171,38 @@ class Account:
         return torch.sub(new_state.anchor_N, from_N)
 
 
+def _raw(residual_N: Tensor, beta: float, progress_N: Tensor) -> Tensor:
+    return torch.add(torch.mul(residual_N, beta), progress_N)
+
+
 def to_record(account: Account) -> bytes:
-    """Bytes that hold the whole account but its anchor, and its ``extra``. Raises IntegrityError when the anchor digest is no sha256."""
+    """The record in one piece; see ``record_parts``."""
+    return b"".join(record_parts(account))
+
+
+def record_parts(account: Account) -> list[Buffer]:
+    """Bytes that hold the whole account but its anchor, and its ``extra``, in pieces that are not copied: write them before the account changes.
+
+    Raises IntegrityError when the anchor digest is no sha256.
+    """
     pending, fragment = account.pending, account.fragment
     if not is_digest(account.anchor_digest):
         raise IntegrityError(f"fragment {fragment.id}: expected the anchor's sha256 in hex, got {account.anchor_digest[:80]!r}")
     has_residual = bool(account.residual_N.any())
     flags = (_HAS_RESIDUAL if has_residual else 0) | (0 if pending is None else _HAS_PENDING)
-    packet, counts = (b"", (0, 0, 0)) if pending is None else (pending.packet, (pending.round, pending.num_tokens, pending.num_steps))
+    packet, counts = b"", (0, 0, 0, 0.0)
+    if pending is not None:
+        packet, counts = pending.packet, (pending.round, pending.num_tokens, pending.num_steps, pending.beta)
     header = _HEADER.pack(
         _MAGIC, _VERSION, flags, fingerprint(fragment), fragment.num_elements, len(packet), len(account.extra), *counts,
         bytes.fromhex(account.anchor_digest),
     )  # fmt: skip
-    tensors = [account.residual_N] if has_residual else []
-    if pending is not None:
-        tensors += [pending.live_N, pending.residual_after_N]
-    body = b"".join([header, *(float_bytes(x_N) for x_N in tensors), packet, account.extra])
-    return body + _CRC.pack(zlib.crc32(body))
+    tensors = ([account.residual_N] if has_residual else []) + ([pending.live_N] if pending is not None else [])
+    parts: list[Buffer] = [header, *map(float_view, tensors), packet, account.extra]
+    crc = 0
+    for part in parts:
+        crc = zlib.crc32(part, crc)
+    return [*parts, _CRC.pack(crc)]
 
 
 def anchor_of_record(data: bytes) -> Digest | None:
@@ -203,7 +221,8 @@ def account_from_record(fragment: Fragment, data: bytes, state: AnchorState) -> 
         or zlib.crc32(memoryview(data)[: -_CRC.size]) != _CRC.unpack_from(data, len(data) - _CRC.size)[0]
     ):
         raise IntegrityError(f"{where}: {len(data)} bytes do not match their own checksum; recover from the anchor")
-    magic, version, flags, layout, num_elements, packet_bytes, extra_bytes, round, num_tokens, num_steps, digest = _HEADER.unpack_from(data)
+    header = _HEADER.unpack_from(data)
+    magic, version, flags, layout, num_elements, packet_bytes, extra_bytes, round, num_tokens, num_steps, beta, digest = header
     if magic != _MAGIC or version != _VERSION or flags & ~(_HAS_RESIDUAL | _HAS_PENDING):
         raise IntegrityError(
             f"{where}: expected version {_VERSION}, got {magic!r}, version {version}, flags {flags}; recover from the anchor"
@@ -211,7 +230,7 @@ def account_from_record(fragment: Fragment, data: bytes, state: AnchorState) -> 
     if layout != fingerprint(fragment) or num_elements != fragment.num_elements:
         raise IntegrityError(f"{where}: it is of another fragment or model; recover from the anchor")
     has_residual, has_pending = bool(flags & _HAS_RESIDUAL), bool(flags & _HAS_PENDING)
-    packet_at = _HEADER.size + (has_residual + 2 * has_pending) * FLOAT_BYTES * num_elements
+    packet_at = _HEADER.size + (has_residual + has_pending) * FLOAT_BYTES * num_elements
     if len(data) != packet_at + packet_bytes + extra_bytes + _CRC.size:
         raise IntegrityError(f"{where}: {len(data)} bytes do not match its own lengths; recover from the anchor")
     tensors = _tensors(data, num_elements)
@@ -219,8 +238,13 @@ def account_from_record(fragment: Fragment, data: bytes, state: AnchorState) -> 
     pending, anchor_digest = None, Digest(digest.hex())
     if has_pending:
         packet = bytes(data[packet_at : packet_at + packet_bytes])
-        y_N, residual_after_N = next(tensors), next(tensors)
-        pending = Pending(round, anchor_digest, packet, y_N, residual_N, residual_after_N, num_tokens, num_steps)
+        y_N = next(tensors)
+        raw_N = _raw(residual_N, beta, pseudo_gradient(state.anchor_N, y_N))
+        try:
+            residual_after_N = decode_packet(packet, fragment, peer="self", round=round).subtracted_from(raw_N)
+        except RejectedPayload as error:
+            raise IntegrityError(f"{where}: its packet cannot be read ({error.detail}); recover from the anchor") from None
+        pending = Pending(round, anchor_digest, packet, y_N, residual_N, residual_after_N, num_tokens, num_steps, beta)
     extra = bytes(data[packet_at + packet_bytes : -_CRC.size])
     return Account(fragment, state, anchor_digest, residual_N=residual_N, pending=pending, extra=extra)
 

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from decentra.delta.raw import FLOAT_BYTES, Buffer, assert_fits, fingerprint, float_bytes, floats_at, is_finite
+from decentra.bits import Buffer
+from decentra.delta.raw import FLOAT_BYTES, assert_fits, fingerprint, float_bytes, floats_at, is_finite
 from decentra.errors import RejectedPayload
 from decentra.ids import Digest, digest_of
 from decentra.modules import Fragment

@@ -63,7 +63,7 @@ class Decoded:
 
     def norm(self) -> float:
         """L2 norm, in fp64; infinite or NaN when a value is."""
-        square = float(np.dot(self.values_K.astype(np.float64), self.values_K.astype(np.float64)))
-        for _, run_n in self.runs:
-            square += float(torch.linalg.vector_norm(run_n, dtype=torch.float64)) ** 2
+        square = 0.0
+        for part in (torch.from_numpy(self.values_K), *(run_n for _, run_n in self.runs)):
+            square += float(torch.linalg.vector_norm(part, dtype=torch.float64)) ** 2
         return math.sqrt(square)

@@ -16,9 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from decentra.bits import Buffer
 from decentra.delta.codec import CODECS, SPARSE, Codec, Sparse, codec_by_code, codec_named
 from decentra.delta.decoded import Decoded
-from decentra.delta.raw import Buffer, Ints, Sizes, assert_fits, fingerprint, is_finite
+from decentra.delta.raw import Ints, Sizes, assert_fits, fingerprint, is_finite
 from decentra.errors import RejectedPayload, TrainingError
 from decentra.modules import Fragment, Slot
 

@@ -7,12 +7,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from decentra.bits import Buffer
 from decentra.ids import digest_of
 from decentra.modules import Fragment
 
 # N elements
 
-Buffer = bytes | bytearray | memoryview
 Ints = npt.NDArray[np.int64]
 Sizes = tuple[int, ...]  # elements of each of several tensors
 
@@ -29,6 +29,11 @@ def fingerprint(fragment: Fragment) -> bytes:
 def float_bytes(x_N: Tensor) -> bytes:
     """fp32 values as little-endian bytes, 4 per element."""
     return x_N.contiguous().numpy().astype("<f4", copy=False).tobytes()
+
+
+def float_view(x_N: Tensor) -> memoryview:
+    """The same bytes without a copy where the machine is little-endian: valid while nobody writes into the tensor."""
+    return x_N.contiguous().numpy().astype("<f4", copy=False).data.cast("B")
 
 
 def floats_at(data: Buffer, offset_bytes: int, num_elements: int) -> Tensor:

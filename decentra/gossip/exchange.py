@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from decentra.errors import ConfigError, DecentraError, Refused, RejectedPayload
 from decentra.gossip import records
 from decentra.gossip.address import MAX_ADDRESSES, check_multiaddr
 from decentra.gossip.blobs import BlobReader, BlobStore
+from decentra.gossip.dial import Dialer, DialTimes, Stream
 from decentra.gossip.frames import Reply, Request, Status, pack_reply, pack_request, read_reply, read_request
 from decentra.gossip.node import GossipNode
 from decentra.ids import Digest, PeerId, RunId, short
@@ -37,6 +37,7 @@ class ExchangeLimits:
     connect_s: float = 5.0
     reached_s: float = 20.0  # a peer that answered is asked for a stream at once for this long
     unreachable_s: float = 30.0  # a peer that did not answer is not dialled again for this long
+    keep_s: float = 10.0  # a stream that served is kept this long for the next request; less than ``idle_s``
     max_blob_bytes: int = 64 << 30
     ttl_s: float = 300.0  # of announcements
 
@@ -72,13 +73,14 @@ class HivemindExchange:
         self._slots = asyncio.Semaphore(limits.num_uploads)
         self._peer_slots: dict[PeerId, tuple[asyncio.Semaphore, int]] = {}  # with the number of those who hold or want one
         self._num_waiting = 0
-        self._unreachable_until: dict[PeerId, float] = {}
-        self._reached_until: dict[PeerId, float] = {}
+        times = DialTimes(limits.connect_s, limits.reached_s, limits.unreachable_s, limits.keep_s)
+        self._dialer = Dialer(node, self._protocol, times, num_kept=limits.num_uploads_per_peer)
 
     async def start(self) -> None:
         await self._node.serve(self._protocol, self._serve)
 
     async def close(self) -> None:
+        self._dialer.close()
         await self._node.withdraw(self._protocol)
 
     @property
@@ -118,24 +120,44 @@ class HivemindExchange:
         RejectedPayload (an answer that is no answer).
         """
         request = pack_request(Request(digest, offset, self._credentials()))
-        reader, writer = await self._open(peer, addresses)
+        stream, reply = await self._ask(peer, addresses, digest, request)
+        is_in_step = False  # nothing of this answer is left in the stream
         try:
-            async with self._deadline(peer, digest, self._limits.idle_s + self._limits.slot_s):
-                writer.write(request)
-                await writer.drain()
-                reply = await read_reply(reader)
+            is_in_step = reply.status is not Status.OK
             num_left = self._judge(peer, digest, offset, reply)
             while num_left:
                 async with self._deadline(peer, digest, self._limits.idle_s):
-                    chunk = await reader.read(min(CHUNK_BYTES, num_left))
+                    chunk = await stream.reader.read(min(CHUNK_BYTES, num_left))
                 if not chunk:
                     raise Unreachable(f"peer {peer} ended blob {digest[:8]} {num_left} bytes before its end; go on from there")
                 num_left -= len(chunk)
                 self._traffic(peer).rx_bytes += len(chunk)
+                is_in_step = not num_left
                 yield chunk
                 await asyncio.sleep(0)  # a fast stream must not starve heartbeats
+            is_in_step = True
         finally:
-            writer.transport.abort()
+            if is_in_step:
+                self._dialer.give_back(peer, stream)
+            else:
+                stream.abort()
+
+    async def _ask(self, peer: PeerId, addresses: Sequence[str], digest: Digest, request: bytes) -> tuple[Stream, Reply]:
+        """A stream on which ``request`` was asked, and the reply. A kept stream may have been closed at the other end: then once more on a new one."""
+        while True:
+            stream = await self._dialer.open(peer, addresses)
+            try:
+                async with self._deadline(peer, digest, self._limits.idle_s + self._limits.slot_s):
+                    stream.writer.write(request)
+                    await stream.writer.drain()
+                    return stream, await read_reply(stream.reader)
+            except Unreachable:
+                stream.abort()
+                if not stream.was_kept:
+                    raise
+            except BaseException:
+                stream.abort()
+                raise
 
     async def announce(self, digests: Sequence[Digest]) -> None:
         """Advertise blobs in the DHT for ``ttl_s``; best effort."""
@@ -160,32 +182,6 @@ class HivemindExchange:
             return []
         return [(peer, _parse_addresses(body)) for peer, body in found if peer != self._node.peer_id]
 
-    async def _open(self, peer: PeerId, addresses: Sequence[str]) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        """A stream; who answered a moment ago is not connected to anew."""
-        if self._reached_until.get(peer, 0.0) > time.monotonic():
-            try:
-                return await self._node.open_stream(peer, self._protocol, self._limits.connect_s)
-            except Unreachable:
-                self._reached_until.pop(peer, None)
-        await self._reach(peer, addresses)
-        stream = await self._node.open_stream(peer, self._protocol, self._limits.connect_s)
-        self._reached_until[peer] = time.monotonic() + self._limits.reached_s
-        return stream
-
-    async def _reach(self, peer: PeerId, addresses: Sequence[str]) -> None:
-        now = time.monotonic()
-        self._unreachable_until = {other: until for other, until in self._unreachable_until.items() if until > now}
-        self._reached_until = {other: until for other, until in self._reached_until.items() if until > now}
-        if peer in self._unreachable_until and peer not in await self._node.connected():
-            left_s = self._unreachable_until[peer] - now
-            raise Unreachable(f"peer {peer} did not answer a moment ago; it is dialled again in {left_s:.0f} s")
-        try:
-            await self._node.connect(peer, addresses, self._limits.connect_s)
-        except Unreachable:
-            self._unreachable_until[peer] = time.monotonic() + self._limits.unreachable_s
-            raise
-        self._unreachable_until.pop(peer, None)
-
     def _judge(self, peer: PeerId, digest: Digest, offset: int, reply: Reply) -> int:
         """How many bytes follow the reply."""
         if reply.status is not Status.OK:
@@ -209,6 +205,12 @@ class HivemindExchange:
     # ------------------------------------------------------------ serving
 
     async def _serve(self, remote: PeerId, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """One request after another on the same stream, until the asker closes it or is silent."""
+        while await self._serve_one(remote, reader, writer):
+            pass
+
+    async def _serve_one(self, remote: PeerId, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+        """True when another request may follow."""
         try:
             async with asyncio.timeout(self._limits.idle_s):
                 request = await read_request(reader)
@@ -217,13 +219,17 @@ class HivemindExchange:
                 await self._upload(remote, request, writer)
         except TimeoutError:
             writer.transport.abort()  # a reader that stopped reading would keep the rest in memory
+            return False
         except RejectedPayload as error:
             await self._answer(writer, Reply(Status.MALFORMED, reason=error.detail))
+            return False
         except _Busy as error:
             await self._answer(writer, Reply(Status.BUSY, reason=str(error)))
         except DecentraError as error:  # Refused, or credentials that are not even well-formed
             self._node.events.emit("blob-refused", peer=remote, why=str(error))
             await self._answer(writer, Reply(Status.REFUSED, reason=str(error)))
+            return False
+        return not writer.is_closing()
 
     async def _upload(self, remote: PeerId, request: Request, writer: asyncio.StreamWriter) -> None:
         try:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from decentra.bits import Buffer
 from decentra.errors import ConfigError
 from decentra.ports import Disk
 
 TMP = ".tmp"
 
 
-def write_atomic(disk: Disk, name: str, data: bytes) -> None:
+def write_atomic(disk: Disk, name: str, *parts: Buffer) -> None:
     """tmp, write, fsync, rename, fsync directory: after a crash at any point the name holds the old or the new bytes, whole."""
-    disk.write(name + TMP, data)
+    disk.write(name + TMP, *parts)
     disk.sync(name + TMP)
     disk.rename(name + TMP, name)
     disk.sync_dir()
@@ -43,9 +44,9 @@ class RealDisk:
         except FileNotFoundError:
             return None
 
-    def write(self, name: str, data: bytes) -> None:
+    def write(self, name: str, *parts: Buffer) -> None:
         with open(self.root / name, "wb") as file:
-            file.write(data)
+            file.writelines(parts)
 
     def sync(self, name: str) -> None:
         fd = os.open(self.root / name, os.O_RDONLY)

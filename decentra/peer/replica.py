@@ -15,7 +15,7 @@ from typing import Protocol
 from torch import Tensor
 
 from decentra.config import Manifest
-from decentra.delta.account import Account, account_from_record, anchor_of_record, to_record
+from decentra.delta.account import Account, account_from_record, anchor_of_record, record_parts
 from decentra.delta.aggregate import aggregate
 from decentra.delta.anchor import AnchorState, anchor_digest, decode_anchor, encode_anchor
 from decentra.delta.decoded import Decoded
@@ -321,7 +321,7 @@ class Replica:
         return self._seq.to_bytes(_STAMP_BYTES, "big") + cursor
 
     async def _write_record(self, account: Account) -> None:
-        await self.compute.run(lambda: write_atomic(self.disk, f"{self._file}.record", to_record(account)))
+        await self.compute.run(lambda: write_atomic(self.disk, f"{self._file}.record", *record_parts(account)))
 
     async def _write_note(self, note: Note) -> None:
         whole = replace(note, kept=tuple(sorted(self._kept.items())))

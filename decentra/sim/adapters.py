@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from decentra.bits import Buffer
 from decentra.errors import Refused, Unreachable
 from decentra.ids import Digest, FragmentId, PeerId, digest_of
 from decentra.modules import Layout
@@ -71,7 +72,8 @@ class SimDisk:
         self._alive()
         return self.volatile[name] if name in self.volatile else self.durable.get(name)
 
-    def write(self, name: str, data: bytes) -> None:
+    def write(self, name: str, *parts: Buffer) -> None:
+        data = b"".join(parts)
         self._operation(lambda: self.volatile.update({name: data[: self.rng.randrange(len(data) + 1)]}))
         self.volatile[name] = data
         self.synced.discard(name)

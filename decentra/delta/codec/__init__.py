@@ -6,11 +6,12 @@ from typing import Protocol
 
 from torch import Tensor
 
+from decentra.bits import Buffer
 from decentra.delta.codec.block import Block
 from decentra.delta.codec.dense import Bf16, Fp32
 from decentra.delta.codec.topk import Sparse as Sparse
 from decentra.delta.codec.topk import TopK
-from decentra.delta.raw import Buffer, Sizes
+from decentra.delta.raw import Sizes
 from decentra.errors import ConfigError, RejectedPayload
 
 # N elements of all tensors of a section together

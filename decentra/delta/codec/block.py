@@ -13,7 +13,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from decentra.delta.raw import FLOAT_BYTES, Buffer, Sizes, float_bytes, floats_at, is_finite
+from decentra.bits import Buffer
+from decentra.delta.raw import FLOAT_BYTES, Sizes, float_bytes, floats_at, is_finite
 from decentra.errors import RejectedPayload
 
 # N elements of all tensors of a section, M blocks, B elements of a block

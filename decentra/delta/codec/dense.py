@@ -6,7 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from decentra.delta.raw import FLOAT_BYTES, Buffer, Sizes, float_bytes, floats_at
+from decentra.bits import Buffer
+from decentra.delta.raw import FLOAT_BYTES, Sizes, float_bytes, floats_at
 
 # N elements of all tensors of a section
 

@@ -14,8 +14,9 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from decentra.bits import Buffer
 from decentra.delta.codec.support import CHUNK_ELEMENTS, decode_support, encode_support, max_support_bytes
-from decentra.delta.raw import Buffer, Ints, Sizes
+from decentra.delta.raw import Ints, Sizes
 from decentra.errors import RejectedPayload
 
 # N elements of all tensors of a section, M chunks, C elements of a chunk, k kept of a full chunk, K kept in all

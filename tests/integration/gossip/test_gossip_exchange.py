@@ -126,7 +126,7 @@ def test_hostile_answers_are_errors_not_hangs(tmp_path: Path) -> None:
                 answer = lie_bytes
                 with pytest.raises(error, match=hostile.peer_id if error is Unreachable else "payload"):
                     await asyncio.wait_for(fetch(asking, hostile, DIGEST), 10)
-                assert not asking._unreachable_until, name
+                assert not asking._dialer._unreachable_until, name
 
     asyncio.run(main())
 

@@ -24,6 +24,7 @@ from replica_bench import (
 )
 from torch import Tensor
 
+from decentra.bits import Buffer
 from decentra.delta.aggregate import aggregate
 from decentra.delta.anchor import anchor_digest, encode_anchor
 from decentra.delta.outer import outer_step
@@ -126,13 +127,13 @@ class FullDisk(SimDisk):
 
     refuse_in: int | None = None
 
-    def write(self, name: str, data: bytes) -> None:
+    def write(self, name: str, *parts: Buffer) -> None:
         if self.refuse_in is not None:
             self.refuse_in -= 1
             if self.refuse_in <= 0:
                 self.refuse_in = None
                 raise OSError(28, "No space left on device")
-        super().write(name, data)
+        super().write(name, *parts)
 
 
 @pytest.mark.parametrize("index", range(len(STORY)), ids=[name for name, _ in STORY])
