@@ -92,6 +92,10 @@ class RoundSpec(_Frozen):
     gather_s: float = Field(5.0, ge=0, description="the next round opens after this even if some of the last roster are not ready")
     heartbeat_s: float = Field(5.0, gt=0)
     lease_s: float = Field(15.0, gt=0, description="a member silent for this long is suspected")
+    reduce_from: int | None = Field(
+        9, ge=2, description="from so many holders two reducers merge a round's packets into one, which all others fetch; null: never"
+    )
+    merge_s: float = Field(20.0, gt=0, description="without their packet after this everybody fetches every packet")
     rollback_s: float = Field(60.0, gt=0, description="an anchor nobody present holds is given up after this")
     trunk_fragments: int = Field(1, ge=1, le=1024)
     stagger: bool = Field(
@@ -148,6 +152,7 @@ class CodecSpec(_Frozen):
 
     name: CodecName = Field("int8", description="the densest codec a peer may use, and the only one unless sparsest is set")
     sparsest: CodecName | None = None
+    merged: CodecName | None = Field(None, description="codec of merged packets; default: name")
     share: float = Field(0.5, gt=0, le=1, description="share of a round's time that sending may take where a peer picks its codec")
     error_feedback: float = Field(1.0, ge=0, le=1, description="beta: share of the residual carried into the next round")
 

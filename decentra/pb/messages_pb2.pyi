@@ -123,6 +123,22 @@ class Receipt(_message.Message):
     packet: bytes
     def __init__(self, fragment: _Optional[str] = ..., round: _Optional[int] = ..., peer: _Optional[str] = ..., sender: _Optional[str] = ..., packet: _Optional[bytes] = ...) -> None: ...
 
+class Merge(_message.Message):
+    __slots__ = ("fragment", "round", "peer", "packet", "num_bytes", "residual")
+    FRAGMENT_FIELD_NUMBER: _ClassVar[int]
+    ROUND_FIELD_NUMBER: _ClassVar[int]
+    PEER_FIELD_NUMBER: _ClassVar[int]
+    PACKET_FIELD_NUMBER: _ClassVar[int]
+    NUM_BYTES_FIELD_NUMBER: _ClassVar[int]
+    RESIDUAL_FIELD_NUMBER: _ClassVar[int]
+    fragment: str
+    round: int
+    peer: str
+    packet: bytes
+    num_bytes: int
+    residual: bytes
+    def __init__(self, fragment: _Optional[str] = ..., round: _Optional[int] = ..., peer: _Optional[str] = ..., packet: _Optional[bytes] = ..., num_bytes: _Optional[int] = ..., residual: _Optional[bytes] = ...) -> None: ...
+
 class Abstention(_message.Message):
     __slots__ = ("fragment", "round", "peer", "why")
     FRAGMENT_FIELD_NUMBER: _ClassVar[int]
@@ -198,7 +214,7 @@ class Goodbye(_message.Message):
     def __init__(self, peer: _Optional[str] = ..., why: _Optional[str] = ...) -> None: ...
 
 class MemberFrame(_message.Message):
-    __slots__ = ("hello", "offer", "receipt", "attestation", "holding", "heartbeat", "goodbye", "abstention")
+    __slots__ = ("hello", "offer", "receipt", "attestation", "holding", "heartbeat", "goodbye", "abstention", "merge")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     OFFER_FIELD_NUMBER: _ClassVar[int]
     RECEIPT_FIELD_NUMBER: _ClassVar[int]
@@ -207,6 +223,7 @@ class MemberFrame(_message.Message):
     HEARTBEAT_FIELD_NUMBER: _ClassVar[int]
     GOODBYE_FIELD_NUMBER: _ClassVar[int]
     ABSTENTION_FIELD_NUMBER: _ClassVar[int]
+    MERGE_FIELD_NUMBER: _ClassVar[int]
     hello: bytes
     offer: bytes
     receipt: bytes
@@ -215,7 +232,8 @@ class MemberFrame(_message.Message):
     heartbeat: Heartbeat
     goodbye: Goodbye
     abstention: Abstention
-    def __init__(self, hello: _Optional[bytes] = ..., offer: _Optional[bytes] = ..., receipt: _Optional[bytes] = ..., attestation: _Optional[bytes] = ..., holding: _Optional[_Union[Holding, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., goodbye: _Optional[_Union[Goodbye, _Mapping]] = ..., abstention: _Optional[_Union[Abstention, _Mapping]] = ...) -> None: ...
+    merge: bytes
+    def __init__(self, hello: _Optional[bytes] = ..., offer: _Optional[bytes] = ..., receipt: _Optional[bytes] = ..., attestation: _Optional[bytes] = ..., holding: _Optional[_Union[Holding, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., goodbye: _Optional[_Union[Goodbye, _Mapping]] = ..., abstention: _Optional[_Union[Abstention, _Mapping]] = ..., merge: _Optional[bytes] = ...) -> None: ...
 
 class Entry(_message.Message):
     __slots__ = ("peer", "packet", "num_bytes", "num_tokens", "weight_bits")
@@ -231,8 +249,18 @@ class Entry(_message.Message):
     weight_bits: int
     def __init__(self, peer: _Optional[str] = ..., packet: _Optional[bytes] = ..., num_bytes: _Optional[int] = ..., num_tokens: _Optional[int] = ..., weight_bits: _Optional[int] = ...) -> None: ...
 
+class Merged(_message.Message):
+    __slots__ = ("packet", "num_bytes", "residual")
+    PACKET_FIELD_NUMBER: _ClassVar[int]
+    NUM_BYTES_FIELD_NUMBER: _ClassVar[int]
+    RESIDUAL_FIELD_NUMBER: _ClassVar[int]
+    packet: bytes
+    num_bytes: int
+    residual: bytes
+    def __init__(self, packet: _Optional[bytes] = ..., num_bytes: _Optional[int] = ..., residual: _Optional[bytes] = ...) -> None: ...
+
 class Settlement(_message.Message):
-    __slots__ = ("fragment", "round", "height", "base", "entries", "lr_bits", "momentum_bits", "why")
+    __slots__ = ("fragment", "round", "height", "base", "entries", "lr_bits", "momentum_bits", "why", "reducers", "residual", "merged")
     FRAGMENT_FIELD_NUMBER: _ClassVar[int]
     ROUND_FIELD_NUMBER: _ClassVar[int]
     HEIGHT_FIELD_NUMBER: _ClassVar[int]
@@ -241,6 +269,9 @@ class Settlement(_message.Message):
     LR_BITS_FIELD_NUMBER: _ClassVar[int]
     MOMENTUM_BITS_FIELD_NUMBER: _ClassVar[int]
     WHY_FIELD_NUMBER: _ClassVar[int]
+    REDUCERS_FIELD_NUMBER: _ClassVar[int]
+    RESIDUAL_FIELD_NUMBER: _ClassVar[int]
+    MERGED_FIELD_NUMBER: _ClassVar[int]
     fragment: str
     round: int
     height: int
@@ -249,7 +280,10 @@ class Settlement(_message.Message):
     lr_bits: int
     momentum_bits: int
     why: str
-    def __init__(self, fragment: _Optional[str] = ..., round: _Optional[int] = ..., height: _Optional[int] = ..., base: _Optional[bytes] = ..., entries: _Optional[_Iterable[_Union[Entry, _Mapping]]] = ..., lr_bits: _Optional[int] = ..., momentum_bits: _Optional[int] = ..., why: _Optional[str] = ...) -> None: ...
+    reducers: _containers.RepeatedScalarFieldContainer[str]
+    residual: bytes
+    merged: Merged
+    def __init__(self, fragment: _Optional[str] = ..., round: _Optional[int] = ..., height: _Optional[int] = ..., base: _Optional[bytes] = ..., entries: _Optional[_Iterable[_Union[Entry, _Mapping]]] = ..., lr_bits: _Optional[int] = ..., momentum_bits: _Optional[int] = ..., why: _Optional[str] = ..., reducers: _Optional[_Iterable[str]] = ..., residual: _Optional[bytes] = ..., merged: _Optional[_Union[Merged, _Mapping]] = ...) -> None: ...
 
 class Outcome(_message.Message):
     __slots__ = ("round", "phase", "why", "settlement", "anchor", "thin")
@@ -290,7 +324,7 @@ class Tally(_message.Message):
     def __init__(self, num_confirmed: _Optional[int] = ..., num_thin: _Optional[int] = ..., num_abandoned: _Optional[int] = ..., num_void: _Optional[int] = ..., num_tokens: _Optional[int] = ...) -> None: ...
 
 class FragmentView(_message.Message):
-    __slots__ = ("fragment", "version", "height", "anchor", "round", "phase", "why", "holders", "keepers", "quorum", "cut_off_in_s", "offers", "receipts", "settlement", "attesters", "ready", "recent", "tally")
+    __slots__ = ("fragment", "version", "height", "anchor", "round", "phase", "why", "holders", "keepers", "quorum", "cut_off_in_s", "offers", "receipts", "settlement", "attesters", "ready", "recent", "tally", "reducers")
     FRAGMENT_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     HEIGHT_FIELD_NUMBER: _ClassVar[int]
@@ -309,6 +343,7 @@ class FragmentView(_message.Message):
     READY_FIELD_NUMBER: _ClassVar[int]
     RECENT_FIELD_NUMBER: _ClassVar[int]
     TALLY_FIELD_NUMBER: _ClassVar[int]
+    REDUCERS_FIELD_NUMBER: _ClassVar[int]
     fragment: str
     version: int
     height: int
@@ -327,7 +362,8 @@ class FragmentView(_message.Message):
     ready: _containers.RepeatedScalarFieldContainer[str]
     recent: _containers.RepeatedCompositeFieldContainer[Outcome]
     tally: Tally
-    def __init__(self, fragment: _Optional[str] = ..., version: _Optional[int] = ..., height: _Optional[int] = ..., anchor: _Optional[bytes] = ..., round: _Optional[int] = ..., phase: _Optional[_Union[Phase, str]] = ..., why: _Optional[str] = ..., holders: _Optional[_Iterable[str]] = ..., keepers: _Optional[_Iterable[str]] = ..., quorum: _Optional[int] = ..., cut_off_in_s: _Optional[float] = ..., offers: _Optional[_Iterable[_Union[Offer, _Mapping]]] = ..., receipts: _Optional[_Union[Receipts, _Mapping]] = ..., settlement: _Optional[_Union[Settlement, _Mapping]] = ..., attesters: _Optional[_Iterable[str]] = ..., ready: _Optional[_Iterable[str]] = ..., recent: _Optional[_Iterable[_Union[Outcome, _Mapping]]] = ..., tally: _Optional[_Union[Tally, _Mapping]] = ...) -> None: ...
+    reducers: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, fragment: _Optional[str] = ..., version: _Optional[int] = ..., height: _Optional[int] = ..., anchor: _Optional[bytes] = ..., round: _Optional[int] = ..., phase: _Optional[_Union[Phase, str]] = ..., why: _Optional[str] = ..., holders: _Optional[_Iterable[str]] = ..., keepers: _Optional[_Iterable[str]] = ..., quorum: _Optional[int] = ..., cut_off_in_s: _Optional[float] = ..., offers: _Optional[_Iterable[_Union[Offer, _Mapping]]] = ..., receipts: _Optional[_Union[Receipts, _Mapping]] = ..., settlement: _Optional[_Union[Settlement, _Mapping]] = ..., attesters: _Optional[_Iterable[str]] = ..., ready: _Optional[_Iterable[str]] = ..., recent: _Optional[_Iterable[_Union[Outcome, _Mapping]]] = ..., tally: _Optional[_Union[Tally, _Mapping]] = ..., reducers: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class MemberView(_message.Message):
     __slots__ = ("peer", "name", "role", "is_live", "addresses", "experts", "counters")

@@ -78,7 +78,7 @@ class RateControl:
         if view.round < offer.round:
             return
         is_over = view.round > offer.round or view.phase is not Phase.OPEN
-        others = {*view.holders, *view.keepers} - {self.me}
+        others = set(view.reducers or (*view.holders, *view.keepers)) - {self.me}
         have = {holder for sender, holder in view.receipts if sender == self.me}
         if not is_over and 2 * len(have & others) < len(others):
             return

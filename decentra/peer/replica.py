@@ -14,11 +14,13 @@ from typing import Protocol
 
 from torch import Tensor
 
+from decentra.bits import float_bits
 from decentra.config import Manifest
 from decentra.delta.account import Account, account_from_record, anchor_of_record, record_parts
 from decentra.delta.aggregate import aggregate
 from decentra.delta.anchor import AnchorState, anchor_digest, decode_anchor, encode_anchor
 from decentra.delta.decoded import Decoded
+from decentra.delta.merge import merge_packets
 from decentra.delta.outer import outer_step
 from decentra.delta.packet import decode_packet, max_packet_bytes
 from decentra.delta.screen import screen
@@ -29,11 +31,12 @@ from decentra.peer.disk import write_atomic
 from decentra.ports import Compute, Disk, Events, Exchange
 from decentra.protocol import canonical
 from decentra.protocol.duties import Ending
-from decentra.protocol.messages import Offer, Settlement
+from decentra.protocol.messages import Merge, Offer, Settlement
 
 _STAMP_BYTES = 8
 MAX_SCREENED = 256  # decoded sparse packets kept of one fragment; more are decoded again
 MAX_NORM_GROWTH = 2.0  # of a packet over the usual one
+MERGED = PeerId("merged")
 NUM_KEPT_ROUNDS = 4  # rounds whose packets are served on, for members that come back
 
 
@@ -93,6 +96,7 @@ class Replica:
     _tokens_at_encode: int = 0
     _tokens_before: int = 0
     _screened: dict[Digest, Decoded] = field(default_factory=dict)  # sparse ones of the current round
+    _merge_residuals: tuple[Digest, ...] = ()  # of the newest merge: what it began with and what it left
     _usual_norm: float | None = None  # of the packets sent since the start
     _kept: dict[int, tuple[Digest, ...]] = field(default_factory=dict)
 
@@ -187,7 +191,8 @@ class Replica:
 
     def check_size(self, num_bytes: int, sender: PeerId, number: int) -> None:
         """Refuse to fetch what cannot be a packet of this fragment. Raises RejectedPayload('size')."""
-        most = max_packet_bytes(self.fragment, self.manifest.codec.name)
+        codec = self.manifest.codec
+        most = max(max_packet_bytes(self.fragment, name) for name in (codec.name, codec.merged or codec.name))
         if num_bytes > most:
             detail = f"{num_bytes} bytes are offered, a packet of {self.fragment.id} has at most {most}"
             raise RejectedPayload("size", detail, peer=sender, round=number)
@@ -199,21 +204,24 @@ class Replica:
             self._screened[digest] = delta  # small: kept until its round is applied, so that it is decoded once
         await self._hold_packet(number, digest, data)
 
+    async def merge(self, settlement: Settlement, residual: bytes | None) -> Merge:
+        """Make one packet of the settled ones and of what earlier merges left out, and keep it for the others. ``residual``: its blob."""
+        deltas = await self._deltas(settlement)
+        packet, left = await self.compute.run(self._merge, settlement, deltas, residual)
+        digest, left_digest = await self.compute.run(digest_of, packet), await self.compute.run(digest_of, left)
+        await self.exchange.put(left_digest, left)
+        await self._hold_packet(settlement.round, digest, packet)
+        self._keep(settlement.round, (left_digest,))
+        self._merge_residuals = (*(() if settlement.residual is None else (settlement.residual,)), left_digest)
+        return Merge(self.fragment.id, settlement.round, self.me, digest, len(packet), left_digest)
+
     async def apply(self, settlement: Settlement) -> Digest:
         """Compute the settlement's anchor and make it durable; what comes back is attested. The confirmed anchor stays beside it."""
-        packets: dict[PeerId, bytes] = {}
-        deltas = {e.peer: self._screened[e.packet] for e in settlement.entries if e.packet in self._screened}
-        for entry in settlement.entries:
-            if entry.peer in deltas:
-                continue
-            data = await self.exchange.read(entry.packet)
-            if data is None:
-                raise IntegrityError(f"packet {entry.packet[:12]} of {self.fragment.id} is gone from this peer's store")
-            packets[entry.peer] = data
-        state, blob, digest = await self.compute.run(self._aggregate, settlement, deltas, packets)
+        deltas = await self._deltas(settlement)
+        state, blob, digest = await self.compute.run(self._aggregate, settlement, deltas)
         await self.exchange.put(digest, blob)
         self._set_tentative((digest, state))
-        self._keep(settlement.round, (*(e.packet for e in settlement.entries), digest))
+        self._keep(settlement.round, (*settlement.packets, digest))
         return digest
 
     async def commit(self, number: int, anchor: Digest, ending: Ending) -> None:
@@ -293,14 +301,32 @@ class Replica:
         screen(delta, norm_limit=None, peer=sender, round=number)
         return delta
 
-    def _aggregate(
-        self, settlement: Settlement, known: dict[PeerId, Decoded], packets: dict[PeerId, bytes]
-    ) -> tuple[AnchorState, bytes, Digest]:
+    async def _deltas(self, settlement: Settlement) -> dict[PeerId, Decoded]:
+        """The settlement's packets decoded, by sender; a merged one stands for all of them."""
+        names = {MERGED: settlement.merged.packet} if settlement.merged else {e.peer: e.packet for e in settlement.entries}
+        deltas = {}
+        for peer, packet in names.items():
+            if packet in self._screened:
+                deltas[peer] = self._screened[packet]
+                continue
+            data = await self.exchange.read(packet)
+            if data is None:
+                raise IntegrityError(f"packet {packet[:12]} of {self.fragment.id} is gone from this peer's store")
+            decode = functools.partial(decode_packet, data, self.fragment, peer=peer, round=settlement.round)
+            deltas[peer] = await self.compute.run(decode)
+        return deltas
+
+    def _merge(self, settlement: Settlement, deltas: dict[PeerId, Decoded], residual: bytes | None) -> tuple[bytes, bytes]:
+        codec = self.manifest.codec
+        weights = {e.peer: e.weight_bits for e in settlement.entries}
+        return merge_packets(self.fragment, deltas, weights, residual, codec.merged or codec.name)
+
+    def _aggregate(self, settlement: Settlement, deltas: dict[PeerId, Decoded]) -> tuple[AnchorState, bytes, Digest]:
         account = self._account()
         if settlement.base != account.anchor_digest:
             raise IntegrityError(f"settlement of {settlement.base[:12]}, this peer is at {account.anchor_digest[:12]}")
-        deltas = known | {p: decode_packet(d, self.fragment, peer=p, round=settlement.round) for p, d in packets.items()}
-        mean_N = aggregate(deltas, {e.peer: e.weight_bits for e in settlement.entries})
+        weights = {e.peer: e.weight_bits for e in settlement.entries}
+        mean_N = aggregate(deltas, dict.fromkeys(deltas, float_bits(1.0)) if settlement.merged else weights)
         state = outer_step(
             account.anchor_state,
             mean_N,
@@ -404,7 +430,7 @@ class Replica:
     async def _collect_garbage(self) -> None:
         """Drop blobs of rounds older than the newest few; never the confirmed anchor."""
         old = sorted(self._kept)[:-NUM_KEPT_ROUNDS]
-        still = {d for number, blobs in self._kept.items() if number not in old for d in blobs} | {self.anchor}
+        still = {d for number, blobs in self._kept.items() if number not in old for d in blobs} | {self.anchor, *self._merge_residuals}
         for number in old:
             for digest in self._kept.pop(number):
                 if digest in still:

@@ -206,6 +206,8 @@ class PeerLoop:
                 self._work(self._fetch(effect))
             case do.Encode(fragment):
                 self._work(self._encode(effect))
+            case do.Reduce(settlement):
+                self._work(self._guard(settlement.fragment, self._reduce(effect)))
             case do.Apply(settlement):
                 self._work(self._guard(settlement.fragment, self._apply(effect)))
             case do.Commit(fragment) | do.Cancel(fragment) | do.Recover(fragment):
@@ -245,6 +247,11 @@ class PeerLoop:
 
     async def _fetch(self, effect: do.Fetch) -> None:
         try:
+            self.replicas[effect.fragment].check_size(effect.num_bytes, effect.sender, effect.round)
+        except RejectedPayload as error:
+            self._fetch_failed(effect, "packet-refused", error, is_bad=True)
+            return
+        try:
             data = await self.fetcher.fetch(effect.packet, effect.num_bytes, effect.sources)
         except (DecentraError, OSError) as error:  # wrong bytes are the fault of who sent them, not of the packet: it is asked for again
             self._fetch_failed(effect, "fetch-failed", error)
@@ -265,6 +272,17 @@ class PeerLoop:
     def _fetch_failed(self, effect: do.Fetch, event: str, error: Exception, *, is_bad: bool = False) -> None:
         self.events.emit(event, fragment=effect.fragment, round=effect.round, peer=short(effect.sender), why=str(error))
         self._inbox.put_nowait(m.FetchFailed(effect.fragment, effect.packet, is_bad))
+
+    async def _reduce(self, effect: do.Reduce) -> None:
+        settlement, residual = effect.settlement, None
+        replica = self.replicas[settlement.fragment]
+        if settlement.residual is not None:
+            residual = await self.fetcher.fetch(settlement.residual, max_anchor_bytes(replica.fragment), effect.sources)
+        merge = await replica.merge(settlement, residual)
+        self.events.emit(
+            "merged", fragment=merge.fragment, round=merge.round, num_offers=len(settlement.entries), num_bytes=merge.num_bytes
+        )
+        self._inbox.put_nowait(m.Reduced(merge))
 
     async def _apply(self, effect: do.Apply) -> None:
         settlement = effect.settlement

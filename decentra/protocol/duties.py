@@ -14,10 +14,10 @@ from decentra.ids import Digest, FragmentId, PeerId
 from decentra.protocol.messages import (
     Abstention,
     Attestation,
-    Entry,
     FragmentView,
     Holding,
     MemberMessage,
+    Merge,
     Offer,
     Outcome,
     Phase,
@@ -60,6 +60,14 @@ class Fetch:
     sender: PeerId
     packet: Digest
     num_bytes: int
+    sources: tuple[PeerId, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Reduce:
+    """Make one packet of the settled ones; ``sources`` may have the residual it starts with, if there is one."""
+
+    settlement: Settlement
     sources: tuple[PeerId, ...]
 
 
@@ -108,7 +116,7 @@ class Finish:
     why: str
 
 
-Effect = Encode | Say | Fetch | Apply | Commit | Cancel | Recover | SetTrained | Finish
+Effect = Encode | Say | Fetch | Reduce | Apply | Commit | Cancel | Recover | SetTrained | Finish
 
 
 # ---------------------------------------------------------------- one fragment
@@ -125,6 +133,7 @@ class FragmentLife:
     cut_off_at: float = 0.0
     pending: Offer | None = None
     tentative: tuple[int, Digest] | None = None
+    merge: Merge | None = None  # the newest this peer made as a reducer
     packets: frozenset[Digest] = frozenset()  # held and screened
     fetching: frozenset[Digest] = frozenset()
     bad_packets: frozenset[Digest] = frozenset()
@@ -184,10 +193,10 @@ def _catch_up(life: FragmentLife, view: FragmentView, me: Self, now: float) -> R
         return replace(life, busy="recover"), (Recover(life.fragment, view.anchor, view.round, sources, why),)
     if life.tentative is not None and life.tentative[0] == link.settlement.round:
         return _catch_up(replace(life, no_replay_to=view.anchor, tentative=None), view, me, now)  # we computed another digest: fetch theirs
-    if any(e.packet in life.bad_packets for e in link.settlement.entries):
+    if any(packet in life.bad_packets for packet in link.settlement.packets):
         return _catch_up(replace(life, no_replay_to=view.anchor), view, me, now)
-    life, fetches = _fetch_entries(life, view, link.settlement, me, now)
-    if all(e.packet in life.packets for e in link.settlement.entries):
+    life, fetches = _fetch_settled(life, view, link.settlement, me, now)
+    if life.packets.issuperset(link.settlement.packets):
         return replace(life, busy="apply"), (*fetches, Apply(link.settlement))
     return life, fetches
 
@@ -209,7 +218,7 @@ def _next_link(life: FragmentLife, view: FragmentView) -> Outcome | None:
 def needs(life: FragmentLife, view: FragmentView, packet: Digest) -> bool:
     """True when catching up with the view's anchor goes through this packet."""
     link = _next_link(life, view) if view.anchor != life.anchor else None
-    return link is not None and link.settlement is not None and any(e.packet == packet for e in link.settlement.entries)
+    return link is not None and link.settlement is not None and packet in link.settlement.packets
 
 
 def _commit(life: FragmentLife, settlement: Settlement, anchor: Digest) -> Result:
@@ -261,8 +270,8 @@ def _take_part(life: FragmentLife, view: FragmentView, me: Self, num_steps: int,
     for offer in view.offers:
         if offer.base != life.anchor:
             continue
-        if me.peer in view.holders or me.peer in view.keepers:
-            life, more = _fetch(life, view, me, offer, now)
+        if me.peer in (view.reducers or (*view.holders, *view.keepers)):
+            life, more = _fetch_from(life, view, me, offer.packet, offer.num_bytes, (offer.peer,), now)
             effects += more
             if offer.packet in life.packets and offer.peer != me.peer:
                 receipt = Receipt(life.fragment, view.round, me.peer, offer.peer, offer.packet)
@@ -288,33 +297,50 @@ def _adopt(life: FragmentLife, view: FragmentView, me: Self, now: float) -> Resu
     """The round is settled: have its packets, compute the result, attest it."""
     settlement = view.settlement
     assert settlement is not None
-    life, effects = _fetch_entries(life, view, settlement, me, now)
+    if not settlement.is_final:
+        return _merge(life, view, settlement, me, now) if me.peer in settlement.reducers else (life, ())
+    life, effects = _fetch_settled(life, view, settlement, me, now)
     if me.peer not in view.holders and me.peer not in view.keepers:
         return life, effects
     if life.tentative is not None and life.tentative[0] == view.round:
         attestation = Attestation(life.fragment, view.round, me.peer, life.tentative[1])
         life, more = _say(life, ("attest", str(view.round)), attestation)
         return life, effects + more
-    if not life.busy and settlement.base == life.anchor and all(e.packet in life.packets for e in settlement.entries):
+    if not life.busy and settlement.base == life.anchor and life.packets.issuperset(settlement.packets):
         return replace(life, busy="apply"), (*effects, Apply(settlement))
     return life, effects
 
 
-def _fetch_entries(life: FragmentLife, view: FragmentView, settlement: Settlement, me: Self, now: float) -> Result:
+def _merge(life: FragmentLife, view: FragmentView, settlement: Settlement, me: Self, now: float) -> Result:
+    """A reducer's part: have all packets, make one of them, say which."""
+    if life.merge is not None and life.merge.round == settlement.round:
+        return _say(life, ("merge", str(settlement.round)), life.merge)
+    life, effects = _fetch_settled(life, view, settlement, me, now)
+    if not life.busy and settlement.base == life.anchor and life.packets.issuperset(settlement.packets):
+        sources = tuple(p for p in (*settlement.reducers, *_ordered(me, view.ready, life.fragment, settlement.base)) if p != me.peer)
+        return replace(life, busy="merge"), (*effects, Reduce(settlement, tuple(dict.fromkeys(sources))))
+    return life, effects
+
+
+def _fetch_settled(life: FragmentLife, view: FragmentView, settlement: Settlement, me: Self, now: float) -> Result:
+    """The packets the settlement needs that are not here yet."""
+    if (merged := settlement.merged) is not None:
+        return _fetch_from(life, view, me, merged.packet, merged.num_bytes, settlement.reducers, now)
     effects: tuple[Effect, ...] = ()
     for entry in settlement.entries:
-        life, more = _fetch(life, view, me, entry, now)
+        life, more = _fetch_from(life, view, me, entry.packet, entry.num_bytes, (entry.peer,), now)
         effects += more
     return life, effects
 
 
-def _fetch(life: FragmentLife, view: FragmentView, me: Self, wanted: Offer | Entry, now: float) -> Result:
-    packet, sender = wanted.packet, wanted.peer
+def _fetch_from(
+    life: FragmentLife, view: FragmentView, me: Self, packet: Digest, num_bytes: int, makers: tuple[PeerId, ...], now: float
+) -> Result:
     if now < life.refetch_at or packet in life.packets | life.fetching | life.bad_packets:
         return life, ()
-    havers = {sender, *(holder for s, holder in view.receipts if s == sender), *view.ready, *view.attesters}
+    havers = {*makers, *(holder for s, holder in view.receipts if s in makers), *view.ready, *view.attesters}
     sources = _ordered(me, tuple(havers), life.fragment, packet)
-    fetch = Fetch(life.fragment, view.round, sender, packet, wanted.num_bytes, sources)
+    fetch = Fetch(life.fragment, view.round, next(iter(makers), me.peer), packet, num_bytes, sources)
     return replace(life, fetching=life.fetching | {packet}), (fetch,)
 
 

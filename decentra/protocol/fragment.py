@@ -12,12 +12,15 @@ from decentra.ids import Digest, FragmentId, PeerId, short
 from decentra.protocol import ledger
 from decentra.protocol import round as rounds
 from decentra.protocol.deadline import cut_off_s
-from decentra.protocol.messages import Abstention, Attestation, FragmentView, Holding, Offer, Outcome, Phase, Receipt, Tally
+from decentra.protocol.messages import Abstention, Attestation, FragmentView, Holding, Merge, Offer, Outcome, Phase, Receipt, Tally
+from decentra.protocol.placement import rendezvous
 from decentra.protocol.round import Reject, Round, Rules
 
 NUM_RECENT = 8
 NUM_HISTORY = 256
 NUM_ARRIVALS = 20
+NUM_REDUCERS = 2
+NUM_MERGES_MISSED = 2  # in a row: then the residual is given up, since nobody seems to have it
 IDLE_PATIENCE = 5  # times the roll-back time while nobody present trains the fragment
 
 
@@ -28,6 +31,7 @@ class Timing:
     cut_off_s: float
     gather_s: float
     rollback_s: float
+    reduce_from: int | None = None  # holders
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +72,10 @@ class FragmentBook:
     orphan_since: float | None = None
     version: int = 0
     tally: Tally = field(default_factory=Tally)
+    reducers: tuple[PeerId, ...] = ()  # of the newest round that had some
+    residual: Digest | None = None  # of the newest confirmed merge
+    failed_reducers: frozenset[PeerId] = frozenset()  # of the newest round, when it was confirmed without its merge
+    num_merges_missed: int = 0  # in a row
 
     def ready(self, present: Present) -> Present:
         """Those present who hold the confirmed anchor."""
@@ -90,7 +98,7 @@ FragmentEffect = Write | Reject
 Step = tuple[FragmentBook, tuple[FragmentEffect, ...]]
 
 
-def hear(book: FragmentBook, message: Offer | Receipt | Abstention | Attestation, now: float, rules: Rules) -> Step:
+def hear(book: FragmentBook, message: Offer | Receipt | Merge | Abstention | Attestation, now: float, rules: Rules) -> Step:
     """A member's message about a round of this fragment."""
     if book.active is not None and message.round == book.active.number:
         return _advance(book, message, now, rules)
@@ -175,7 +183,7 @@ def view(book: FragmentBook, present: Present, now: float, *, may_open: bool = T
     if active is None:
         return base
     return replace(
-        base, holders=tuple(sorted(active.holders)), keepers=tuple(sorted(active.keepers)), quorum=active.quorum,
+        base, holders=tuple(sorted(active.holders)), keepers=tuple(sorted(active.keepers)), reducers=active.live_reducers, quorum=active.quorum,
         cut_off_in_s=round(active.cut_off_at - now, 3), offers=active.offers, receipts=tuple(sorted(active.receipts)),
         settlement=active.settlement, attesters=tuple(a.peer for a in active.attestations),
     )  # fmt: skip
@@ -185,8 +193,9 @@ def restore(book: FragmentBook, record: ledger.Record, now: float, timing: Timin
     """The book after one ledger record, when the service starts again. Offers and receipts are heard anew from the members."""
     match record:
         case ledger.Opened():
-            opened = _new_round(book, frozenset(record.holders), frozenset(record.keepers), record.round, now, timing)
-            return replace(book, number=record.round, round=opened)
+            opened = _new_round(book, Present(frozenset(record.holders), frozenset(record.keepers)), record.round, now, timing)
+            opened = replace(opened, reducers=record.reducers, residual=record.residual)
+            return replace(book, number=record.round, round=opened, reducers=record.reducers or book.reducers)
         case ledger.Settled(settlement) if book.round is not None:
             settled = replace(book.round, phase=Phase.SETTLED, settlement=settlement, settled_at=now)
             return replace(book, round=settled)
@@ -196,11 +205,11 @@ def restore(book: FragmentBook, record: ledger.Record, now: float, timing: Timin
         case ledger.GaveUp() if book.round is not None:
             return _close(replace(book, round=replace(book.round, phase=record.phase, why=record.why)), now, book.anchor, book.height)
         case ledger.RolledBack():
-            return replace(book, anchor=record.anchor, height=record.height, orphan_since=None)
+            return replace(book, anchor=record.anchor, height=record.height, orphan_since=None, residual=None)
     return book
 
 
-def _late(book: FragmentBook, message: Offer | Receipt | Abstention | Attestation) -> tuple[FragmentEffect, ...]:
+def _late(book: FragmentBook, message: Offer | Receipt | Merge | Abstention | Attestation) -> tuple[FragmentEffect, ...]:
     if isinstance(message, Offer) and message.round > book.number:
         return (Reject(message.peer, "future", f"round {message.round} of {book.fragment}, the newest is {book.number}"),)
     return ()  # about a round that is over: the view that is on its way says so
@@ -212,6 +221,7 @@ def _hold(book: FragmentBook, holding: Holding) -> FragmentBook:
 
 def _advance(book: FragmentBook, event: rounds.RoundEvent, now: float, rules: Rules) -> Step:
     assert book.round is not None
+    was_open = book.round.phase is Phase.OPEN
     after, effects = rounds.step(book.round, event, now, rules)
     if after == book.round and not effects:
         return book, ()
@@ -223,8 +233,9 @@ def _advance(book: FragmentBook, event: rounds.RoundEvent, now: float, rules: Ru
                 out.append(effect)
             case rounds.DidSettle(settlement):
                 out.append(Write(ledger.Settled(settlement)))
-                arrived = (*book.arrivals_s, now - after.opened_at)[-NUM_ARRIVALS:]
-                book = replace(book, arrivals_s=arrived)
+                if was_open:
+                    arrived = (*book.arrivals_s, now - after.opened_at)[-NUM_ARRIVALS:]
+                    book = replace(book, arrivals_s=arrived)
             case rounds.DidConfirm(anchor, attestations, thin, why):
                 attesters, proofs = tuple(a.peer for a in attestations), tuple(a.proof for a in attestations)
                 height = after.height + 1
@@ -243,6 +254,7 @@ def _close(book: FragmentBook, now: float, anchor: Digest, height: int) -> Fragm
     assert over is not None
     is_confirmed = over.phase is Phase.CONFIRMED
     outcome = Outcome(over.number, over.phase, over.why, over.settlement if is_confirmed else None, over.anchor, over.thin)
+    book = _noted_merge(book, over) if is_confirmed and over.reducers else book
     return replace(
         book,
         anchor=anchor,
@@ -253,6 +265,27 @@ def _close(book: FragmentBook, now: float, anchor: Digest, height: int) -> Fragm
         idle_since=now,
         version=book.version + 1,
     )
+
+
+def _noted_merge(book: FragmentBook, over: Round) -> FragmentBook:
+    """What a confirmed round with reducers means for the next one."""
+    assert over.settlement is not None
+    if (merged := over.settlement.merged) is not None:
+        return replace(book, residual=merged.residual, failed_reducers=frozenset(), num_merges_missed=0)
+    missed = book.num_merges_missed + 1
+    said = {m.peer for m in over.merges}
+    failed = frozenset(over.reducers) - said or frozenset(over.reducers)  # all of them where they disagreed
+    return replace(book, residual=None if missed >= NUM_MERGES_MISSED else book.residual, failed_reducers=failed, num_merges_missed=missed)
+
+
+def _pair(book: FragmentBook, ready: Present, timing: Timing) -> tuple[PeerId, ...]:
+    """Who merges the next round: the pair of the last one, as far as it is here and did its part; none where everybody may fetch everything."""
+    if timing.reduce_from is None or len(ready.holders) < timing.reduce_from:
+        return ()
+    kept = [p for p in book.reducers if p in ready.roster and p not in book.failed_reducers]
+    others = sorted(ready.roster - set(kept), key=lambda p: (p in book.failed_reducers, rendezvous(book.fragment, p)))
+    pair = tuple(sorted([*kept, *others][:NUM_REDUCERS]))
+    return pair if len(pair) == NUM_REDUCERS else ()
 
 
 def _counted(tally: Tally, over: Round) -> Tally:
@@ -285,18 +318,19 @@ def _is_gathered(book: FragmentBook, ready: Present, present: Present, now: floa
 
 def _open(book: FragmentBook, ready: Present, now: float, timing: Timing) -> Step:
     number = book.number + 1
-    opened = _new_round(book, ready.holders, ready.keepers, number, now, timing)
-    record = ledger.Opened(book.fragment, number, book.height, book.anchor, tuple(sorted(ready.holders)), tuple(sorted(ready.keepers)))
-    return replace(book, number=number, round=opened, version=book.version + 1), (Write(record),)
+    pair = _pair(book, ready, timing)
+    residual = book.residual if pair else None
+    opened = replace(_new_round(book, ready, number, now, timing), reducers=pair, residual=residual)
+    holders, keepers = tuple(sorted(ready.holders)), tuple(sorted(ready.keepers))
+    record = ledger.Opened(book.fragment, number, book.height, book.anchor, holders, keepers, pair, residual)
+    return replace(book, number=number, round=opened, reducers=pair or book.reducers, version=book.version + 1), (Write(record),)
 
 
-def _new_round(
-    book: FragmentBook, holders: frozenset[PeerId], keepers: frozenset[PeerId], number: int, now: float, timing: Timing
-) -> Round:
+def _new_round(book: FragmentBook, roster: Present, number: int, now: float, timing: Timing) -> Round:
     wait_s = cut_off_s(book.arrivals_s, timing.cut_off_s)
     if book.recent and book.recent[-1].phase is Phase.ABANDONED:
         wait_s *= 2  # nobody is late twice without a longer deadline
-    return Round(book.fragment, number, book.height, book.anchor, holders, keepers, opened_at=now, cut_off_at=now + wait_s)
+    return Round(book.fragment, number, book.height, book.anchor, roster.holders, roster.keepers, opened_at=now, cut_off_at=now + wait_s)
 
 
 def _consider_rollback(book: FragmentBook, present: Present, now: float, timing: Timing) -> Step:
@@ -315,5 +349,5 @@ def _consider_rollback(book: FragmentBook, present: Present, now: float, timing:
         return book, ()
     height, anchor = max(known)
     why = f"nobody present has held anchor {book.anchor[:12]} of height {book.height} for {wait_s:g} s; back to height {height}"
-    rolled = replace(book, anchor=anchor, height=height, orphan_since=None, idle_since=now, version=book.version + 1)
+    rolled = replace(book, anchor=anchor, height=height, orphan_since=None, residual=None, idle_since=now, version=book.version + 1)
     return rolled, (Write(ledger.RolledBack(book.fragment, height, anchor, why)),)

@@ -53,10 +53,14 @@ class Opened:
     base: Digest
     holders: tuple[PeerId, ...]
     keepers: tuple[PeerId, ...]
+    reducers: tuple[PeerId, ...] = ()
+    residual: Digest | None = None  # which their merge starts with
 
 
 @dataclass(frozen=True, slots=True)
 class Settled:
+    """Twice for a round with reducers; the second one stands."""
+
     settlement: Settlement
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 
 from decentra.ids import ROUTER, TRUNK, Digest, FragmentId, expert_of, module_of_fragment
 from decentra.protocol.duties import Effect, Finish, FragmentLife, Self, SetTrained, needs, reconcile
-from decentra.protocol.messages import FragmentView, Offer, Role, SwarmView
+from decentra.protocol.messages import FragmentView, Merge, Offer, Role, SwarmView
 
 RETRY_S = 1.0
 CUT_OFF_SHARE = 0.2  # of the announced time is kept for encoding and sending
@@ -77,6 +77,17 @@ class FetchFailed:
 
 
 @dataclass(frozen=True, slots=True)
+class Reduced:
+    """The settled packets are one packet, which is on disk."""
+
+    merge: Merge
+
+    @property
+    def fragment(self) -> FragmentId:
+        return self.merge.fragment
+
+
+@dataclass(frozen=True, slots=True)
 class Applied:
     """The settlement's result is computed and on disk."""
 
@@ -111,8 +122,8 @@ class Failed:
 
 
 Event = (
-    Connected | Disconnected | Viewed | SwarmViewed | Stepped | Tick | Encoded | Skipped | Fetched | FetchFailed | Applied | Committed | Cancelled
-    | Recovered | Failed
+    Connected | Disconnected | Viewed | SwarmViewed | Stepped | Tick | Encoded | Skipped | Fetched | FetchFailed | Reduced | Applied | Committed
+    | Cancelled | Recovered | Failed
 )  # fmt: skip
 
 
@@ -196,6 +207,8 @@ class MemberMachine:
                 life = replace(
                     life, fetching=life.fetching - {packet}, bad_packets=bad, refetch_at=life.refetch_at if is_bad else now + RETRY_S
                 )
+            case Reduced(merge):
+                life = replace(life, busy="", merge=merge, packets=life.packets | {merge.packet})
             case Applied(_, number, anchor):
                 life = replace(life, busy="", tentative=(number, anchor))
             case Committed(_, anchor):

@@ -82,6 +82,18 @@ class Receipt:
 
 
 @dataclass(frozen=True, slots=True)
+class Merge:
+    """``peer``, a reducer of the round, has merged the settled packets into one and holds it. Equal words of both reducers make it the round's."""
+
+    fragment: FragmentId
+    round: int
+    peer: PeerId
+    packet: Digest
+    num_bytes: int
+    residual: Digest  # of what the packet left out, for the next merge
+
+
+@dataclass(frozen=True, slots=True)
 class Abstention:
     """``peer`` has nothing to offer in this round (its loss was not finite, say); nobody should wait for it."""
 
@@ -132,7 +144,7 @@ class Goodbye:
     why: str
 
 
-MemberMessage = Hello | Offer | Receipt | Abstention | Attestation | Holding | Heartbeat | Goodbye
+MemberMessage = Hello | Offer | Receipt | Merge | Abstention | Attestation | Holding | Heartbeat | Goodbye
 
 
 # ---------------------------------------------------------------- service -> member
@@ -150,8 +162,20 @@ class Entry:
 
 
 @dataclass(frozen=True, slots=True)
+class Merged:
+    """The one packet that stands for all entries of a settlement, as both reducers made it."""
+
+    packet: Digest
+    num_bytes: int
+    residual: Digest
+
+
+@dataclass(frozen=True, slots=True)
 class Settlement:
-    """The frozen set of offers of a round with every scalar of the outer step, as float32 bits. Entries are sorted by peer id."""
+    """The frozen set of offers of a round with every scalar of the outer step, as float32 bits. Entries are sorted by peer id.
+
+    With ``reducers`` it is applied by nobody until it is ``merged``, or comes again without reducers: then everybody fetches every packet.
+    """
 
     fragment: FragmentId
     round: int
@@ -161,6 +185,19 @@ class Settlement:
     lr_bits: int
     momentum_bits: int
     why: str
+    reducers: tuple[PeerId, ...] = ()
+    residual: Digest | None = None  # what earlier merges left out, which this one starts with; None: nothing
+    merged: Merged | None = None
+
+    @property
+    def is_final(self) -> bool:
+        """It can be applied."""
+        return not self.reducers or self.merged is not None
+
+    @property
+    def packets(self) -> tuple[Digest, ...]:
+        """What a member needs to apply it."""
+        return (self.merged.packet,) if self.merged is not None else tuple(e.packet for e in self.entries)
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,6 +245,7 @@ class FragmentView:
     ready: tuple[PeerId, ...] = ()  # present peers that hold ``anchor``
     recent: tuple[Outcome, ...] = ()  # newest last
     tally: Tally = field(default_factory=Tally)
+    reducers: tuple[PeerId, ...] = ()  # of the roster: they alone fetch the offered packets; none: everybody does
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,8 @@ The law of this file:
       +-> abandoned     +--> void <----+
 
 - Only an offer for which another member of the roster has a receipt can be settled (a roster of one needs none).
-- A settlement is frozen and carries every scalar; nothing after it screens, clips or weighs.
+- A settlement is frozen and carries every scalar; nothing after it screens, clips or weighs. With reducers it is written twice: once for them, and
+  once with the packet both of them made of it, or without them (one died, was late, or they disagree): only the second is applied.
 - Confirmed: min(2, size of the roster at open) members attested the same digest. One attester is *thin*.
 - Suspicion removes a member from those waited for and never adds one; giving up is allowed at any time before settling (abandon) or confirming
   (void). Safety rests on every replica keeping its last confirmed anchor beside the tentative one.
@@ -22,7 +23,7 @@ from dataclasses import dataclass, replace
 from decentra.bits import float_bits
 from decentra.config import OuterSpec
 from decentra.ids import Digest, FragmentId, PeerId, expert_of, module_of_fragment, short
-from decentra.protocol.messages import Abstention, Attestation, Entry, Offer, Phase, Receipt, Settlement
+from decentra.protocol.messages import Abstention, Attestation, Entry, Merge, Merged, Offer, Phase, Receipt, Settlement
 
 MAX_OFFER_TOKENS, MAX_OFFER_BYTES = 1 << 40, 1 << 40  # sums of them stay far inside 63 bits
 
@@ -37,6 +38,7 @@ class Rules:
     grace_s: float
     attest_s: float
     outer: OuterSpec
+    merge_s: float = 20.0
     outer_experts: OuterSpec | None = None
 
     def outer_of(self, fragment: FragmentId) -> OuterSpec:
@@ -61,6 +63,9 @@ class Round:
     receipts: frozenset[tuple[PeerId, PeerId]] = frozenset()  # (sender, holder of the packet)
     abstained: frozenset[PeerId] = frozenset()
     suspects: frozenset[PeerId] = frozenset()
+    reducers: tuple[PeerId, ...] = ()  # sorted; as the round opened
+    residual: Digest | None = None  # which their merge starts with
+    merges: tuple[Merge, ...] = ()
     settlement: Settlement | None = None
     settled_at: float = 0.0
     attestations: tuple[Attestation, ...] = ()  # sorted by peer
@@ -76,6 +81,15 @@ class Round:
     def quorum(self) -> int:
         """Offers that settle a round at its cut-off: half the holders, at least 2, 1 for a single holder."""
         return 1 if len(self.holders) == 1 else max(2, (len(self.holders) + 1) // 2)
+
+    @property
+    def live_reducers(self) -> tuple[PeerId, ...]:
+        """The reducers while all of them are here: one alone proves nothing."""
+        return () if self.suspects & set(self.reducers) else self.reducers
+
+    @property
+    def is_merging(self) -> bool:
+        return self.settlement is not None and not self.settlement.is_final
 
     @property
     def num_attesters_needed(self) -> int:
@@ -110,7 +124,7 @@ class Tick:
     """Time passed."""
 
 
-RoundEvent = Offer | Receipt | Abstention | Attestation | Suspected | Returned | Tick
+RoundEvent = Offer | Receipt | Merge | Abstention | Attestation | Suspected | Returned | Tick
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +138,8 @@ class Reject:
 
 @dataclass(frozen=True, slots=True)
 class DidSettle:
+    """Also once more, when its reducers have merged it or will not."""
+
     settlement: Settlement
 
 
@@ -157,6 +173,8 @@ def next_deadline(round_: Round, rules: Rules) -> float | None:
     """When time alone may change the round; None when it is over."""
     if round_.phase is Phase.OPEN:
         return round_.cut_off_at
+    if round_.is_merging:
+        return round_.settled_at + rules.merge_s
     return round_.settled_at + rules.attest_s if round_.is_active else None
 
 
@@ -168,6 +186,9 @@ def waits_for(round_: Round) -> str:
             return f"waits for offers of {_names(missing)} ({len(round_.offers)} of {len(due)} in)"
         sound = {o.peer for o in round_.sound_offers()}
         return f"waits for a second holder of the packets of {_names({o.peer for o in round_.offers} - sound)}"
+    if round_.is_merging:
+        unheard = set(round_.reducers) - {m.peer for m in round_.merges}
+        return f"settled; waits for the merged packet of {_names(unheard)}"
     if round_.is_active:
         needed = round_.num_attesters_needed - len(round_.attestations)
         return f"settled; waits for {max(needed, 1)} more to attest"
@@ -188,6 +209,8 @@ def _take(round_: Round, event: RoundEvent) -> tuple[Round, tuple[RoundEffect, .
             return _take_offer(round_, event)
         case Receipt():
             return _take_receipt(round_, event)
+        case Merge():
+            return _take_merge(round_, event)
         case Attestation():
             return _take_attestation(round_, event)
         case Abstention(peer=peer):
@@ -229,11 +252,27 @@ def _take_receipt(round_: Round, receipt: Receipt) -> tuple[Round, tuple[RoundEf
     return replace(round_, receipts=round_.receipts | {(receipt.sender, receipt.peer)}), ()
 
 
+def _take_merge(round_: Round, merge: Merge) -> tuple[Round, tuple[RoundEffect, ...]]:
+    if merge.peer not in round_.reducers:
+        return round_, (Reject(merge.peer, "not-a-reducer", "only the round's reducers merge"),)
+    if not round_.is_merging:
+        return round_, ()  # it is late: the round went on without it, and the view says so
+    if not 1 <= merge.num_bytes <= MAX_OFFER_BYTES:
+        return round_, (Reject(merge.peer, "malformed", f"got {merge.num_bytes} bytes, expected 1 to {MAX_OFFER_BYTES}"),)
+    if (known := next((m for m in round_.merges if m.peer == merge.peer), None)) is not None:
+        if known != merge:
+            return round_, (Reject(merge.peer, "two-digests", f"already merged {known.packet[:12]}, now {merge.packet[:12]}"),)
+        return round_, ()
+    return replace(round_, merges=tuple(sorted((*round_.merges, merge), key=lambda m: m.peer))), ()
+
+
 def _take_attestation(round_: Round, attestation: Attestation) -> tuple[Round, tuple[RoundEffect, ...]]:
     if attestation.peer not in round_.roster:
         return round_, (Reject(attestation.peer, "not-in-roster", "only the roster's members attest"),)
-    if round_.phase is Phase.OPEN:
-        return round_, (Reject(attestation.peer, "early", "the round is not settled"),)
+    if round_.phase is Phase.OPEN or round_.is_merging:
+        return round_, (
+            Reject(attestation.peer, "early", "the round is not settled" if round_.phase is Phase.OPEN else "it is not merged"),
+        )
     if any(a.peer == attestation.peer for a in round_.attestations):
         return round_, ()
     attestations = tuple(sorted((*round_.attestations, attestation), key=lambda a: a.peer))
@@ -268,13 +307,41 @@ def _settle(round_: Round, now: float, rules: Rules, offers: tuple[Offer, ...], 
     entries = tuple(Entry(o.peer, o.packet, o.num_bytes, o.num_tokens, float_bits(o.num_tokens / num_tokens)) for o in offers)
     settlement = Settlement(
         round_.fragment, round_.number, round_.height + 1, round_.base, entries,
-        float_bits(lr), float_bits(momentum), why,
+        float_bits(lr), float_bits(momentum), why, round_.live_reducers, round_.residual if round_.live_reducers else None,
     )  # fmt: skip
     settled = replace(round_, phase=Phase.SETTLED, settlement=settlement, settled_at=now, why=why)
     return settled, (DidSettle(settlement),)
 
 
 def _decide_settled(round_: Round, now: float, rules: Rules) -> tuple[Round, tuple[RoundEffect, ...]]:
+    round_, effects = _decide_merging(round_, now, rules)
+    decided, more = _decide_attesting(round_, now, rules)
+    return decided, effects + more
+
+
+def _decide_merging(round_: Round, now: float, rules: Rules) -> tuple[Round, tuple[RoundEffect, ...]]:
+    """The settlement as both reducers merged it; without them as soon as that will not happen."""
+    settlement = round_.settlement
+    if settlement is None or settlement.is_final:
+        return round_, ()
+    said = {Merged(m.packet, m.num_bytes, m.residual) for m in round_.merges}
+    silent = set(settlement.reducers) - {m.peer for m in round_.merges}
+    if gone := silent & round_.suspects:
+        why = f"reducer {_names(gone)} is gone"
+    elif len(said) > 1:
+        why = f"reducers {_names(settlement.reducers)} made different packets"
+    elif not silent:
+        final = replace(settlement, merged=said.pop(), why=f"{settlement.why}; merged by {_names(settlement.reducers)}")
+        return replace(round_, settlement=final, settled_at=now), (DidSettle(final),)
+    elif now >= round_.settled_at + rules.merge_s:
+        why = f"reducer {_names(silent)} merged nothing in {rules.merge_s:g} s"
+    else:
+        return round_, ()
+    final = replace(settlement, reducers=(), residual=None, why=f"{settlement.why}; {why}: everybody fetches every packet")
+    return replace(round_, settlement=final, settled_at=now), (DidSettle(final),)
+
+
+def _decide_attesting(round_: Round, now: float, rules: Rules) -> tuple[Round, tuple[RoundEffect, ...]]:
     needed = round_.num_attesters_needed
     votes = Counter(a.anchor for a in round_.attestations)
     for anchor, count in sorted(votes.items()):
@@ -288,7 +355,7 @@ def _decide_settled(round_: Round, now: float, rules: Rules) -> tuple[Round, tup
     if best + len(silent) < needed:
         why = "attesters disagree" if len(votes) > 1 else "too few members are left to attest"
         return _give_up(round_, Phase.VOID, f"{why}: {best} of {needed}")
-    if now >= round_.settled_at + rules.attest_s:
+    if not round_.is_merging and now >= round_.settled_at + rules.attest_s:
         return _give_up(round_, Phase.VOID, f"{best} of {needed} attested in {rules.attest_s:g} s")
     return round_, ()
 

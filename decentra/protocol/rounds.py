@@ -26,6 +26,7 @@ from decentra.protocol.messages import (
     Holding,
     MemberMessage,
     MemberView,
+    Merge,
     Offer,
     Phase,
     Receipt,
@@ -120,8 +121,8 @@ class RoundBook:
         """A new run at its genesis anchors, and the record that begins its ledger."""
         run = manifest.run_id()
         spec = manifest.rounds
-        rules = Rules(spec.cut_off_s, spec.grace_s, spec.attest_s, manifest.outer, manifest.outer_experts)
-        book = RoundBook(manifest, run, rules, Timing(spec.cut_off_s, spec.gather_s, spec.rollback_s))
+        rules = Rules(spec.cut_off_s, spec.grace_s, spec.attest_s, manifest.outer, spec.merge_s, manifest.outer_experts)
+        book = RoundBook(manifest, run, rules, Timing(spec.cut_off_s, spec.gather_s, spec.rollback_s, spec.reduce_from))
         for fragment, digest in sorted(manifest.genesis.items()):
             book.fragments[fragment] = FragmentBook(fragment, digest, idle_since=now)
         if not book.fragments:
@@ -220,7 +221,7 @@ class RoundBook:
                     self.members[peer] = replace(member, counters=counters)
             case Holding():
                 self._hold(event, effects)
-            case Offer() | Receipt() | Abstention() | Attestation():
+            case Offer() | Receipt() | Merge() | Abstention() | Attestation():
                 self._hear(event, now, effects)
             case Detached(peer, nonce):
                 if (member := self.members.get(peer)) and member.nonce == nonce:
@@ -337,7 +338,7 @@ class RoundBook:
         elif book.holdings.get(holding.peer) != holding.anchor:
             self._put(holding.fragment, (books.hold(book, holding), ()), effects)
 
-    def _hear(self, message: Offer | Receipt | Abstention | Attestation, now: float, effects: list[Effect]) -> None:
+    def _hear(self, message: Offer | Receipt | Merge | Abstention | Attestation, now: float, effects: list[Effect]) -> None:
         book = self.fragments.get(message.fragment)
         if book is None:
             effects.append(Reject(message.peer, "fragment", f"this run has no fragment {message.fragment[:40]!r}"))

@@ -301,4 +301,5 @@ def _is_token_id(text: str) -> bool:
 def _to_act_on(book: FragmentBook) -> tuple[object, ...]:
     """The part of a fragment's state that makes a member do something."""
     phase, offers = (book.round.phase, book.round.offers) if book.round is not None else (Phase.IDLE, ())
-    return book.anchor, book.number, phase, offers, any(digest == book.anchor for digest in book.holdings.values())
+    merging = (book.round.live_reducers, book.round.settlement and book.round.settlement.is_final) if book.round is not None else None
+    return book.anchor, book.number, phase, offers, merging, any(digest == book.anchor for digest in book.holdings.values())

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Literal
 
+from decentra.config import CodecName
 from decentra.ids import Digest, FragmentId
 
 NUM_EXPERTS = 2
@@ -25,10 +26,14 @@ class Scenario:
     max_delay_s: float = 0.1  # of a message while the net is sound
     max_compute_s: float = 0.2  # of a tensor operation
     outer_rule: Literal["average", "nesterov"] = "average"
+    reduce_from: int | None = None  # holders
+    experts_per_peer: int = 1
+    codec: CodecName = "int8"
+    merged: CodecName | None = None
 
     @staticmethod
     def from_seed(seed: int) -> Scenario:
-        """Every kind of swarm in turn: two to four trainers, with and without a keeper, both outer rules, quick and slow machines."""
+        """Every kind of swarm in turn: two to four trainers, with and without a keeper and reducers, both outer rules, quick and slow machines."""
         rng = Random(seed * 7919 + 17)
         return Scenario(
             seed,
@@ -40,6 +45,7 @@ class Scenario:
             max_delay_s=rng.choice([0.02, 0.1, 0.5]),
             max_compute_s=rng.choice([0.05, 0.2, 1.0]),
             outer_rule="nesterov" if seed % 2 else "average",
+            reduce_from=2 if seed // 2 % 2 else None,
         )
 
 

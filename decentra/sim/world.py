@@ -80,7 +80,7 @@ class World:
     scenario: Scenario
     rng: Random = field(init=False)
     net: SimNet = field(init=False)
-    layout: Layout = field(init=False, default_factory=tiny_layout)
+    layout: Layout = field(default_factory=tiny_layout)
     journal: SimJournal = field(init=False, default_factory=SimJournal)
     hosts: dict[PeerId, _Host] = field(init=False, default_factory=dict)
     exchanges: dict[PeerId, SimExchange] = field(init=False, default_factory=dict)
@@ -98,11 +98,20 @@ class World:
         self.net = SimNet(Random(scenario.seed + 1), max_delay_s=scenario.max_delay_s)
         blobs = [encode_anchor(f, AnchorState(torch.linspace(-1, 1, f.num_elements))) for f in self.layout.fragments]
         rounds = RoundSpec(
-            inner_steps=scenario.inner_steps, cut_off_s=10, grace_s=6, attest_s=6, gather_s=2, heartbeat_s=2, lease_s=5, rollback_s=15
+            inner_steps=scenario.inner_steps,
+            cut_off_s=10,
+            grace_s=6,
+            attest_s=6,
+            gather_s=2,
+            heartbeat_s=2,
+            lease_s=5,
+            rollback_s=15,
+            reduce_from=scenario.reduce_from,
+            merge_s=4,
         )
         self.manifest = Manifest(
-            name="sim", model=ModelSpec(num_experts=NUM_EXPERTS), rounds=rounds, codec=CodecSpec(name="int8"),
-            placement=PlacementSpec(holders=2, experts_per_peer=1),
+            name="sim", model=ModelSpec(num_experts=NUM_EXPERTS), rounds=rounds, codec=CodecSpec(name=scenario.codec, merged=scenario.merged),
+            placement=PlacementSpec(holders=2, experts_per_peer=scenario.experts_per_peer),
             genesis={f.id: anchor_digest(b) for f, b in zip(self.layout.fragments, blobs, strict=True)},
             outer=OuterSpec(rule="nesterov", lr=0.7, momentum=0.5) if scenario.outer_rule == "nesterov" else OuterSpec(),
         )  # fmt: skip

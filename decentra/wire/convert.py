@@ -23,7 +23,14 @@ from decentra.protocol import messages as domain
 from decentra.wire import limits
 
 Value = (
-    domain.MemberMessage | domain.ServiceMessage | domain.Outcome | domain.Settlement | domain.Entry | domain.MemberView | domain.Counters
+    domain.MemberMessage
+    | domain.ServiceMessage
+    | domain.Outcome
+    | domain.Settlement
+    | domain.Merged
+    | domain.Entry
+    | domain.MemberView
+    | domain.Counters
 )
 PbMessage = TypeVar("PbMessage", bound=Message)
 
@@ -32,12 +39,14 @@ PAIRS: dict[type, type[Message]] = {
     domain.Hello: pb.Hello,
     domain.Offer: pb.Offer,
     domain.Receipt: pb.Receipt,
+    domain.Merge: pb.Merge,
     domain.Abstention: pb.Abstention,
     domain.Attestation: pb.Attestation,
     domain.Counters: pb.Counters,
     domain.Heartbeat: pb.Heartbeat,
     domain.Goodbye: pb.Goodbye,
     domain.Entry: pb.Entry,
+    domain.Merged: pb.Merged,
     domain.Settlement: pb.Settlement,
     domain.Outcome: pb.Outcome,
     domain.Tally: pb.Tally,

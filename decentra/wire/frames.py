@@ -19,6 +19,7 @@ from decentra.protocol.messages import (
     Hello,
     Holding,
     MemberMessage,
+    Merge,
     Offer,
     Receipt,
     Rejected,
@@ -29,12 +30,12 @@ from decentra.wire import limits
 from decentra.wire.convert import decode, dump, encode, from_wire, malformed, parse, to_wire
 from decentra.wire.signed import open_sealed, seal
 
-SIGNED: dict[type, str] = {Hello: "hello", Offer: "offer", Receipt: "receipt", Attestation: "attestation"}
+SIGNED: dict[type, str] = {Hello: "hello", Offer: "offer", Receipt: "receipt", Merge: "merge", Attestation: "attestation"}
 _PLAIN: dict[type, str] = {Holding: "holding", Heartbeat: "heartbeat", Goodbye: "goodbye", Abstention: "abstention"}
 _CLASS_OF = {kind: cls for cls, kind in (SIGNED | _PLAIN).items()}
 _SERVICE: dict[type, str] = {FragmentView: "fragment", SwarmView: "swarm", Rejected: "rejected"}
 
-Fact = Hello | Offer | Receipt | Attestation
+Fact = Hello | Offer | Receipt | Merge | Attestation
 
 
 def seal_fact(key: Keypair, run: RunId, fact: Fact, *, not_after_s: float = 0) -> bytes:
@@ -45,7 +46,7 @@ def seal_fact(key: Keypair, run: RunId, fact: Fact, *, not_after_s: float = 0) -
 
 
 def open_fact(cls: type[Any], data: bytes, run: RunId, peer: PeerId | None, *, now_s: float | None = None) -> Any:
-    """A signed Hello, Offer, Receipt or Attestation, signed by the peer it names; Offer and Attestation keep ``data`` as proof.
+    """A signed Hello, Offer, Receipt, Merge or Attestation, signed by the peer it names; Offer and Attestation keep ``data`` as proof.
 
     ``peer``: who must have signed; None takes the signer. Raises RejectedPayload (reasons of ``open_sealed``).
     """
@@ -62,7 +63,7 @@ def open_fact(cls: type[Any], data: bytes, run: RunId, peer: PeerId | None, *, n
 
 def member_frame(key: Keypair, run: RunId, message: MemberMessage, *, not_after_s: float = 0) -> bytes:
     """A member's message as the bytes of one MemberFrame, signed where its kind asks for it. ``not_after_s``: of a Hello."""
-    if isinstance(message, Hello | Offer | Receipt | Attestation):
+    if isinstance(message, Hello | Offer | Receipt | Merge | Attestation):
         return dump(pb.MemberFrame(**cast(Any, {SIGNED[type(message)]: seal_fact(key, run, message, not_after_s=not_after_s)})))
     return dump(pb.MemberFrame(**cast(Any, {_PLAIN[type(message)]: to_wire(message)})))
 

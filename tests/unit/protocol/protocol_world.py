@@ -6,11 +6,11 @@ from hypothesis import strategies as st
 
 from decentra.config import AdmissionSpec, Manifest, ModelSpec, OuterSpec, PlacementSpec, RoundSpec
 from decentra.ids import Digest, FragmentId, PeerId, digest_of
-from decentra.protocol.messages import Abstention, Attestation, Offer, Receipt
+from decentra.protocol.messages import Abstention, Attestation, Merge, Offer, Receipt
 from decentra.protocol.round import Returned, Round, Rules, Suspected, Tick
 
 FRAGMENT = FragmentId("trunk/0")
-RULES = Rules(cut_off_s=10.0, grace_s=5.0, attest_s=8.0, outer=OuterSpec(lr=0.7, momentum=0.9))
+RULES = Rules(cut_off_s=10.0, grace_s=5.0, attest_s=8.0, outer=OuterSpec(lr=0.7, momentum=0.9), merge_s=3.0)
 PEERS = tuple(PeerId(f"peer-{i}") for i in range(5))
 
 
@@ -39,9 +39,18 @@ def attestation(peer: PeerId, anchor: Digest, number: int = 1, *, fragment: Frag
     return Attestation(fragment, number, peer, anchor, proof=peer.encode())
 
 
-def new_round(num_holders: int, num_keepers: int = 0, number: int = 1) -> Round:
+def merge(peer: PeerId, number: int = 1, *, variant: int = 0, fragment: FragmentId = FRAGMENT) -> Merge:
+    return Merge(fragment, number, peer, digest(f"merged {number} {variant}"), 32, digest(f"left {number} {variant}"))
+
+
+def new_round(num_holders: int, num_keepers: int = 0, has_reducers: bool = False, number: int = 1) -> Round:
+    """``has_reducers``: the last two of the roster, where there are two."""
     holders, keepers = PEERS[:num_holders], PEERS[num_holders : num_holders + num_keepers]
-    return Round(FRAGMENT, number, 0, BASE, frozenset(holders), frozenset(keepers), opened_at=0.0, cut_off_at=10.0)
+    pair = (*holders, *keepers)[-2:] if has_reducers and num_holders + num_keepers > 1 else ()
+    return Round(
+        FRAGMENT, number, 0, BASE, frozenset(holders), frozenset(keepers), opened_at=0.0, cut_off_at=10.0, reducers=pair,
+        residual=digest("left 0 0") if pair else None,
+    )  # fmt: skip
 
 
 def manifest(*, num_experts: int = 2, genesis: tuple[str, ...] = ("expert.0/0", "expert.1/0", "trunk/0"), **changes: object) -> Manifest:
@@ -72,6 +81,7 @@ def round_events(number: int = 1) -> st.SearchStrategy[object]:
         st.builds(lambda p, s, v: receipt(p, s, number, variant=v), peers, peers, st.sampled_from([0, 0, 0, 1])),
         st.builds(lambda p: Abstention(FRAGMENT, number, p, "no tokens"), peers),
         st.builds(lambda p, a: attestation(p, a, number), peers, anchors),
+        st.builds(lambda p, v: merge(p, number, variant=v), peers, st.sampled_from([0, 0, 0, 1])),
         st.builds(Suspected, peers),
         st.builds(Returned, peers),
         st.just(Tick()),

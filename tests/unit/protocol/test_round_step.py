@@ -33,7 +33,7 @@ from decentra.protocol.round import (
 A, B, C, D, E = PEERS
 ANCHOR = digest("anchor a")
 timed_events = st.lists(st.tuples(st.floats(0, 6), round_events()), max_size=40)
-rosters = st.tuples(st.integers(1, 3), st.integers(0, 2))
+rosters = st.tuples(st.integers(1, 3), st.integers(0, 2), st.booleans())
 ORDER = {Phase.OPEN: 0, Phase.SETTLED: 1, Phase.TENTATIVE: 2, Phase.CONFIRMED: 3, Phase.ABANDONED: 3, Phase.VOID: 3}
 
 
@@ -47,7 +47,7 @@ def play(round_: Round, *events: object, now: float = 1.0) -> tuple[Round, list[
 
 @given(rosters, timed_events)
 @settings(max_examples=300, deadline=None)
-def test_the_law_holds_after_any_events(roster: tuple[int, int], events: Sequence[tuple[float, object]]) -> None:
+def test_the_law_holds_after_any_events(roster: tuple[int, int, bool], events: Sequence[tuple[float, object]]) -> None:
     round_, now = new_round(*roster), 0.0
     ends = 0
     for wait_s, event in events:
@@ -71,7 +71,7 @@ def check_step(before: Round, after: Round, effects: Sequence[RoundEffect], now:
     assert {o.peer for o in after.offers} <= after.holders
     assert len({o.peer for o in after.offers}) == len(after.offers)
     if before.settlement is not None:
-        assert after.settlement == before.settlement, "a settlement is frozen"
+        check_settlement_change(before, after)
         assert after.offers == before.offers, "an offer after settling is too late"
     if (settlement := after.settlement) is not None:
         sound = {o.peer: o for o in after.sound_offers()}
@@ -85,6 +85,7 @@ def check_step(before: Round, after: Round, effects: Sequence[RoundEffect], now:
         tokens = sum(e.num_tokens for e in settlement.entries)
         assert all(e.weight_bits == float_bits(e.num_tokens / tokens) for e in settlement.entries)
         assert (settlement.lr_bits, settlement.momentum_bits) == (float_bits(RULES.outer.lr), float_bits(RULES.outer.momentum))
+    assert not (after.is_merging and after.attestations), "nobody attests what is not merged"
     if after.phase is Phase.CONFIRMED:
         agreeing = {a.peer for a in after.attestations if a.anchor == after.anchor}
         assert len(agreeing) >= min(2, len(after.roster))
@@ -96,9 +97,28 @@ def check_step(before: Round, after: Round, effects: Sequence[RoundEffect], now:
     assert waits_for(after)
 
 
+def check_settlement_change(before: Round, after: Round) -> None:
+    """Frozen, but for what its reducers make of it, once."""
+    was, now = before.settlement, after.settlement
+    assert was is not None
+    assert now is not None
+    if was.is_final or now == was:
+        assert now == was, "a settlement is frozen"
+        return
+    assert now.is_final
+    assert replace(now, why=was.why, reducers=was.reducers, residual=was.residual, merged=None) == was
+    assert now.why.startswith(was.why)
+    if now.merged is not None:
+        assert (now.reducers, now.residual) == (was.reducers, was.residual)
+        assert {(m.packet, m.residual) for m in after.merges} == {(now.merged.packet, now.merged.residual)}
+        assert {m.peer for m in after.merges} == set(now.reducers), "both said the same"
+
+
 def expected_effects(before: Round, after: Round) -> list[type]:
     found: list[type] = []
     if before.phase is Phase.OPEN and after.settlement is not None:
+        found.append(DidSettle)
+    if before.is_merging and not after.is_merging:
         found.append(DidSettle)
     if before.is_active and after.phase is Phase.CONFIRMED:
         found.append(DidConfirm)
@@ -109,12 +129,12 @@ def expected_effects(before: Round, after: Round) -> list[type]:
 
 @given(rosters, timed_events)
 @settings(max_examples=100, deadline=None)
-def test_every_round_ends_by_itself(roster: tuple[int, int], events: Sequence[tuple[float, object]]) -> None:
+def test_every_round_ends_by_itself(roster: tuple[int, int, bool], events: Sequence[tuple[float, object]]) -> None:
     round_, now = new_round(*roster), 0.0
     for wait_s, event in events:
         now += wait_s
         round_, _ = step(round_, event, now, RULES)  # type: ignore[arg-type]
-    for _ in range(2):  # settling at the deadline, then the deadline for attesting
+    for _ in range(3):  # settling at the deadline, then the deadlines for merging and for attesting
         now += RULES.cut_off_s + RULES.grace_s + RULES.attest_s
         round_, _ = step(round_, Tick(), now, RULES)
     assert not round_.is_active
@@ -122,7 +142,9 @@ def test_every_round_ends_by_itself(roster: tuple[int, int], events: Sequence[tu
 
 @given(rosters, timed_events, round_events())
 @settings(max_examples=100, deadline=None)
-def test_hearing_a_thing_twice_is_hearing_it_once(roster: tuple[int, int], events: Sequence[tuple[float, object]], event: object) -> None:
+def test_hearing_a_thing_twice_is_hearing_it_once(
+    roster: tuple[int, int, bool], events: Sequence[tuple[float, object]], event: object
+) -> None:
     round_, now = new_round(*roster), 0.0
     for wait_s, earlier in events:
         now += wait_s

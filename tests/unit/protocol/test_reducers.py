@@ -1,0 +1,248 @@
+"""Reducers: two of the roster make one packet of a round's packets; when they cannot, the round goes on without them and loses one deadline."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from protocol_world import BASE, FRAGMENT, PEERS, RULES, attestation, digest, merge, new_round, offer, packet_of, receipt
+
+from decentra.protocol import duties as do
+from decentra.protocol import fragment as books
+from decentra.protocol import ledger
+from decentra.protocol import member as m
+from decentra.protocol.duties import FragmentLife, Self
+from decentra.protocol.fragment import FragmentBook, Present, Timing
+from decentra.protocol.member import MemberMachine
+from decentra.protocol.messages import FragmentView, Holding, Merge, Merged, Phase, Receipt, Role, Settlement
+from decentra.protocol.round import DidSettle, Reject, Round, Suspected, Tick, next_deadline, step, waits_for
+
+A, B, C, D, E = PEERS
+PAIR = (B, C)
+ANCHOR = digest("anchor a")
+TIMING = Timing(cut_off_s=10.0, gather_s=2.0, rollback_s=20.0, reduce_from=3)
+
+
+def settled(now: float = 1.0) -> Round:
+    """Three holders' offers are in and held by the reducers, the last two of them."""
+    round_ = new_round(3, has_reducers=True)
+    assert round_.reducers == PAIR
+    for event in (*(offer(p) for p in (A, B, C)), *(receipt(r, s) for r in PAIR for s in (A, B, C) if r != s)):
+        round_, _ = step(round_, event, now, RULES)
+    assert round_.phase is Phase.SETTLED
+    return round_
+
+
+def settlement_of(round_: Round) -> Settlement:
+    assert round_.settlement is not None
+    return round_.settlement
+
+
+def test_what_both_made_is_the_rounds_packet() -> None:
+    round_ = settled()
+    assert settlement_of(round_).reducers == PAIR
+    assert not settlement_of(round_).is_final
+    assert next_deadline(round_, RULES) == 1.0 + RULES.merge_s
+    early, effects = step(round_, attestation(A, ANCHOR), 1.5, RULES)
+    assert [e.reason for e in effects if isinstance(e, Reject)] == ["early"]
+    round_, effects = step(early, merge(B), 2.0, RULES)
+    assert effects == ()
+    assert "merged packet of" in waits_for(round_)
+    round_, effects = step(round_, merge(C), 2.0, RULES)
+    final = settlement_of(round_)
+    assert effects == (DidSettle(final),)
+    assert final.merged == Merged(merge(B).packet, 32, merge(B).residual)
+    assert final.packets == (merge(B).packet,)
+    for peer in (A, B):
+        round_, effects = step(round_, attestation(peer, ANCHOR), 3.0, RULES)
+    assert round_.phase is Phase.CONFIRMED
+
+
+@pytest.mark.parametrize(
+    ("events", "now", "why"),
+    [
+        ((merge(B), merge(C, variant=1)), 2.0, "different packets"),
+        ((merge(B), Suspected(C)), 2.0, "is gone"),
+        ((merge(B), Tick()), 1.0 + RULES.merge_s, "merged nothing"),
+    ],
+)
+def test_without_their_packet_everybody_fetches_all(events: tuple[object, ...], now: float, why: str) -> None:
+    round_, effects = settled(), list[object]()
+    for event in events:
+        round_, more = step(round_, event, now, RULES)  # type: ignore[arg-type]
+        effects += more
+    final = settlement_of(round_)
+    assert effects == [DidSettle(final)]
+    assert (final.reducers, final.merged) == ((), None)
+    assert why in final.why
+    assert final.packets == tuple(packet_of(p) for p in (A, B, C))
+    assert next_deadline(round_, RULES) == now + RULES.attest_s, "the time to attest begins anew"
+    assert step(round_, merge(C), now, RULES)[1] == (), "a late merge is no mistake"
+
+
+def test_a_reducer_that_is_gone_at_settling_is_not_waited_for() -> None:
+    round_ = new_round(3, has_reducers=True)
+    round_, _ = step(round_, Suspected(C), 1.0, RULES)
+    for event in (offer(A), offer(B), receipt(B, A), receipt(A, B)):
+        round_, _ = step(round_, event, 1.0, RULES)
+    assert settlement_of(round_).is_final
+    assert round_.live_reducers == ()
+
+
+def test_only_reducers_merge_and_each_says_one_thing() -> None:
+    round_ = settled()
+    for event, reason in ((merge(A), "not-a-reducer"), (replace(merge(B), num_bytes=0), "malformed")):
+        after, effects = step(round_, event, 2.0, RULES)
+        assert after == round_
+        assert [e.reason for e in effects if isinstance(e, Reject)] == [reason]
+    round_, _ = step(round_, merge(B), 2.0, RULES)
+    after, effects = step(round_, merge(B, variant=1), 2.0, RULES)
+    assert after == round_
+    assert [e.reason for e in effects if isinstance(e, Reject)] == ["two-digests"]
+
+
+# ---------------------------------------------------------------- the service's book
+
+
+class Book:
+    """Four holders and a book that asks for reducers from three on."""
+
+    def __init__(self) -> None:
+        self.book, self.records = FragmentBook(FRAGMENT, BASE), list[ledger.Record]()
+        self.present = Present(frozenset((A, B, C, D)))
+        self.now = 0.0
+
+    def do(self, step: books.Step) -> None:
+        self.book, effects = step
+        self.records += [e.record for e in effects if isinstance(e, books.Write)]
+
+    def open(self) -> Round:
+        for peer in sorted(self.present.roster):
+            self.book = books.hold(self.book, Holding(peer, FRAGMENT, self.book.anchor))
+        self.do(books.tick(self.book, self.present, self.now, RULES, TIMING, may_open=True))
+        assert self.book.active is not None
+        return self.book.active
+
+    def finish(self, *, merged_by: tuple[object, ...]) -> None:
+        """The open round to its confirmation; ``merged_by``: reducers that do their part."""
+        round_ = self.open()
+        holders, number, base = sorted(round_.holders), round_.number, round_.base
+        pair = round_.reducers or tuple(holders[:2])
+        messages: list[object] = [offer(p, number, base=base) for p in holders]
+        messages += [receipt(r, s, number) for r in pair for s in holders if s != r]
+        messages += [merge(p, number) for p in pair if p in merged_by]
+        for message in messages:
+            self.do(books.hear(self.book, message, self.now, RULES))  # type: ignore[arg-type]
+        self.now += RULES.merge_s
+        self.do(books.tick(self.book, self.present, self.now, RULES, TIMING, may_open=False))
+        for peer in holders:
+            self.do(books.hear(self.book, attestation(peer, digest(f"anchor {number}"), number), self.now, RULES))
+        assert self.book.active is None
+        assert self.book.height == number
+
+
+def test_the_pair_is_sticky_and_its_residual_goes_on() -> None:
+    b = Book()
+    pair = b.open().reducers
+    assert len(pair) == 2
+    b.finish(merged_by=pair)
+    second = b.open()
+    assert (second.reducers, second.residual) == (pair, merge(A, 1).residual)
+    b.finish(merged_by=pair)
+    assert b.book.residual == merge(A, 2).residual
+    restored = FragmentBook(FRAGMENT, BASE)
+    for record in b.records:
+        restored = books.restore(restored, record, b.now, TIMING)
+    assert (restored.reducers, restored.residual, restored.height) == (b.book.reducers, b.book.residual, 2)
+
+
+def test_a_reducer_that_failed_or_left_is_replaced_and_a_residual_nobody_merges_is_given_up() -> None:
+    b = Book()
+    pair = b.open().reducers
+    b.finish(merged_by=pair)
+    b.finish(merged_by=pair[:1])
+    third = b.open()
+    assert pair[0] in third.reducers
+    assert pair[1] not in third.reducers
+    assert third.residual == merge(A, 1).residual, "the newcomer fetches it"
+    b.finish(merged_by=())
+    assert b.open().residual is None, "twice in a row: nobody seems to have it"
+    b.present = Present(b.present.holders - {third.reducers[0]})
+    b.finish(merged_by=b.open().reducers)
+    assert third.reducers[0] not in b.open().reducers
+
+
+def test_few_holders_need_no_reducers() -> None:
+    b = Book()
+    b.present = Present(frozenset((A, B)), frozenset((C,)))
+    assert b.open().reducers == ()
+
+
+# ---------------------------------------------------------------- a member's part
+
+
+def view(phase: Phase, **changes: object) -> FragmentView:
+    base = FragmentView(
+        FRAGMENT, 1, 0, BASE, 1, phase, "", holders=(A, B, C, D), reducers=PAIR, cut_off_in_s=10.0, ready=(A, B, C, D),
+        offers=tuple(offer(p) for p in (A, B, C, D)),
+    )  # fmt: skip
+    return replace(base, **changes)  # type: ignore[arg-type]
+
+
+def machine(me: object) -> MemberMachine:
+    found = MemberMachine(Self(me, Role.TRAINER, 3), {FRAGMENT: FragmentLife(FRAGMENT, BASE, trains=True)})  # type: ignore[arg-type]
+    found.handle(m.Connected(), 0.0)
+    return found
+
+
+def of(effects: list[do.Effect], kind: type) -> list[do.Effect]:
+    return [e for e in effects if isinstance(e, kind)]
+
+
+def in_view(round_: Round) -> FragmentView:
+    return view(Phase.SETTLED, settlement=settlement_of(round_), version=2)
+
+
+def test_only_reducers_fetch_offered_packets() -> None:
+    assert of(machine(A).handle(m.Viewed(view(Phase.OPEN)), 0.0), do.Fetch) == []
+    fetches = of(machine(B).handle(m.Viewed(view(Phase.OPEN)), 0.0), do.Fetch)
+    assert {f.sender for f in fetches if isinstance(f, do.Fetch)} == {A, B, C, D}
+    assert len(of(machine(A).handle(m.Viewed(view(Phase.OPEN, reducers=())), 0.0), do.Fetch)) == 4
+
+
+def test_a_reducer_merges_says_so_and_applies_the_merged_packet() -> None:
+    reducer, round_ = machine(B), settled()
+    reducer.handle(m.Viewed(view(Phase.OPEN)), 0.0)
+    for peer in (A, B, C):
+        effects = reducer.handle(m.Fetched(FRAGMENT, packet_of(peer)), 0.0)
+    assert {e.message.sender for e in of(effects, do.Say) if isinstance(e, do.Say) and isinstance(e.message, Receipt)} == {C}
+    effects = reducer.handle(m.Viewed(in_view(round_)), 1.0)
+    (reduce,) = of(effects, do.Reduce)
+    assert isinstance(reduce, do.Reduce)
+    assert reduce.sources[0] == C, "the other reducer has the residual most likely"
+    assert of(effects, do.Apply) == []
+    assert do.Say(merge(B)) in reducer.handle(m.Reduced(merge(B)), 1.0)
+    reducer.handle(m.Disconnected("cut"), 1.0)
+    reducer.handle(m.Connected(), 1.0)
+    assert do.Say(merge(B)) in reducer.handle(m.Viewed(in_view(round_)), 1.0), "said again on a new stream"
+    for event in (merge(B), merge(C)):
+        round_, _ = step(round_, event, 1.0, RULES)
+    assert of(reducer.handle(m.Viewed(in_view(round_)), 2.0), do.Apply) == [do.Apply(settlement_of(round_))]
+
+
+def test_the_others_wait_for_the_merged_packet_and_fetch_nothing_else() -> None:
+    other, round_ = machine(A), settled()
+    assert of(other.handle(m.Viewed(in_view(round_)), 1.0), do.Fetch) == []
+    for event in (merge(B), merge(C)):
+        round_, _ = step(round_, event, 1.0, RULES)
+    final = settlement_of(round_)
+    effects = other.handle(m.Viewed(replace(in_view(round_), version=3)), 1.0)
+    assert [f.packet for f in of(effects, do.Fetch) if isinstance(f, do.Fetch)] == [merge(B).packet]
+    assert of(other.handle(m.Fetched(FRAGMENT, merge(B).packet), 1.0), do.Apply) == [do.Apply(final)]
+
+
+def test_a_merge_of_an_old_round_is_not_said() -> None:
+    reducer = machine(B)
+    reducer.lives[FRAGMENT] = replace(reducer.lives[FRAGMENT], merge=merge(B, 7))
+    effects = reducer.handle(m.Viewed(in_view(settled())), 1.0)
+    assert not any(isinstance(e, do.Say) and isinstance(e.message, Merge) for e in effects)
