@@ -175,7 +175,7 @@ async def gossip(
         )  # fmt: skip
         stack.push_async_callback(node.close)
         store = BlobStore(root / "blobs", config.blob_budget_bytes)
-        exchange = HivemindExchange(node, store, trust.run_id, credentials, credential_check(trust))
+        exchange = HivemindExchange(node, store, trust.run_id, credentials, credential_check(trust), up_bytes_per_s=config.up_bytes_per_s)
         await exchange.start()
         stack.push_async_callback(exchange.close)
         try:

@@ -18,6 +18,7 @@ from decentra.gossip.blobs import BlobReader, BlobStore
 from decentra.gossip.dial import Dialer, DialTimes, Stream
 from decentra.gossip.frames import Reply, Request, Status, pack_reply, pack_request, read_reply, read_request
 from decentra.gossip.node import GossipNode
+from decentra.gossip.pace import Pacer
 from decentra.ids import Digest, PeerId, RunId, short
 
 CHUNK_BYTES = 64 << 10
@@ -54,7 +55,7 @@ class HivemindExchange:
     """ports.Exchange over a GossipNode. ``await start()`` before use, ``await close()`` before the node's.
 
     ``credentials()`` are shown to others with every request; ``check(peer, credentials)`` raises Refused for a peer that may have none.
-    ``peer`` is authenticated by libp2p; what the credentials say about it is up to ``check``.
+    ``peer`` is authenticated by libp2p; what the credentials say about it is up to ``check``. ``up_bytes_per_s``: all uploads together.
     """
 
     def __init__(
@@ -65,11 +66,13 @@ class HivemindExchange:
         credentials: Callable[[], bytes],
         check: Callable[[PeerId, bytes], None],
         limits: ExchangeLimits = ExchangeLimits(),
+        up_bytes_per_s: float | None = None,
     ) -> None:
         self.traffic: dict[PeerId, Traffic] = {}
         self._node, self._store, self._run_id, self._limits = node, store, run_id, limits
         self._credentials, self._check = credentials, check
         self._protocol = f"decentra/1/blob/{run_id[:16]}"
+        self._pacer = Pacer(up_bytes_per_s)
         self._slots = asyncio.Semaphore(limits.num_uploads)
         self._peer_slots: dict[PeerId, tuple[asyncio.Semaphore, int]] = {}  # with the number of those who hold or want one
         self._num_waiting = 0
@@ -251,8 +254,10 @@ class HivemindExchange:
         traffic = self._traffic(remote)
         while block := await asyncio.to_thread(blob.read_at, offset, READ_AHEAD_BYTES):
             offset += len(block)
-            for start in range(0, len(block), CHUNK_BYTES):
-                chunk = block[start : start + CHUNK_BYTES]
+            step = self._pacer.chunk_bytes
+            for start in range(0, len(block), step):
+                chunk = block[start : start + step]
+                await self._pacer.take(len(chunk))
                 writer.write(chunk)
                 async with asyncio.timeout(self._limits.idle_s):
                     await writer.drain()

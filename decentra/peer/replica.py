@@ -20,9 +20,9 @@ from decentra.delta.account import Account, account_from_record, anchor_of_recor
 from decentra.delta.aggregate import aggregate
 from decentra.delta.anchor import AnchorState, anchor_digest, decode_anchor, encode_anchor
 from decentra.delta.decoded import Decoded
-from decentra.delta.merge import merge_packets
 from decentra.delta.outer import outer_step
 from decentra.delta.packet import decode_packet, max_packet_bytes
+from decentra.delta.reduce import reduce_packets
 from decentra.delta.screen import screen
 from decentra.errors import DecentraError, IntegrityError, RejectedPayload, TrainingError
 from decentra.ids import Digest, FragmentId, PeerId, digest_of
@@ -319,7 +319,7 @@ class Replica:
     def _merge(self, settlement: Settlement, deltas: dict[PeerId, Decoded], residual: bytes | None) -> tuple[bytes, bytes]:
         codec = self.manifest.codec
         weights = {e.peer: e.weight_bits for e in settlement.entries}
-        return merge_packets(self.fragment, deltas, weights, residual, codec.merged or codec.name)
+        return reduce_packets(self.fragment, deltas, weights, residual, codec.merged or codec.name)
 
     def _aggregate(self, settlement: Settlement, deltas: dict[PeerId, Decoded]) -> tuple[AnchorState, bytes, Digest]:
         account = self._account()

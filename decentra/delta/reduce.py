@@ -22,7 +22,7 @@ from decentra.modules import Fragment
 # N elements of a fragment
 
 
-def merge_packets(
+def reduce_packets(
     fragment: Fragment, deltas: Mapping[PeerId, Decoded], weight_bits: Mapping[PeerId, int], residual: Buffer | None, codec_name: str
 ) -> tuple[bytes, bytes]:
     """(packet, new residual); a residual travels in the form of an anchor, and None is zero.

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from decentra.bits import float_bits
 from decentra.delta.aggregate import aggregate
 from decentra.delta.anchor import AnchorState, decode_anchor, encode_anchor
-from decentra.delta.merge import merge_packets
 from decentra.delta.packet import decode_packet, encode_packet
+from decentra.delta.reduce import reduce_packets
 from decentra.errors import IntegrityError
 from decentra.ids import FragmentId, PeerId
 from decentra.modules import build_layout
@@ -31,7 +31,7 @@ def test_the_packet_and_what_it_left_are_all_there_was(senders: list[str], codec
     blob = encode_anchor(FRAGMENT, AnchorState(residual_N)) if has_residual else None
 
     def made() -> tuple[bytes, bytes]:
-        return merge_packets(FRAGMENT, {p: decode_packet(d, FRAGMENT) for p, d in packets.items()}, weights, blob, codec)
+        return reduce_packets(FRAGMENT, {p: decode_packet(d, FRAGMENT) for p, d in packets.items()}, weights, blob, codec)
 
     packet, left = made()
     assert (packet, left) == made()
@@ -46,4 +46,4 @@ def test_a_foreign_residual_is_an_error_that_says_so() -> None:
     foreign = encode_anchor(other, AnchorState(torch.zeros(7)))
     for blob in (foreign, b"", b"x" * 100):
         with pytest.raises(IntegrityError, match="cannot be merged"):
-            merge_packets(FRAGMENT, deltas, {PeerId("p"): float_bits(1.0)}, blob, "int8")
+            reduce_packets(FRAGMENT, deltas, {PeerId("p"): float_bits(1.0)}, blob, "int8")
