@@ -23,17 +23,22 @@ def aggregate(deltas: Mapping[PeerId, Decoded], weight_bits: Mapping[PeerId, int
     From +0 in ascending order of peer id, only elementwise mul and add: every CPU gets the same bits. Raises IntegrityError when deltas and
     weights are of different peers or there are none, RejectedPayload for a weight that is not finite or is negative.
     """
+    weights = checked_scalars(deltas, weight_bits)
+    total_N = torch.zeros(next(iter(deltas.values())).num_elements)
+    for peer, weight in weights.items():
+        deltas[peer].add_to(total_N, weight)
+    return total_N
+
+
+def checked_scalars(deltas: Mapping[PeerId, Decoded], weight_bits: Mapping[PeerId, int]) -> dict[PeerId, float]:
+    """Every peer's weight, in ascending order of peer id. Raises as ``aggregate`` does."""
     if not deltas or deltas.keys() != weight_bits.keys():
         raise IntegrityError(
             f"expected one delta for every settled offer, got deltas of {sorted(deltas)}, weights of {sorted(weight_bits)};"
             " fetch what is missing"
         )
-    peers = sorted(deltas)
-    assert len({deltas[peer].num_elements for peer in peers}) == 1, "deltas of one round have one shape"
-    total_N = torch.zeros(deltas[peers[0]].num_elements)
-    for peer in peers:
-        deltas[peer].add_to(total_N, _weight(peer, weight_bits[peer]))
-    return total_N
+    assert len({delta.num_elements for delta in deltas.values()}) == 1, "deltas of one round have one shape"
+    return {peer: _weight(peer, weight_bits[peer]) for peer in sorted(deltas)}
 
 
 def _weight(peer: PeerId, bits: int) -> float:

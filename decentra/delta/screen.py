@@ -9,10 +9,7 @@ from decentra.errors import RejectedPayload
 
 
 def screen(delta: Decoded, *, norm_limit: float | None, peer: str, round: int | None) -> float:
-    """L2 norm of a delta; raises RejectedPayload (``not-finite``, or ``norm`` above ``norm_limit``; None: no limit).
-
-    The norm is a local judgement and a reduction: it is close, not bit-equal, between machines.
-    """
+    """L2 norm of a delta; raises RejectedPayload (``not-finite``, or ``norm`` above ``norm_limit``; None: no limit)."""
     norm = delta.norm()
     if not math.isfinite(norm):
         raise RejectedPayload("not-finite", "the delta holds infinite or NaN values", peer=peer, round=round)

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from decentra.config import Manifest
 from decentra.delta.account import Account, account_from_record, anchor_of_record, record_parts
-from decentra.delta.aggregate import aggregate
 from decentra.delta.anchor import AnchorState, anchor_digest, decode_anchor, encode_anchor
 from decentra.delta.decoded import Decoded
+from decentra.delta.merge import merge
 from decentra.delta.outer import outer_step
 from decentra.delta.packet import decode_packet, max_packet_bytes
 from decentra.delta.screen import screen
@@ -300,11 +300,12 @@ class Replica:
         if settlement.base != account.anchor_digest:
             raise IntegrityError(f"settlement of {settlement.base[:12]}, this peer is at {account.anchor_digest[:12]}")
         deltas = known | {p: decode_packet(d, self.fragment, peer=p, round=settlement.round) for p, d in packets.items()}
-        mean_N = aggregate(deltas, {e.peer: e.weight_bits for e in settlement.entries})
+        outer = self.manifest.outer_of(self.fragment.id)
+        merged_N = merge(self.fragment, deltas, {e.peer: e.weight_bits for e in settlement.entries}, rule=outer.merge)
         state = outer_step(
             account.anchor_state,
-            mean_N,
-            rule=self.manifest.outer_of(self.fragment.id).rule,
+            merged_N,
+            rule=outer.rule,
             lr_bits=settlement.lr_bits,
             momentum_bits=settlement.momentum_bits,
         )

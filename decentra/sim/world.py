@@ -104,7 +104,7 @@ class World:
             name="sim", model=ModelSpec(num_experts=NUM_EXPERTS), rounds=rounds, codec=CodecSpec(name="int8"),
             placement=PlacementSpec(holders=2, experts_per_peer=1),
             genesis={f.id: anchor_digest(b) for f, b in zip(self.layout.fragments, blobs, strict=True)},
-            outer=OuterSpec(rule="nesterov", lr=0.7, momentum=0.5) if scenario.outer_rule == "nesterov" else OuterSpec(),
+            outer=OuterSpec(rule=scenario.outer_rule, lr=0.7 if scenario.outer_rule == "nesterov" else 1.0, momentum=0.5, merge=scenario.merge),
         )  # fmt: skip
         self.promises = Promises(self.manifest, lambda: {p: h.disk for p, h in self.hosts.items()})
         self.journal.on_append = self.promises.on_records

@@ -30,9 +30,9 @@ from decentra.config import Manifest, PeerConfig, parse_config
 from decentra.data.domains import embedded_domain
 from decentra.data.windows import source_for
 from decentra.delta.account import Account
-from decentra.delta.aggregate import aggregate
 from decentra.delta.anchor import AnchorState, anchor_digest, encode_anchor
 from decentra.delta.flat import gather, scatter
+from decentra.delta.merge import merge
 from decentra.delta.outer import outer_step
 from decentra.delta.packet import decode_packet
 from decentra.errors import ConfigError, DecentraError, TrainingError
@@ -152,7 +152,8 @@ class Swarm:
         deltas = {id: decode_packet(p.packet, self.layout[fragment]) for id, p in pendings.items() if p is not None}
         outer = self.manifest.outer_of(fragment)
         lr, momentum = outer.scalars(self.num_rounds, total)
-        return outer_step(old, aggregate(deltas, weights), rule=outer.rule, lr_bits=float_bits(lr), momentum_bits=float_bits(momentum))
+        merged_N = merge(self.layout[fragment], deltas, weights, rule=outer.merge)
+        return outer_step(old, merged_N, rule=outer.rule, lr_bits=float_bits(lr), momentum_bits=float_bits(momentum))
 
     def assembled(self) -> Decoder:
         """A model made of the confirmed anchors."""
