@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from decentra.delta.aggregate import aggregate, checked_scalars
+from decentra.delta.aggregate import Bits, aggregate, checked_scalars
 from decentra.delta.decoded import Decoded
 from decentra.delta.norm import norm_of
 from decentra.errors import ConfigError
@@ -26,27 +26,27 @@ AGREEMENT = 2.0**-10  # mean of unit directions below which peers agree on none;
 _EMBEDDING = re.compile(r"(^|[._])embed", re.IGNORECASE)
 
 
-def merge(fragment: Fragment, deltas: Mapping[PeerId, Decoded], weight_bits: Mapping[PeerId, int], *, rule: str) -> Tensor:
-    """The merged delta, fp32 [N], by the manifest's ``outer.merge``: ``mean`` (``aggregate``) or ``radial``.
+def merge(fragment: Fragment, deltas: Mapping[PeerId, Decoded], weight_bits: Bits, clip_bits: Bits | None = None, *, rule: str) -> Tensor:
+    """The merged delta, fp32 [N], of all deltas times their clips, by the manifest's ``outer.merge``: ``mean`` (``aggregate``) or ``radial``.
 
     ``radial`` (radial-directional averaging of Decoupled DiLoCo, arXiv 2604.21428): a tensor's merged norm is the weighted mean of the peers'
     norms, its direction that of the weighted mean of their unit directions. So peers that disagree do not shorten the step, and a long delta does
-    not outvote a short one. Embeddings and tensors of less than two dimensions are plain means. Raises what ``aggregate`` does, and ConfigError
-    for another rule.
+    not outvote a short one; a clip shortens its peer's norm and leaves its direction. Embeddings and tensors of less than two dimensions are plain
+    means. Raises what ``aggregate`` does, and ConfigError for another rule.
     """
     if rule == "mean":
-        return aggregate(deltas, weight_bits)
+        return aggregate(deltas, weight_bits, clip_bits)
     if rule != "radial":
         raise ConfigError(f"outer.merge: expected 'mean' or 'radial', got {rule!r}")
-    weights = checked_scalars(deltas, weight_bits)
+    scalars = checked_scalars(deltas, weight_bits, clip_bits)
     spans = [(slot.offset, slot.size) for slot in fragment.slots]
-    parts = {peer: deltas[peer].cut(spans) for peer in weights}
+    parts = {peer: deltas[peer].cut(spans) for peer in scalars}
     merged_N = torch.empty(fragment.num_elements)
     for index, slot in enumerate(fragment.slots):
-        tensors = {peer: parts[peer][index] for peer in weights}
-        merged_S = _radial(tensors, weights, slot.size) if is_radial(slot) else None
+        tensors = {peer: parts[peer][index] for peer in scalars}
+        merged_S = _radial(tensors, scalars, slot.size) if is_radial(slot) else None
         if merged_S is None:
-            merged_S = aggregate(tensors, weight_bits).numpy()
+            merged_S = aggregate(tensors, weight_bits, clip_bits).numpy()
         merged_N.numpy()[slot.offset : slot.offset + slot.size] = merged_S
     return merged_N
 
@@ -56,7 +56,7 @@ def is_radial(slot: Slot) -> bool:
     return len(slot.shape) >= 2 and _EMBEDDING.search(slot.name) is None
 
 
-def _radial(tensors: Mapping[PeerId, Decoded], weights: Mapping[PeerId, float], size: int) -> npt.NDArray[np.float32] | None:
+def _radial(tensors: Mapping[PeerId, Decoded], scalars: Mapping[PeerId, tuple[float, float]], size: int) -> npt.NDArray[np.float32] | None:
     """fp32 [S], or None where the peers agree on no direction: blown up to full length, what is left of it would be rounding noise.
 
     A delta of norm zero has no direction and shortens the step by its weight. Scalars are fp64 in the order of peer ids. Elements are multiplied
@@ -64,12 +64,12 @@ def _radial(tensors: Mapping[PeerId, Decoded], weights: Mapping[PeerId, float], 
     """
     length = agreed = 0.0
     direction_S = np.zeros(size, np.float32)
-    for peer in sorted(tensors):
+    for peer, (weight, clip) in scalars.items():
         norm = tensors[peer].norm()
-        length += weights[peer] * norm
-        if norm > 0 and weights[peer] > 0:
-            agreed += weights[peer]
-            tensors[peer].add_scaled_to(direction_S, weights[peer] / norm)
+        length += weight * clip * norm
+        if norm > 0 and weight > 0:
+            agreed += weight
+            tensors[peer].add_scaled_to(direction_S, weight / norm)
     if length == 0:
         return direction_S
     norm = norm_of([direction_S])

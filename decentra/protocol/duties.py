@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
+from decentra.bits import ONE_BITS
 from decentra.ids import Digest, FragmentId, PeerId
 from decentra.protocol.messages import (
     Abstention,
@@ -53,7 +54,7 @@ class Say:
 
 @dataclass(frozen=True, slots=True)
 class Fetch:
-    """Get a packet; ``sources`` are peers that should have it, best first."""
+    """Get a packet and screen it, its norm as well; ``sources`` are peers that should have it, best first."""
 
     fragment: FragmentId
     round: int
@@ -61,6 +62,7 @@ class Fetch:
     packet: Digest
     num_bytes: int
     sources: tuple[PeerId, ...]
+    norm_bits: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +78,7 @@ class Commit:
     round: int
     anchor: Digest
     ending: Ending
+    clip_bits: int = ONE_BITS  # applied: of my entry
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +130,7 @@ class FragmentLife:
     tentative: tuple[int, Digest] | None = None
     packets: frozenset[Digest] = frozenset()  # held and screened
     fetching: frozenset[Digest] = frozenset()
+    norms: frozenset[tuple[Digest, int]] = frozenset()  # (packet, float32 bits of the norm it is or was screened for)
     bad_packets: frozenset[Digest] = frozenset()
     busy: str = ""
     encoded_at_steps: int = 0
@@ -216,11 +220,11 @@ def _commit(life: FragmentLife, settlement: Settlement, anchor: Digest) -> Resul
     pending = life.pending
     if pending is not None and pending.round != settlement.round:
         return replace(life, busy="cancel"), (Cancel(life.fragment, pending.round, "its round ended without a result"),)
-    ending = Ending.FOLLOWED
+    ending, clip_bits = Ending.FOLLOWED, ONE_BITS
     if pending is not None:
-        is_in = any(e.packet == pending.packet and e.peer == pending.peer for e in settlement.entries)
-        ending = Ending.APPLIED if is_in else Ending.EXCLUDED
-    return replace(life, busy="commit"), (Commit(life.fragment, settlement.round, anchor, ending),)
+        mine = next((e for e in settlement.entries if e.packet == pending.packet and e.peer == pending.peer), None)
+        ending, clip_bits = (Ending.EXCLUDED, ONE_BITS) if mine is None else (Ending.APPLIED, mine.clip_bits)
+    return replace(life, busy="commit"), (Commit(life.fragment, settlement.round, anchor, ending, clip_bits),)
 
 
 def _tell_holding(life: FragmentLife, me: Self) -> Result:
@@ -264,9 +268,10 @@ def _take_part(life: FragmentLife, view: FragmentView, me: Self, num_steps: int,
         if me.peer in view.holders or me.peer in view.keepers:
             life, more = _fetch(life, view, me, offer, now)
             effects += more
-            if offer.packet in life.packets and offer.peer != me.peer:
+            is_vouched = offer.packet in life.packets and (offer.packet, offer.norm_bits) in life.norms
+            if is_vouched and offer.peer != me.peer:
                 receipt = Receipt(life.fragment, view.round, me.peer, offer.peer, offer.packet)
-                life, more = _say(life, ("receipt", offer.packet), receipt)
+                life, more = _say(life, ("receipt", f"{view.round} {offer.packet}"), receipt)
                 effects += more
     return life, effects
 
@@ -314,8 +319,9 @@ def _fetch(life: FragmentLife, view: FragmentView, me: Self, wanted: Offer | Ent
         return life, ()
     havers = {sender, *(holder for s, holder in view.receipts if s == sender), *view.ready, *view.attesters}
     sources = _ordered(me, tuple(havers), life.fragment, packet)
-    fetch = Fetch(life.fragment, view.round, sender, packet, wanted.num_bytes, sources)
-    return replace(life, fetching=life.fetching | {packet}), (fetch,)
+    fetch = Fetch(life.fragment, view.round, sender, packet, wanted.num_bytes, sources, wanted.norm_bits)
+    norms = frozenset(n for n in life.norms if n[0] in life.packets | life.fetching) | {(packet, wanted.norm_bits)}
+    return replace(life, fetching=life.fetching | {packet}, norms=norms), (fetch,)
 
 
 def _ordered(me: Self, peers: tuple[PeerId, ...], fragment: FragmentId, what: Digest) -> tuple[PeerId, ...]:

@@ -26,10 +26,11 @@ class Scenario:
     max_compute_s: float = 0.2  # of a tensor operation
     outer_rule: Literal["average", "nesterov"] = "average"
     merge: Literal["mean", "radial"] = "mean"
+    clip: float | None = None
 
     @staticmethod
     def from_seed(seed: int) -> Scenario:
-        """Every kind of swarm in turn: two to four trainers, with and without a keeper, both outer rules and merges, quick and slow machines."""
+        """Every kind of swarm in turn: two to four trainers, with and without a keeper or clips, both rules and merges, quick and slow machines."""
         rng = Random(seed * 7919 + 17)
         return Scenario(
             seed,
@@ -42,6 +43,7 @@ class Scenario:
             max_compute_s=rng.choice([0.05, 0.2, 1.0]),
             outer_rule="nesterov" if seed % 2 else "average",
             merge="radial" if seed % 4 > 1 else "mean",
+            clip=1.0 if seed % 3 else None,  # every second delta is cut
         )
 
 

@@ -159,6 +159,17 @@ def test_norms_of_zero_are_safe_and_count() -> None:
     assert not merge(FRAGMENT, {A: x, B: x}, {A: 0, B: 0}, rule="radial").any()
 
 
+def test_a_clip_shortens_its_peer_and_does_not_turn_it() -> None:
+    deltas, clips = three(), {A: float_bits(1.0), B: float_bits(0.5), C: float_bits(0.125)}
+    shorter = {p: Decoded.of(delta.dense() * c) for (p, delta), c in zip(deltas.items(), (1.0, 0.5, 0.125), strict=True)}
+    for rule in ("mean", "radial"):
+        clipped_N = merge(FRAGMENT, deltas, WEIGHTS, clips, rule=rule)
+        assert torch.allclose(clipped_N, merge(FRAGMENT, shorter, WEIGHTS, rule=rule), rtol=1e-4, atol=1e-5)
+        assert same_bits(merge(FRAGMENT, deltas, WEIGHTS, {}, rule=rule), merge(FRAGMENT, deltas, WEIGHTS, rule=rule))
+        with pytest.raises(RejectedPayload):
+            merge(FRAGMENT, deltas, WEIGHTS, {**clips, A: float_bits(1.5)}, rule=rule)
+
+
 def test_directions_that_cancel_are_a_plain_mean() -> None:
     """What is left of them is rounding noise; blown up to full length it would be a random step."""
     x_N = vector(N, 1)
