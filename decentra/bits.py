@@ -8,6 +8,7 @@ import struct
 from decentra.errors import ConfigError, RejectedPayload
 
 Buffer = bytes | bytearray | memoryview
+ONE_BITS = 0x3F800000
 
 
 def float_bits(x: float) -> int:

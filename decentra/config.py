@@ -6,7 +6,9 @@ import difflib
 import json
 import re
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -118,12 +120,18 @@ class OuterSpec(_Frozen):
     """The outer optimizer (DiLoCo, arXiv 2311.08105, alg. 1). Its scalars are computed by the service and travel in the settlement."""
 
     rule: Literal["average", "nesterov"] = "average"
+    merge: Literal["mean", "radial"] = Field(
+        "mean", description="radial: of each matrix the mean norm and the mean direction of the deltas (arXiv 2604.21428), else their mean"
+    )
     lr: float = Field(1.0, gt=0, le=10)
     momentum: float = Field(0.9, ge=0, lt=1, description="used by nesterov only")
     restart_every: int | None = Field(None, ge=1, description="nesterov: forget the momentum every so many rounds (arXiv 2605.28585)")
     final_lr: float | None = Field(None, gt=0, le=10, description="lr falls to this in a line over anneal_rounds (as SparseLoCo's does)")
     anneal_rounds: int = Field(100, ge=1)
     shrink_tokens: int = Field(0, ge=0, description="n0: lr times n / (n + n0) for a round with n tokens, so little evidence moves little")
+    clip: float | None = Field(
+        None, ge=1, description="k: a delta longer than k times the round's median norm is cut to that; the rest stays with its sender"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> OuterSpec:
@@ -142,6 +150,18 @@ class OuterSpec(_Frozen):
             lr *= num_tokens / (num_tokens + self.shrink_tokens)
         is_restart = self.restart_every is not None and (height - 1) % self.restart_every == 0
         return lr, 0.0 if is_restart else self.momentum
+
+    def clips(self, norms: Sequence[float]) -> tuple[float, ...]:
+        """What each delta of a round is multiplied with: min(1, clip * median / norm), the median of those that are not zero.
+
+        A delta of zero says nothing about how long deltas are: were most of them zero, so would be the median. Of fewer than three nobody is
+        clipped: the median of two lies in their middle and does not tell which of them is out of line.
+        """
+        known = [norm for norm in norms if norm > 0]
+        if self.clip is None or len(known) < 3:
+            return (1.0,) * len(norms)
+        longest = self.clip * median(known)
+        return tuple(1.0 if norm <= longest else longest / norm for norm in norms)
 
 
 CodecName = Literal["fp32", "bf16", "int8", "int4", "topk256", "topk128", "topk64", "topk32", "topk16"]  # densest first

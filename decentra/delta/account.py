@@ -4,7 +4,7 @@ No files, no time. The law, with anchor A, live z (owned by the trainer), residu
 one pending encode (y: live at encode, d: decoded packet, raw = beta e_before + (A - y), e_after = raw - d):
 
 outcome of the pending    residual      shift the trainer adds to z
-applied                   e_after       A' - y
+applied                   e_after       A' - y      (with a clip c: e_after + (1 - c) d, what was cut off comes home)
 excluded                  e_after + d   A' - y      (settled without me: all of raw stays at home)
 cancelled                 e_before      none        (abandoned or void: live still holds all progress; beta is not applied twice)
 followed (no pending)     unchanged     A' - A
@@ -13,7 +13,8 @@ reset (full recover)      zero          none: the caller loads z = A'
 An account's record restores it bit by bit, given its anchor, which is a blob of its own; whoever writes it makes the write atomic. Little-endian:
 magic, version u16, flags u16 (1: residual, 2: pending), layout fingerprint [8], N u64, packet length u64, extra length u32, round u64, tokens u64,
 steps u64, beta f64, anchor digest [32]; fp32 [N] each: (residual, left out when zero), (y); packet; extra; crc32 u32 of everything before it. The
-base of a pending is the anchor, its e_before is the residual, and e_after follows from these, beta and the packet: each is written once or not at all.
+base of a pending is the anchor, its e_before is the residual, e_after follows from these, beta and the packet, the norm from the packet: each is
+written once or not at all.
 """
 
 from __future__ import annotations
@@ -26,13 +27,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from decentra.bits import Buffer
+from decentra.bits import ONE_BITS, Buffer, float_bits
+from decentra.delta.aggregate import checked_clip
 from decentra.delta.anchor import AnchorState
 from decentra.delta.decoded import Decoded
 from decentra.delta.packet import decode_packet, encode_packet
 from decentra.delta.pseudo_gradient import pseudo_gradient
 from decentra.delta.raw import FLOAT_BYTES, assert_fits, fingerprint, float_view, floats_at
-from decentra.errors import IntegrityError, RejectedPayload, TrainingError
+from decentra.errors import ConfigError, IntegrityError, RejectedPayload, TrainingError
 from decentra.ids import Digest, is_digest
 from decentra.modules import Fragment
 
@@ -57,6 +59,7 @@ class Pending:
     residual_after_N: Tensor
     num_tokens: int
     num_steps: int
+    norm_bits: int  # float32 bits of the decoded packet's norm
     beta: float = 1.0  # share of the residual that went into the packet
     sent: Decoded | None = None  # the packet decoded, where that is small; not kept in the record
 
@@ -97,8 +100,8 @@ class Account:
         """Encode the progress of ``live_N`` fp32 [N] (copied) plus ``beta`` times the residual (error feedback, arXiv 1901.09847, alg. 1).
 
         A packet whose norm would pass ``max_norm``, and twice that of the progress itself, is sent scaled down; the rest stays in the
-        residual. The residual moves at the outcome, not here. Raises TrainingError when an encode is pending or the sum is not finite,
-        ConfigError for an unknown codec.
+        residual. The residual moves at the outcome, not here. Raises TrainingError when an encode is pending, or the sum is not finite or
+        its norm more than a float32 holds; ConfigError for an unknown codec.
         """
         if self.pending is not None:
             raise TrainingError(
@@ -111,9 +114,15 @@ class Account:
         packet = encode_packet(self.fragment, raw_N, codec_name)
         # the own packet is decoded like a foreign one: all peers, this one too, aggregate the same numbers
         sent = decode_packet(packet, self.fragment, peer="self", round=round)
-        if max_norm is not None and (norm := sent.norm()) > (most := max(max_norm, 2 * Decoded.of(progress_N).norm())):
+        norm = sent.norm()
+        if max_norm is not None and norm > (most := max(max_norm, 2 * Decoded.of(progress_N).norm())):
             packet = encode_packet(self.fragment, torch.mul(raw_N, most / norm), codec_name)
             sent = decode_packet(packet, self.fragment, peer="self", round=round)
+            norm = sent.norm()
+        try:
+            norm_bits = float_bits(norm)
+        except ConfigError:
+            raise TrainingError(f"fragment {self.fragment.id}: the delta's norm of {norm:.3g} is more than a float32 holds") from None
         self.pending = Pending(
             round,
             self.anchor_digest,
@@ -123,16 +132,25 @@ class Account:
             sent.subtracted_from(raw_N),
             num_tokens,
             num_steps,
+            norm_bits,
             beta,
             sent if sent.is_sparse else None,
         )
         self.check()
         return self.pending
 
-    def applied(self, new_state: AnchorState, new_digest: Digest) -> Tensor:
-        """The round is confirmed with my packet in it. Returns the shift fp32 [N] to add to live."""
+    def applied(self, new_state: AnchorState, new_digest: Digest, clip_bits: int = ONE_BITS) -> Tensor:
+        """The round is confirmed with my packet in it, multiplied with the settlement's clip. Returns the shift fp32 [N] to add to live.
+
+        Raises RejectedPayload for a clip outside 0 to 1, and changes nothing then.
+        """
+        cut = 1.0 - checked_clip("self", clip_bits)
         pending = self._take("applied")
-        return self._adopt(new_state, new_digest, pending.residual_after_N, pending.live_N)
+        residual_N = pending.residual_after_N
+        if cut:
+            residual_N = residual_N.clone()
+            decode_packet(pending.packet, self.fragment, peer="self", round=pending.round).add_to(residual_N, cut)
+        return self._adopt(new_state, new_digest, residual_N, pending.live_N)
 
     def excluded(self, new_state: AnchorState, new_digest: Digest) -> Tensor:
         """The round is confirmed without my packet. Returns the shift fp32 [N] to add to live."""
@@ -241,10 +259,12 @@ def account_from_record(fragment: Fragment, data: bytes, state: AnchorState) -> 
         y_N = next(tensors)
         raw_N = _raw(residual_N, beta, pseudo_gradient(state.anchor_N, y_N))
         try:
-            residual_after_N = decode_packet(packet, fragment, peer="self", round=round).subtracted_from(raw_N)
-        except RejectedPayload as error:
-            raise IntegrityError(f"{where}: its packet cannot be read ({error.detail}); recover from the anchor") from None
-        pending = Pending(round, anchor_digest, packet, y_N, residual_N, residual_after_N, num_tokens, num_steps, beta)
+            sent = decode_packet(packet, fragment, peer="self", round=round)
+            norm_bits = float_bits(sent.norm())
+        except (RejectedPayload, ConfigError) as error:
+            raise IntegrityError(f"{where}: its packet cannot be read ({error}); recover from the anchor") from None
+        residual_after_N = sent.subtracted_from(raw_N)
+        pending = Pending(round, anchor_digest, packet, y_N, residual_N, residual_after_N, num_tokens, num_steps, norm_bits, beta)
     extra = bytes(data[packet_at + packet_bytes : -_CRC.size])
     return Account(fragment, state, anchor_digest, residual_N=residual_N, pending=pending, extra=extra)
 

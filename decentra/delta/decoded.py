@@ -5,7 +5,7 @@ Everything here is elementwise fp32 mul, add or sub, so every machine gets the s
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from decentra.delta.norm import norm_of
 from decentra.delta.raw import Ints
 
 # N elements of a fragment, n of a run of it, K values of the sparse part
@@ -52,6 +53,27 @@ class Decoded:
             total[start : start + run_n.numel()] += run_n.numpy() * np.float32(weight)
         total[self.positions_K] += self.values_K * np.float32(weight)
 
+    def add_scaled_to(self, total: npt.NDArray[np.float32], factor: float) -> None:
+        """``total`` += factor * self, where the factor is beyond fp32: multiplied in fp64, rounded to fp32, added in fp32."""
+        for start, run_n in self.runs:
+            total[start : start + run_n.numel()] += (run_n.numpy().astype(np.float64) * factor).astype(np.float32)
+        total[self.positions_K] += (self.values_K.astype(np.float64) * factor).astype(np.float32)
+
+    def cut(self, spans: Sequence[tuple[int, int]]) -> list[Decoded]:
+        """One delta for every (start, length) of ``spans``, each counted from its own start. Runs are views."""
+        order_K = np.argsort(self.positions_K)
+        sorted_K = self.positions_K[order_K]
+        parts = []
+        for start, length in spans:
+            first, last = np.searchsorted(sorted_K, (start, start + length))
+            runs = []
+            for at, run_n in self.runs:
+                low, high = max(at, start), min(at + run_n.numel(), start + length)
+                if low < high:
+                    runs.append((low - start, run_n[low - at : high - at]))
+            parts.append(Decoded(length, tuple(runs), sorted_K[first:last] - start, self.values_K[order_K[first:last]]))
+        return parts
+
     def subtracted_from(self, raw_N: Tensor) -> Tensor:
         """raw - self, fp32 [N], a new tensor."""
         left_N = raw_N.clone()
@@ -62,8 +84,5 @@ class Decoded:
         return left_N
 
     def norm(self) -> float:
-        """L2 norm, in fp64; infinite or NaN when a value is."""
-        square = 0.0
-        for part in (torch.from_numpy(self.values_K), *(run_n for _, run_n in self.runs)):
-            square += float(torch.linalg.vector_norm(part, dtype=torch.float64)) ** 2
-        return math.sqrt(square)
+        """L2 norm with the same bits everywhere, sparse or dense; infinite or NaN when a value is."""
+        return norm_of([run_n.numpy() for _, run_n in self.runs] + [self.values_K])

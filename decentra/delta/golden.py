@@ -1,6 +1,6 @@
 """The golden aggregation: a fixed small history that must give the same digest on every machine of a run. No files, no randomness.
 
-It walks the real path (account, all codecs, aggregate, nesterov) over values that need carries, ties, partial blocks and subnormals, and is
+It walks the real path (account, all codecs, both merges, nesterov) over values that need carries, ties, partial blocks and subnormals, and is
 large enough for torch to use several threads.
 """
 
@@ -11,8 +11,8 @@ from torch import Tensor
 
 from decentra.bits import float_bits
 from decentra.delta.account import Account
-from decentra.delta.aggregate import aggregate
 from decentra.delta.anchor import AnchorState, anchor_digest, encode_anchor
+from decentra.delta.merge import merge
 from decentra.delta.outer import outer_step
 from decentra.delta.packet import decode_packet
 from decentra.delta.raw import float_bytes
@@ -22,7 +22,7 @@ from decentra.modules import Fragment, build_layout
 
 # N elements of a fragment
 
-GOLDEN = Digest("1e9f5076655cc26497672e75b095b4020abae520e41e3a5a7e66a488843ba551")
+GOLDEN = Digest("5697c087b6aa1583822787be71ff39dce8fe64ebd5b0836b25c8836f71989240")
 _CODECS = ("int8", "bf16", "fp32", "topk64")
 # Packets of ``_wire_fragment`` as another machine would send them: with them the coder and its tables are checked, not only that it agrees with itself.
 _WIRE = (
@@ -37,7 +37,10 @@ _NUM_ROUNDS = 3
 
 
 def golden_digest() -> Digest:
-    """Digest over every decoded packet, residual and anchor of three peers in three rounds. The same in every process that may take part."""
+    """Digest over every decoded packet and its norm, radial merge, residual and anchor of three peers in three rounds.
+
+    The same in every process that may take part.
+    """
     parts: list[str] = []
     fragment = golden_fragment()
     state = AnchorState(golden_values(fragment.num_elements, 1))
@@ -45,18 +48,21 @@ def golden_digest() -> Digest:
     accounts = {peer: Account(fragment, state, digest) for peer in _PEERS}
     lives = dict.fromkeys(_PEERS, state.anchor_N)
     weights = {peer: float_bits(w) for peer, w in zip(_PEERS, (0.1, 0.3, 0.6), strict=True)}
+    clips = {peer: float_bits(c) for peer, c in zip(_PEERS, (1.0, 0.7, 0.3), strict=True)}
     for round in range(1, _NUM_ROUNDS + 1):
         deltas = {}
         for index, peer in enumerate(_PEERS):
             lives[peer] = torch.add(lives[peer], golden_values(fragment.num_elements, 10 * round + index))
-            packet = accounts[peer].encode(round, lives[peer], _CODECS[(round + index) % len(_CODECS)], 0.9, 0, 0).packet
-            deltas[peer] = decode_packet(packet, fragment)
+            pending = accounts[peer].encode(round, lives[peer], _CODECS[(round + index) % len(_CODECS)], 0.9, 0, 0)
+            deltas[peer] = decode_packet(pending.packet, fragment)
+            parts.append(f"{pending.norm_bits:08x}")
             parts.append(digest_of(float_bytes(deltas[peer].dense())))  # decoding is the same everywhere, encoding need not be
-        mean_N = aggregate(deltas, weights)
+        parts.append(digest_of(float_bytes(merge(fragment, deltas, weights, clips, rule="radial"))))
+        mean_N = merge(fragment, deltas, weights, clips, rule="mean")
         state = outer_step(state, mean_N, rule="nesterov", lr_bits=float_bits(0.7), momentum_bits=float_bits(0.9))
         digest = anchor_digest(encode_anchor(fragment, state))
         for peer in _PEERS:
-            lives[peer] = torch.add(lives[peer], accounts[peer].applied(state, digest))
+            lives[peer] = torch.add(lives[peer], accounts[peer].applied(state, digest, clips[peer]))
             parts.append(digest_of(float_bytes(accounts[peer].residual_N)))
         parts.append(digest)
     parts += [digest_of(float_bytes(decode_packet(bytes.fromhex(packet), _wire_fragment()).dense())) for packet in _WIRE]

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import math
+import numpy as np
 
+from decentra.bits import float_bits
 from decentra.delta.decoded import Decoded
-from decentra.errors import RejectedPayload
+from decentra.errors import ConfigError, RejectedPayload
 
 
-def screen(delta: Decoded, *, norm_limit: float | None, peer: str, round: int | None) -> float:
-    """L2 norm of a delta; raises RejectedPayload (``not-finite``, or ``norm`` above ``norm_limit``; None: no limit).
+def screen(delta: Decoded, *, norm_bits: int | None, peer: str, round: int | None) -> None:
+    """Raises RejectedPayload: ``not-finite``, or ``norm`` when the L2 norm is not the one its sender states, as float32 bits.
 
-    The norm is a local judgement and a reduction: it is close, not bit-equal, between machines.
+    The tolerance is none: norms are bit-equal on all machines that may take part (``norm.py``, ``golden.py``), so a packet has only one.
     """
     norm = delta.norm()
-    if not math.isfinite(norm):
-        raise RejectedPayload("not-finite", "the delta holds infinite or NaN values", peer=peer, round=round)
-    if norm_limit is not None and not norm <= norm_limit:
-        raise RejectedPayload("norm", f"the delta's norm is {norm:.6g}, the limit is {norm_limit:.6g}", peer=peer, round=round)
-    return norm
+    try:
+        true_bits = float_bits(norm)
+    except ConfigError:
+        raise RejectedPayload("not-finite", f"the delta's norm is {norm:.3g}, more than a float32 holds", peer=peer, round=round) from None
+    if norm_bits is not None and true_bits != norm_bits:
+        stated = float(np.uint32(norm_bits).view(np.float32))
+        raise RejectedPayload("norm", f"the offer states a norm of {stated:.9g}, the packet's is {norm:.9g}", peer=peer, round=round)

@@ -88,7 +88,7 @@ class Hello(_message.Message):
     def __init__(self, peer: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., name: _Optional[str] = ..., nonce: _Optional[str] = ..., addresses: _Optional[_Iterable[str]] = ..., experts: _Optional[_Union[IntList, _Mapping]] = ..., num_experts: _Optional[int] = ..., holdings: _Optional[_Iterable[_Union[Holding, _Mapping]]] = ...) -> None: ...
 
 class Offer(_message.Message):
-    __slots__ = ("fragment", "round", "peer", "base", "packet", "num_bytes", "num_tokens", "num_steps", "proof")
+    __slots__ = ("fragment", "round", "peer", "base", "packet", "num_bytes", "num_tokens", "num_steps", "norm_bits", "proof")
     FRAGMENT_FIELD_NUMBER: _ClassVar[int]
     ROUND_FIELD_NUMBER: _ClassVar[int]
     PEER_FIELD_NUMBER: _ClassVar[int]
@@ -97,6 +97,7 @@ class Offer(_message.Message):
     NUM_BYTES_FIELD_NUMBER: _ClassVar[int]
     NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NUM_STEPS_FIELD_NUMBER: _ClassVar[int]
+    NORM_BITS_FIELD_NUMBER: _ClassVar[int]
     PROOF_FIELD_NUMBER: _ClassVar[int]
     fragment: str
     round: int
@@ -106,8 +107,9 @@ class Offer(_message.Message):
     num_bytes: int
     num_tokens: int
     num_steps: int
+    norm_bits: int
     proof: bytes
-    def __init__(self, fragment: _Optional[str] = ..., round: _Optional[int] = ..., peer: _Optional[str] = ..., base: _Optional[bytes] = ..., packet: _Optional[bytes] = ..., num_bytes: _Optional[int] = ..., num_tokens: _Optional[int] = ..., num_steps: _Optional[int] = ..., proof: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, fragment: _Optional[str] = ..., round: _Optional[int] = ..., peer: _Optional[str] = ..., base: _Optional[bytes] = ..., packet: _Optional[bytes] = ..., num_bytes: _Optional[int] = ..., num_tokens: _Optional[int] = ..., num_steps: _Optional[int] = ..., norm_bits: _Optional[int] = ..., proof: _Optional[bytes] = ...) -> None: ...
 
 class Receipt(_message.Message):
     __slots__ = ("fragment", "round", "peer", "sender", "packet")
@@ -236,18 +238,22 @@ class MemberFrame(_message.Message):
     def __init__(self, hello: _Optional[bytes] = ..., offer: _Optional[bytes] = ..., receipt: _Optional[bytes] = ..., attestation: _Optional[bytes] = ..., holding: _Optional[_Union[Holding, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., goodbye: _Optional[_Union[Goodbye, _Mapping]] = ..., abstention: _Optional[_Union[Abstention, _Mapping]] = ..., merge: _Optional[bytes] = ...) -> None: ...
 
 class Entry(_message.Message):
-    __slots__ = ("peer", "packet", "num_bytes", "num_tokens", "weight_bits")
+    __slots__ = ("peer", "packet", "num_bytes", "num_tokens", "weight_bits", "norm_bits", "clip_bits")
     PEER_FIELD_NUMBER: _ClassVar[int]
     PACKET_FIELD_NUMBER: _ClassVar[int]
     NUM_BYTES_FIELD_NUMBER: _ClassVar[int]
     NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
     WEIGHT_BITS_FIELD_NUMBER: _ClassVar[int]
+    NORM_BITS_FIELD_NUMBER: _ClassVar[int]
+    CLIP_BITS_FIELD_NUMBER: _ClassVar[int]
     peer: str
     packet: bytes
     num_bytes: int
     num_tokens: int
     weight_bits: int
-    def __init__(self, peer: _Optional[str] = ..., packet: _Optional[bytes] = ..., num_bytes: _Optional[int] = ..., num_tokens: _Optional[int] = ..., weight_bits: _Optional[int] = ...) -> None: ...
+    norm_bits: int
+    clip_bits: int
+    def __init__(self, peer: _Optional[str] = ..., packet: _Optional[bytes] = ..., num_bytes: _Optional[int] = ..., num_tokens: _Optional[int] = ..., weight_bits: _Optional[int] = ..., norm_bits: _Optional[int] = ..., clip_bits: _Optional[int] = ...) -> None: ...
 
 class Merged(_message.Message):
     __slots__ = ("packet", "num_bytes", "residual")

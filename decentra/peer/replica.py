@@ -14,12 +14,13 @@ from typing import Protocol
 
 from torch import Tensor
 
-from decentra.bits import float_bits
+from decentra.bits import ONE_BITS, bits_float
 from decentra.config import Manifest
-from decentra.delta.account import Account, account_from_record, anchor_of_record, record_parts
+from decentra.delta.account import Account, Pending, account_from_record, anchor_of_record, record_parts
 from decentra.delta.aggregate import aggregate
 from decentra.delta.anchor import AnchorState, anchor_digest, decode_anchor, encode_anchor
 from decentra.delta.decoded import Decoded
+from decentra.delta.merge import merge
 from decentra.delta.outer import outer_step
 from decentra.delta.packet import decode_packet, max_packet_bytes
 from decentra.delta.reduce import reduce_packets
@@ -73,6 +74,7 @@ class Note:
     ending: str  # an Ending or "reset"
     anchor: Digest
     seq: int
+    clip_bits: int = ONE_BITS  # applied: float32 bits of what the packet was multiplied with
     kept: tuple[tuple[int, tuple[Digest, ...]], ...] = ()  # (round, blobs)
 
 
@@ -117,7 +119,7 @@ class Replica:
         if self.account is not None:
             self.exchange.pin(self.account.anchor_digest)
         if self.account is not None and (pending := self.account.pending) is not None:
-            self.pending_offer = self._offer(pending.round, pending.base, pending.packet, pending.num_tokens, pending.num_steps)
+            self.pending_offer = self._offer(pending)
             await self._hold_packet(pending.round, self.pending_offer.packet, pending.packet)
 
     @property
@@ -176,14 +178,14 @@ class Replica:
             raise
         try:
             await self._write_record(account)
-            offer = self._offer(number, base, pending.packet, num_tokens, snapshot.num_steps)
+            offer = self._offer(pending)
             await self._hold_packet(number, offer.packet, pending.packet)
         except OSError:
             account.cancelled()
             raise
         self._tokens_before, self._tokens_at_encode = self._tokens_at_encode, snapshot.num_tokens
         if (sent := pending.sent) is not None:
-            norm = await self.compute.run(sent.norm)
+            norm = bits_float(pending.norm_bits)
             self._usual_norm = norm if self._usual_norm is None else (self._usual_norm + norm) / 2
             self._screened[offer.packet] = sent
         self.pending_offer = offer
@@ -197,17 +199,17 @@ class Replica:
             detail = f"{num_bytes} bytes are offered, a packet of {self.fragment.id} has at most {most}"
             raise RejectedPayload("size", detail, peer=sender, round=number)
 
-    async def check_packet(self, digest: Digest, data: bytes, sender: PeerId, number: int) -> None:
-        """Screen a foreign packet, then store and serve it. Raises RejectedPayload."""
-        delta = await self.compute.run(self._screen, data, sender, number)
+    async def check_packet(self, digest: Digest, data: bytes, sender: PeerId, number: int, norm_bits: int | None) -> None:
+        """Screen a foreign packet and the norm its sender states, then store and serve it. Raises RejectedPayload."""
+        delta = await self.compute.run(self._screen, data, sender, number, norm_bits)
         if delta.is_sparse and len(self._screened) < MAX_SCREENED:
             self._screened[digest] = delta  # small: kept until its round is applied, so that it is decoded once
         await self._hold_packet(number, digest, data)
 
-    async def merge(self, settlement: Settlement, residual: bytes | None) -> Merge:
+    async def reduce(self, settlement: Settlement, residual: bytes | None) -> Merge:
         """Make one packet of the settled ones and of what earlier merges left out, and keep it for the others. ``residual``: its blob."""
         deltas = await self._deltas(settlement)
-        packet, left = await self.compute.run(self._merge, settlement, deltas, residual)
+        packet, left = await self.compute.run(self._reduce, settlement, deltas, residual)
         digest, left_digest = await self.compute.run(digest_of, packet), await self.compute.run(digest_of, left)
         await self.exchange.put(left_digest, left)
         await self._hold_packet(settlement.round, digest, packet)
@@ -224,12 +226,12 @@ class Replica:
         self._keep(settlement.round, (*settlement.packets, digest))
         return digest
 
-    async def commit(self, number: int, anchor: Digest, ending: Ending) -> None:
-        """The tentative anchor is confirmed: close the account's pending packet and move live."""
+    async def commit(self, number: int, anchor: Digest, ending: Ending, clip_bits: int = ONE_BITS) -> None:
+        """The tentative anchor is confirmed: close the account's pending packet, what was clipped off it comes home, and move live."""
         account, state = self._account(), self._computed(anchor)
         self._keep(number, (*self._kept.get(number, ()), account.anchor_digest))
         self._seq += 1
-        note = Note(number, ending, anchor, self._seq)
+        note = Note(number, ending, anchor, self._seq, clip_bits)
         if ending is Ending.FOLLOWED and bool(account.residual_N.any()):
             # a note alone would forget the residual: the whole account goes first, and counts as newer than the note
             await self._write_record(
@@ -237,8 +239,10 @@ class Replica:
             )
         await self._write_note(note)
         self._repin(account.anchor_digest, anchor)
-        move = {Ending.APPLIED: account.applied, Ending.EXCLUDED: account.excluded, Ending.FOLLOWED: account.followed}[ending]
-        shift_N = await self.compute.run(move, state, anchor)
+        applied = functools.partial(account.applied, clip_bits=clip_bits)
+        moves: dict[Ending, Callable[[AnchorState, Digest], Tensor]]
+        moves = {Ending.APPLIED: applied, Ending.EXCLUDED: account.excluded, Ending.FOLLOWED: account.followed}
+        shift_N = await self.compute.run(moves[ending], state, anchor)
         if self.live is not None:
             await self.live.shift(self.fragment.id, shift_N)
         self.pending_offer = None
@@ -293,12 +297,12 @@ class Replica:
             return None
         return MAX_NORM_GROWTH * self._usual_norm
 
-    def _offer(self, number: int, base: Digest, packet: bytes, num_tokens: int, num_steps: int) -> Offer:
-        return Offer(self.fragment.id, number, self.me, base, digest_of(packet), len(packet), num_tokens, num_steps)
+    def _offer(self, p: Pending) -> Offer:
+        return Offer(self.fragment.id, p.round, self.me, p.base, digest_of(p.packet), len(p.packet), p.num_tokens, p.num_steps, p.norm_bits)
 
-    def _screen(self, data: bytes, sender: PeerId, number: int) -> Decoded:
+    def _screen(self, data: bytes, sender: PeerId, number: int, norm_bits: int | None) -> Decoded:
         delta = decode_packet(data, self.fragment, peer=sender, round=number)
-        screen(delta, norm_limit=None, peer=sender, round=number)
+        screen(delta, norm_bits=norm_bits, peer=sender, round=number)
         return delta
 
     async def _deltas(self, settlement: Settlement) -> dict[PeerId, Decoded]:
@@ -316,21 +320,24 @@ class Replica:
             deltas[peer] = await self.compute.run(decode)
         return deltas
 
-    def _merge(self, settlement: Settlement, deltas: dict[PeerId, Decoded], residual: bytes | None) -> tuple[bytes, bytes]:
-        codec = self.manifest.codec
-        weights = {e.peer: e.weight_bits for e in settlement.entries}
-        return reduce_packets(self.fragment, deltas, weights, residual, codec.merged or codec.name)
+    def _reduce(self, settlement: Settlement, deltas: dict[PeerId, Decoded], residual: bytes | None) -> tuple[bytes, bytes]:
+        codec, rule = self.manifest.codec, self.manifest.outer_of(self.fragment.id).merge
+        merged_N = merge(self.fragment, deltas, *_scalars(settlement), rule=rule)
+        return reduce_packets(self.fragment, merged_N, residual, codec.merged or codec.name)
 
     def _aggregate(self, settlement: Settlement, deltas: dict[PeerId, Decoded]) -> tuple[AnchorState, bytes, Digest]:
         account = self._account()
         if settlement.base != account.anchor_digest:
             raise IntegrityError(f"settlement of {settlement.base[:12]}, this peer is at {account.anchor_digest[:12]}")
-        weights = {e.peer: e.weight_bits for e in settlement.entries}
-        mean_N = aggregate(deltas, dict.fromkeys(deltas, float_bits(1.0)) if settlement.merged else weights)
+        outer = self.manifest.outer_of(self.fragment.id)
+        if settlement.merged is not None:
+            merged_N = aggregate(deltas, dict.fromkeys(deltas, ONE_BITS))
+        else:
+            merged_N = merge(self.fragment, deltas, *_scalars(settlement), rule=outer.merge)
         state = outer_step(
             account.anchor_state,
-            mean_N,
-            rule=self.manifest.outer_of(self.fragment.id).rule,
+            merged_N,
+            rule=outer.rule,
             lr_bits=settlement.lr_bits,
             momentum_bits=settlement.momentum_bits,
         )
@@ -384,7 +391,10 @@ class Replica:
         pending = None if record is None else record.pending
         if record is None or pending is None or note.round != pending.round or note.ending not in (Ending.APPLIED, Ending.EXCLUDED):
             return Account(self.fragment, state, note.anchor)
-        (record.applied if note.ending == Ending.APPLIED else record.excluded)(state, note.anchor)
+        if note.ending == Ending.APPLIED:
+            record.applied(state, note.anchor, note.clip_bits)
+        else:
+            record.excluded(state, note.anchor)
         return record
 
     async def _stored_anchor(self, digest: Digest) -> AnchorState | None:
@@ -439,6 +449,11 @@ class Replica:
                     await self.exchange.drop(digest)
                 except OSError as error:  # the round is committed all the same
                     self.events.emit("not-dropped", digest=digest[:12], why=str(error))
+
+
+def _scalars(settlement: Settlement) -> tuple[dict[PeerId, int], dict[PeerId, int]]:
+    """(weight bits, clip bits) of every entry."""
+    return {e.peer: e.weight_bits for e in settlement.entries}, {e.peer: e.clip_bits for e in settlement.entries}
 
 
 def cursor_of(account: Account) -> bytes:

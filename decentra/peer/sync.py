@@ -261,7 +261,7 @@ class PeerLoop:
                 raise RejectedPayload(
                     "size", f"{len(data)} bytes, the offer said {effect.num_bytes}", peer=effect.sender, round=effect.round
                 )
-            await self.replicas[effect.fragment].check_packet(effect.packet, data, effect.sender, effect.round)
+            await self.replicas[effect.fragment].check_packet(effect.packet, data, effect.sender, effect.round, effect.norm_bits)
         except RejectedPayload as error:
             self._fetch_failed(effect, "packet-refused", error, is_bad=True)
         except (DecentraError, OSError) as error:
@@ -278,7 +278,7 @@ class PeerLoop:
         replica = self.replicas[settlement.fragment]
         if settlement.residual is not None:
             residual = await self.fetcher.fetch(settlement.residual, max_anchor_bytes(replica.fragment), effect.sources)
-        merge = await replica.merge(settlement, residual)
+        merge = await replica.reduce(settlement, residual)
         self.events.emit(
             "merged", fragment=merge.fragment, round=merge.round, num_offers=len(settlement.entries), num_bytes=merge.num_bytes
         )
@@ -292,8 +292,8 @@ class PeerLoop:
     async def _close(self, effect: do.Commit | do.Cancel | do.Recover) -> None:
         replica = self.replicas[effect.fragment]
         match effect:
-            case do.Commit(fragment, number, anchor, ending):
-                await replica.commit(number, anchor, ending)
+            case do.Commit(fragment, number, anchor, ending, clip_bits):
+                await replica.commit(number, anchor, ending, clip_bits)
                 self.events.emit("committed", fragment=fragment, round=number, anchor=anchor[:12], ending=str(ending))
                 self._inbox.put_nowait(m.Committed(fragment, anchor))
             case do.Cancel(fragment, number, why):

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
+from decentra.bits import ONE_BITS
 from decentra.ids import Digest, FragmentId, PeerId
 from decentra.protocol.messages import (
     Abstention,
@@ -53,7 +54,7 @@ class Say:
 
 @dataclass(frozen=True, slots=True)
 class Fetch:
-    """Get a packet; ``sources`` are peers that should have it, best first."""
+    """Get a packet and screen it, its norm as well; ``sources`` are peers that should have it, best first."""
 
     fragment: FragmentId
     round: int
@@ -61,6 +62,7 @@ class Fetch:
     packet: Digest
     num_bytes: int
     sources: tuple[PeerId, ...]
+    norm_bits: int | None  # that it has to have; None: nobody said
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +86,7 @@ class Commit:
     round: int
     anchor: Digest
     ending: Ending
+    clip_bits: int = ONE_BITS  # applied: of my entry
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +139,7 @@ class FragmentLife:
     merge: Merge | None = None  # the newest this peer made as a reducer
     packets: frozenset[Digest] = frozenset()  # held and screened
     fetching: frozenset[Digest] = frozenset()
+    norms: frozenset[tuple[Digest, int]] = frozenset()  # (packet, float32 bits of the norm it is or was screened for)
     bad_packets: frozenset[Digest] = frozenset()
     busy: str = ""
     encoded_at_steps: int = 0
@@ -225,11 +229,11 @@ def _commit(life: FragmentLife, settlement: Settlement, anchor: Digest) -> Resul
     pending = life.pending
     if pending is not None and pending.round != settlement.round:
         return replace(life, busy="cancel"), (Cancel(life.fragment, pending.round, "its round ended without a result"),)
-    ending = Ending.FOLLOWED
+    ending, clip_bits = Ending.FOLLOWED, ONE_BITS
     if pending is not None:
-        is_in = any(e.packet == pending.packet and e.peer == pending.peer for e in settlement.entries)
-        ending = Ending.APPLIED if is_in else Ending.EXCLUDED
-    return replace(life, busy="commit"), (Commit(life.fragment, settlement.round, anchor, ending),)
+        mine = next((e for e in settlement.entries if e.packet == pending.packet and e.peer == pending.peer), None)
+        ending, clip_bits = (Ending.EXCLUDED, ONE_BITS) if mine is None else (Ending.APPLIED, mine.clip_bits)
+    return replace(life, busy="commit"), (Commit(life.fragment, settlement.round, anchor, ending, clip_bits),)
 
 
 def _tell_holding(life: FragmentLife, me: Self) -> Result:
@@ -271,11 +275,12 @@ def _take_part(life: FragmentLife, view: FragmentView, me: Self, num_steps: int,
         if offer.base != life.anchor:
             continue
         if me.peer in (view.reducers or (*view.holders, *view.keepers)):
-            life, more = _fetch_from(life, view, me, offer.packet, offer.num_bytes, (offer.peer,), now)
+            life, more = _fetch_from(life, view, me, offer.packet, offer.num_bytes, offer.norm_bits, (offer.peer,), now)
             effects += more
-            if offer.packet in life.packets and offer.peer != me.peer:
+            is_vouched = offer.packet in life.packets and (offer.packet, offer.norm_bits) in life.norms
+            if is_vouched and offer.peer != me.peer:
                 receipt = Receipt(life.fragment, view.round, me.peer, offer.peer, offer.packet)
-                life, more = _say(life, ("receipt", offer.packet), receipt)
+                life, more = _say(life, ("receipt", f"{view.round} {offer.packet}"), receipt)
                 effects += more
     return life, effects
 
@@ -325,23 +330,32 @@ def _merge(life: FragmentLife, view: FragmentView, settlement: Settlement, me: S
 def _fetch_settled(life: FragmentLife, view: FragmentView, settlement: Settlement, me: Self, now: float) -> Result:
     """The packets the settlement needs that are not here yet."""
     if (merged := settlement.merged) is not None:
-        return _fetch_from(life, view, me, merged.packet, merged.num_bytes, settlement.reducers, now)
+        return _fetch_from(life, view, me, merged.packet, merged.num_bytes, None, settlement.reducers, now)
     effects: tuple[Effect, ...] = ()
     for entry in settlement.entries:
-        life, more = _fetch_from(life, view, me, entry.packet, entry.num_bytes, (entry.peer,), now)
+        life, more = _fetch_from(life, view, me, entry.packet, entry.num_bytes, entry.norm_bits, (entry.peer,), now)
         effects += more
     return life, effects
 
 
 def _fetch_from(
-    life: FragmentLife, view: FragmentView, me: Self, packet: Digest, num_bytes: int, makers: tuple[PeerId, ...], now: float
+    life: FragmentLife,
+    view: FragmentView,
+    me: Self,
+    packet: Digest,
+    num_bytes: int,
+    norm_bits: int | None,
+    makers: tuple[PeerId, ...],
+    now: float,
 ) -> Result:
     if now < life.refetch_at or packet in life.packets | life.fetching | life.bad_packets:
         return life, ()
     havers = {*makers, *(holder for s, holder in view.receipts if s in makers), *view.ready, *view.attesters}
     sources = _ordered(me, tuple(havers), life.fragment, packet)
-    fetch = Fetch(life.fragment, view.round, next(iter(makers), me.peer), packet, num_bytes, sources)
-    return replace(life, fetching=life.fetching | {packet}), (fetch,)
+    fetch = Fetch(life.fragment, view.round, next(iter(makers), me.peer), packet, num_bytes, sources, norm_bits)
+    norms = frozenset(n for n in life.norms if n[0] in life.packets | life.fetching)
+    norms |= set() if norm_bits is None else {(packet, norm_bits)}
+    return replace(life, fetching=life.fetching | {packet}, norms=norms), (fetch,)
 
 
 def _ordered(me: Self, peers: tuple[PeerId, ...], fragment: FragmentId, what: Digest) -> tuple[PeerId, ...]:

@@ -67,12 +67,13 @@ class Offer:
     num_bytes: int
     num_tokens: int  # weight: tokens trained (expert: tokens routed to it)
     num_steps: int
+    norm_bits: int  # float32 bits of the decoded packet's L2 norm: who gives a receipt has found it true
     proof: bytes = field(default=b"", compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
 class Receipt:
-    """``peer`` holds ``sender``'s packet and it passed the screen."""
+    """``peer`` holds ``sender``'s packet, it passed the screen, and its norm is the offer's."""
 
     fragment: FragmentId
     round: int
@@ -152,13 +153,18 @@ MemberMessage = Hello | Offer | Receipt | Merge | Abstention | Attestation | Hol
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One offer inside a settlement; ``weight_bits`` are float32 bits of its share, computed once by the service."""
+    """One offer inside a settlement; ``weight_bits`` are float32 bits of its share, ``clip_bits`` of what its delta is multiplied with before.
+
+    Both are computed once by the service; ``norm_bits`` are the offer's, so that everybody can compute them again.
+    """
 
     peer: PeerId
     packet: Digest
     num_bytes: int
     num_tokens: int
     weight_bits: int
+    norm_bits: int
+    clip_bits: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,12 +20,13 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from decentra.bits import float_bits
+from decentra.bits import ONE_BITS, bits_float, float_bits
 from decentra.config import OuterSpec
 from decentra.ids import Digest, FragmentId, PeerId, expert_of, module_of_fragment, short
 from decentra.protocol.messages import Abstention, Attestation, Entry, Merge, Merged, Offer, Phase, Receipt, Settlement
 
 MAX_OFFER_TOKENS, MAX_OFFER_BYTES = 1 << 40, 1 << 40  # sums of them stay far inside 63 bits
+INFINITE_BITS = 0x7F800000  # float32: what is below is a finite number that is not negative
 
 ACTIVE = frozenset({Phase.OPEN, Phase.SETTLED, Phase.TENTATIVE})
 
@@ -237,6 +238,8 @@ def _take_offer(round_: Round, offer: Offer) -> tuple[Round, tuple[RoundEffect, 
     if not (0 <= offer.num_tokens <= MAX_OFFER_TOKENS and 1 <= offer.num_bytes <= MAX_OFFER_BYTES):
         what = f"got {offer.num_bytes} bytes and {offer.num_tokens} tokens, expected 1 to {MAX_OFFER_BYTES} and 0 to {MAX_OFFER_TOKENS}"
         return round_, (Reject(offer.peer, "malformed", what),)
+    if not 0 <= offer.norm_bits < INFINITE_BITS:
+        return round_, (Reject(offer.peer, "malformed", f"{offer.norm_bits:#x} are not the float32 bits of a norm"),)
     if twin := next((o for o in round_.offers if o.packet == offer.packet), None):
         return round_, (Reject(offer.peer, "copied", f"{short(twin.peer)} offered this very packet; a packet counts once"),)
     offers = tuple(sorted((*round_.offers, offer), key=lambda o: o.peer))
@@ -303,8 +306,15 @@ def _settle(round_: Round, now: float, rules: Rules, offers: tuple[Offer, ...], 
     num_tokens = sum(o.num_tokens for o in offers)
     if num_tokens == 0:
         return _give_up(round_, Phase.ABANDONED, "nobody trained a token of it")
-    lr, momentum = rules.outer_of(round_.fragment).scalars(round_.height + 1, num_tokens)
-    entries = tuple(Entry(o.peer, o.packet, o.num_bytes, o.num_tokens, float_bits(o.num_tokens / num_tokens)) for o in offers)
+    outer = rules.outer_of(round_.fragment)
+    lr, momentum = outer.scalars(round_.height + 1, num_tokens)
+    clips = outer.clips([bits_float(o.norm_bits) for o in offers])
+    entries = tuple(
+        Entry(o.peer, o.packet, o.num_bytes, o.num_tokens, float_bits(o.num_tokens / num_tokens), o.norm_bits, float_bits(clip))
+        for o, clip in zip(offers, clips, strict=True)
+    )
+    if clipped := ", ".join(f"{short(e.peer)} to {bits_float(e.clip_bits):.2g}" for e in entries if e.clip_bits != ONE_BITS):
+        why += f"; clipped {clipped}"
     settlement = Settlement(
         round_.fragment, round_.number, round_.height + 1, round_.base, entries,
         float_bits(lr), float_bits(momentum), why, round_.live_reducers, round_.residual if round_.live_reducers else None,

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from decentra.bits import ONE_BITS, bits_float
 from decentra.config import Manifest
 from decentra.delta.packet import decode_packet
 from decentra.errors import DecentraError
@@ -136,7 +137,7 @@ class Promises:
 class AuditedReplica(Replica):
     """The real replica; at each outcome it checks that nothing this peer trained was lost or counted twice.
 
-    With anchor A, live z and residual e, ``(A - z) + e`` plus all packets that were applied is minus the sum of all inner steps.
+    With anchor A, live z and residual e, ``(A - z) + e`` plus all packets that were applied, times their clips, is minus the sum of all inner steps.
     """
 
     promises: Promises | None = None
@@ -149,13 +150,13 @@ class AuditedReplica(Replica):
         if self.trainer is not None and self.account is not None:
             self._base_N, self._sent_N = self._balance(), torch.zeros(self.fragment.num_elements, dtype=torch.float64)
 
-    async def commit(self, number: int, anchor: Digest, ending: Ending) -> None:
+    async def commit(self, number: int, anchor: Digest, ending: Ending, clip_bits: int = ONE_BITS) -> None:
         pending = None if self.account is None else self.account.pending
-        await super().commit(number, anchor, ending)
+        await super().commit(number, anchor, ending, clip_bits)
         assert self.promises is not None
         self.promises.on_moved(self.me, self.fragment.id, anchor, f"commit of round {number}")
         if ending is Ending.APPLIED and pending is not None and self._sent_N is not None:
-            self._sent_N = self._sent_N + decode_packet(pending.packet, self.fragment).dense().double()
+            self._sent_N = self._sent_N + bits_float(clip_bits) * decode_packet(pending.packet, self.fragment).dense().double()
         self._audit(f"round {number} was {ending}")
 
     async def cancel(self, number: int) -> None:

@@ -30,10 +30,12 @@ class Scenario:
     experts_per_peer: int = 1
     codec: CodecName = "int8"
     merged: CodecName | None = None
+    merge: Literal["mean", "radial"] = "mean"
+    clip: float | None = None
 
     @staticmethod
     def from_seed(seed: int) -> Scenario:
-        """Every kind of swarm in turn: two to four trainers, with and without a keeper and reducers, both outer rules, quick and slow machines."""
+        """Every kind of swarm in turn: two to four trainers, with and without keeper, reducers and clips, both rules and merges, quick and slow."""
         rng = Random(seed * 7919 + 17)
         return Scenario(
             seed,
@@ -45,7 +47,9 @@ class Scenario:
             max_delay_s=rng.choice([0.02, 0.1, 0.5]),
             max_compute_s=rng.choice([0.05, 0.2, 1.0]),
             outer_rule="nesterov" if seed % 2 else "average",
-            reduce_from=2 if seed // 2 % 2 else None,
+            reduce_from=2 if seed // 3 % 2 else None,
+            merge="radial" if seed % 4 > 1 else "mean",
+            clip=1.0 if seed % 3 else None,  # every second delta is cut
         )
 
 

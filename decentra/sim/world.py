@@ -97,6 +97,8 @@ class World:
         self.rng = Random(scenario.seed)
         self.net = SimNet(Random(scenario.seed + 1), max_delay_s=scenario.max_delay_s)
         blobs = [encode_anchor(f, AnchorState(torch.linspace(-1, 1, f.num_elements))) for f in self.layout.fragments]
+        lr = 0.7 if scenario.outer_rule == "nesterov" else 1.0
+        outer = OuterSpec(rule=scenario.outer_rule, lr=lr, momentum=0.5, merge=scenario.merge, clip=scenario.clip)
         rounds = RoundSpec(
             inner_steps=scenario.inner_steps,
             cut_off_s=10,
@@ -113,7 +115,7 @@ class World:
             name="sim", model=ModelSpec(num_experts=NUM_EXPERTS), rounds=rounds, codec=CodecSpec(name=scenario.codec, merged=scenario.merged),
             placement=PlacementSpec(holders=2, experts_per_peer=scenario.experts_per_peer),
             genesis={f.id: anchor_digest(b) for f, b in zip(self.layout.fragments, blobs, strict=True)},
-            outer=OuterSpec(rule="nesterov", lr=0.7, momentum=0.5) if scenario.outer_rule == "nesterov" else OuterSpec(),
+            outer=outer,
         )  # fmt: skip
         self.promises = Promises(self.manifest, lambda: {p: h.disk for p, h in self.hosts.items()})
         self.journal.on_append = self.promises.on_records

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from decentra.bits import ONE_BITS, bits_float
 from decentra.config import Manifest
 from decentra.ids import FragmentId, PeerId, expert_of, module_of_fragment, short
 from decentra.protocol.messages import FragmentView, MemberView, Phase, Role, SwarmView
@@ -95,7 +96,7 @@ def _fragment(v: FragmentView, swarm: SwarmView) -> dict[str, Any]:
         "phase": str(v.phase), "why": _with_names(v.why, names), "ready": [names.get(p, p) for p in v.ready],
         "offers": [names.get(o.peer, o.peer) for o in v.offers], "attesters": [names.get(p, p) for p in v.attesters],
         "num_confirmed": v.tally.num_confirmed, "num_thin": v.tally.num_thin, "num_abandoned": v.tally.num_abandoned,
-        "num_void": v.tally.num_void, "num_tokens": v.tally.num_tokens, "contributed": _contributed(v, names),
+        "num_void": v.tally.num_void, "num_tokens": v.tally.num_tokens, "contributed": _contributed(v, names), "clipped": _clipped(v, names),
     }  # fmt: skip
 
 
@@ -106,6 +107,13 @@ def _contributed(view: FragmentView, names: dict[PeerId, str]) -> dict[str, int]
         if outcome.phase is Phase.CONFIRMED and outcome.settlement is not None:
             found |= {names.get(e.peer, e.peer): outcome.round for e in outcome.settlement.entries}
     return found
+
+
+def _clipped(view: FragmentView, names: dict[PeerId, str]) -> dict[str, float]:
+    """Member -> what its delta was multiplied with in the newest confirmed round, for those whose norm was out of line."""
+    last = next((o.settlement for o in reversed(view.recent) if o.phase is Phase.CONFIRMED and o.settlement is not None), None)
+    entries = () if last is None else last.entries
+    return {names.get(e.peer, e.peer): float(f"{bits_float(e.clip_bits):.2g}") for e in entries if e.clip_bits != ONE_BITS}
 
 
 def _with_names(why: str, names: dict[PeerId, str]) -> str:

@@ -28,8 +28,14 @@ def render(snap: dict[str, Any], height: int | None = None) -> RenderableType:
     return Group(
         _headline(snap), Text(), members_table(snap), reasons({m["name"] or m["peer"][-8:]: m["state"] for m in snap["members"] if m["state"]}),
         Text(), modules_table(snap, is_short=is_short),
-        reasons({_label(m, f): f["why"] for m in _ordered(snap) for f in m["fragments"] if f["why"]}),
+        reasons({_label(m, f): why for m in _ordered(snap) for f in m["fragments"] if (why := _why(f))}),
     )  # fmt: skip
+
+
+def _why(fragment: dict[str, Any]) -> str:
+    """What it waits for, and whose delta of the last round was out of line."""
+    clipped = ", ".join(f"{name} to {factor:g}" for name, factor in sorted(fragment["clipped"].items()))
+    return "; ".join(words for words in (fragment["why"], f"last round clipped {clipped}" if clipped else "") if words)
 
 
 def reasons(why_of: dict[str, str]) -> RenderableType:

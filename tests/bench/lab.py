@@ -25,14 +25,14 @@ from typing import Any
 
 import torch
 
-from decentra.bits import float_bits
+from decentra.bits import bits_float, float_bits
 from decentra.config import Manifest, PeerConfig, parse_config
 from decentra.data.domains import embedded_domain
 from decentra.data.windows import source_for
 from decentra.delta.account import Account
-from decentra.delta.aggregate import aggregate
 from decentra.delta.anchor import AnchorState, anchor_digest, encode_anchor
 from decentra.delta.flat import gather, scatter
+from decentra.delta.merge import merge
 from decentra.delta.outer import outer_step
 from decentra.delta.packet import decode_packet
 from decentra.errors import ConfigError, DecentraError, TrainingError
@@ -135,16 +135,16 @@ class Swarm:
         """The rounds are confirmed: holders close their pending packets, followers move to the new anchors."""
         for fragment in self.layout.fragments:
             old = self.anchors[fragment.id]
-            new = self._aggregated(fragment.id, old)
+            new, clips = self._aggregated(fragment.id, old)
             digest = anchor_digest(encode_anchor(fragment, new))
             self.anchors[fragment.id] = new
             for peer in self.peers:
                 account = peer.accounts.get(fragment.id)
-                shift_N = new.anchor_N - old.anchor_N if account is None else account.applied(new, digest)
+                shift_N = new.anchor_N - old.anchor_N if account is None else account.applied(new, digest, clips[peer.id])
                 peer.inner.shift(fragment.id, shift_N)
 
-    def _aggregated(self, fragment: FragmentId, old: AnchorState) -> AnchorState:
-        """The next anchor; weights are tokens, as a settlement computes them."""
+    def _aggregated(self, fragment: FragmentId, old: AnchorState) -> tuple[AnchorState, dict[PeerId, int]]:
+        """The next anchor and every peer's clip; weights are tokens, as a settlement computes them."""
         pendings = {p.id: p.accounts[fragment].pending for p in self.peers if fragment in p.accounts}
         tokens = {id: pending.num_tokens for id, pending in pendings.items() if pending is not None}
         total = sum(tokens.values())
@@ -152,7 +152,10 @@ class Swarm:
         deltas = {id: decode_packet(p.packet, self.layout[fragment]) for id, p in pendings.items() if p is not None}
         outer = self.manifest.outer_of(fragment)
         lr, momentum = outer.scalars(self.num_rounds, total)
-        return outer_step(old, aggregate(deltas, weights), rule=outer.rule, lr_bits=float_bits(lr), momentum_bits=float_bits(momentum))
+        norms = {id: bits_float(p.norm_bits) for id, p in pendings.items() if p is not None}
+        clips = dict(zip(norms, map(float_bits, outer.clips(list(norms.values()))), strict=True))
+        merged_N = merge(self.layout[fragment], deltas, weights, clips, rule=outer.merge)
+        return outer_step(old, merged_N, rule=outer.rule, lr_bits=float_bits(lr), momentum_bits=float_bits(momentum)), clips
 
     def assembled(self) -> Decoder:
         """A model made of the confirmed anchors."""

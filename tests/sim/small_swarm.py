@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+from decentra.bits import ONE_BITS
 from decentra.config import OuterSpec
 from decentra.ids import Digest, FragmentId, PeerId
 from decentra.protocol import duties as do
@@ -302,7 +303,8 @@ class Swarm:
         match job:
             case do.Encode(fragment, number, base):
                 packet = packet_name(number, self.names[index])
-                return m.Encoded(Offer(fragment, number, self.names[index], base, packet, 1, 1, 1)), (frozenset({packet}), nothing[1])
+                offer = Offer(fragment, number, self.names[index], base, packet, 1, 1, 1, ONE_BITS)
+                return m.Encoded(offer), (frozenset({packet}), nothing[1])
             case do.Fetch(fragment, _, _, packet, _, sources):
                 if packet in me.packets or any(packet in self.members[i].packets for i in self._sources(state, sources)):
                     return m.Fetched(fragment, packet), (frozenset({packet}), nothing[1])

@@ -10,6 +10,8 @@ from dataclasses import replace
 
 import pytest
 
+from decentra.bits import ONE_BITS
+from decentra.delta.account import Account
 from decentra.ids import Digest
 from decentra.peer.replica import Replica
 from decentra.protocol.messages import Settlement
@@ -34,6 +36,8 @@ def test_the_scenarios_differ_and_every_fault_happens() -> None:
     assert {s.num_trainers for s in scenarios} == {2, 3, 4}
     assert {s.has_keeper for s in scenarios} == {True, False}
     assert {s.outer_rule for s in scenarios} == {"average", "nesterov"}
+    assert {s.merge for s in scenarios} == {"mean", "radial"}
+    assert {(s.clip, s.num_trainers > 2) for s in scenarios} == {(1.0, True), (None, False)}, "of two nobody is clipped"
     reports = [simulate(s) for s in scenarios[:6]]
     assert sum(r.num_crashes for r in reports) > 5
     assert sum(r.num_given_up for r in reports) > 0
@@ -118,9 +122,9 @@ def test_a_service_that_settles_what_nobody_offered_is_found(monkeypatch: pytest
 
 
 def _twice(honest: Callable[..., object]) -> Callable[..., object]:
-    async def commit(self: Replica, number: int, anchor: Digest, ending: object) -> None:
+    async def commit(self: Replica, number: int, anchor: Digest, ending: object, clip_bits: int) -> None:
         residual_N = self.account.residual_N  # type: ignore[union-attr]
-        await honest(self, number, anchor, ending)  # type: ignore[misc]
+        await honest(self, number, anchor, ending, clip_bits)  # type: ignore[misc]
         self.account.residual_N = self.account.residual_N + residual_N + 0.01  # type: ignore[union-attr]
 
     return commit
@@ -129,6 +133,12 @@ def _twice(honest: Callable[..., object]) -> Callable[..., object]:
 def test_progress_that_counts_twice_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Replica, "commit", _twice(Replica.commit))
     assert "is off by" in first_violation(range(4))
+
+
+def test_a_clip_whose_rest_does_not_come_home_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = Account.applied
+    monkeypatch.setattr(Account, "applied", lambda self, state, digest, clip_bits=ONE_BITS: honest(self, state, digest))
+    assert "is off by" in first_violation(range(4), num_trainers=4, clip=1.0)
 
 
 def test_a_restart_that_encodes_anew_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

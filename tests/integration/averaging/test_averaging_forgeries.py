@@ -14,6 +14,7 @@ from decentra.averaging import client as client_module
 from decentra.averaging import rpc
 from decentra.averaging.client import GrpcSession
 from decentra.averaging.tls import create_tls
+from decentra.bits import ONE_BITS
 from decentra.errors import ConfigError, DecentraError, IntegrityError, ManifestMismatch, Refused, RejectedPayload, VersionMismatch
 from decentra.identity import Keypair
 from decentra.ids import Digest, RunId
@@ -204,7 +205,7 @@ def test_forged_credentials(make: Callable[[World], bytes], says: str) -> None:
 
 
 def offer(key: Keypair = ALICE) -> Offer:
-    return Offer(FRAGMENT, 1, key.peer_id, HASH, Digest("b" * 64), 100, 2000, 10)
+    return Offer(FRAGMENT, 1, key.peer_id, HASH, Digest("b" * 64), 100, 2000, 10, ONE_BITS)
 
 
 def offer_frame(sealed: bytes) -> bytes:

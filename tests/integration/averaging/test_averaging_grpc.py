@@ -16,6 +16,7 @@ from decentra.averaging import rpc
 from decentra.averaging.client import AveragingClient, GrpcSession
 from decentra.averaging.streams import StreamRules
 from decentra.averaging.tls import create_tls, load_or_create_tls
+from decentra.bits import ONE_BITS
 from decentra.errors import ConfigError, PortTaken, Refused, RejectedPayload, Unreachable
 from decentra.ids import Digest
 from decentra.protocol.messages import (
@@ -37,7 +38,7 @@ from decentra.wire.frames import open_fact
 
 
 def offer(key: Any = ALICE, round: int = 1) -> Offer:
-    return Offer(FRAGMENT, round, key.peer_id, HASH, Digest("b" * 64), 100, 2000, 10)
+    return Offer(FRAGMENT, round, key.peer_id, HASH, Digest("b" * 64), 100, 2000, 10, ONE_BITS)
 
 
 async def first_of(session: GrpcSession, kind: type) -> Any:
@@ -96,7 +97,7 @@ def test_views_travel_with_offers_others_can_check() -> None:
             await sender.send(offer())
             await until(lambda: w.door.delivered)
             received: Any = w.door.delivered[0]
-            forged = Offer(FRAGMENT, 1, BOB.peer_id, HASH, HASH, 1, 10**9, 1, proof=received.proof)
+            forged = Offer(FRAGMENT, 1, BOB.peer_id, HASH, HASH, 1, 10**9, 1, ONE_BITS, proof=received.proof)
             w.door.mailboxes[BOB.peer_id].put(view(offers=(received, forged), receipts=((ALICE.peer_id, BOB.peer_id),)))
             seen = await within(first_of(reader, type(view())))
             assert seen == view(offers=(offer(),), receipts=((ALICE.peer_id, BOB.peer_id),))

@@ -15,6 +15,7 @@ from decentra.averaging.client import AveragingClient, GrpcSession
 from decentra.averaging.journal_sqlite import SqliteJournal
 from decentra.averaging.server import AveragingServer, ServiceIdentity
 from decentra.averaging.tls import ServerTls, create_tls
+from decentra.bits import ONE_BITS
 from decentra.config import Manifest
 from decentra.identity import Keypair, is_signed
 from decentra.ids import Digest
@@ -84,7 +85,7 @@ async def view_where(session: GrpcSession, condition: Callable[[FragmentView], b
 
 
 def offer_of(key: Keypair, view: FragmentView) -> Offer:
-    return Offer(FRAGMENT, view.round, key.peer_id, view.anchor, Digest(key.public.hex()), 1000, 500, 10)
+    return Offer(FRAGMENT, view.round, key.peer_id, view.anchor, Digest(key.public.hex()), 1000, 500, 10, ONE_BITS)
 
 
 def is_of_both(view: FragmentView) -> bool:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import pytest
@@ -13,7 +14,7 @@ from decentra.delta.aggregate import aggregate, float_bits
 from decentra.delta.anchor import AnchorState, decode_anchor, encode_anchor
 from decentra.delta.outer import outer_step
 from decentra.delta.packet import decode_packet
-from decentra.errors import IntegrityError, TrainingError
+from decentra.errors import IntegrityError, RejectedPayload, TrainingError
 from decentra.ids import Digest, FragmentId, PeerId
 from decentra.modules import build_layout
 
@@ -69,14 +70,16 @@ class Round:
     trains_on: frozenset[int]
     restarts: frozenset[int]
     settled: frozenset[int]  # of those who offered; empty: the round is abandoned or void
+    clips: tuple[float, float, float] = (1.0, 1.0, 1.0)
 
 
 some_peers = st.frozensets(st.integers(0, 2))
-rounds = st.builds(Round, some_peers, some_peers, some_peers, some_peers, some_peers)
+clips = st.sampled_from([1.0, 1.0, 0.5, 0.0])  # halves keep dyadic sums exact
+rounds = st.builds(Round, some_peers, some_peers, some_peers, some_peers, some_peers, st.tuples(clips, clips, clips))
 
 
 def play(codec_name: str, story: list[Round]) -> tuple[Tensor, AnchorState, list[Peer]]:
-    """The first anchor, the last one and the peers. Weights are 1, so an anchor holds every settled delta whole."""
+    """The first anchor, the last one and the peers. Weights are 1, so an anchor holds every settled delta whole, but for what was clipped."""
     first, digest = next_state(1)
     state, peers = first, [Peer(Account(FRAGMENT, first, digest), first.anchor_N.clone()) for _ in range(3)]
     for number, now in enumerate(story, start=1):
@@ -95,11 +98,16 @@ def play(codec_name: str, story: list[Round]) -> tuple[Tensor, AnchorState, list
             continue
         deltas = {PeerId(str(i)): decode_packet(pending.packet, FRAGMENT) for i in settled if (pending := peers[i].account.pending)}
         assert len(deltas) == len(settled)
-        state = outer_step(state, aggregate(deltas, dict.fromkeys(deltas, ONE)), rule="average", lr_bits=ONE, momentum_bits=0)
+        clip_bits = {PeerId(str(i)): float_bits(now.clips[i]) for i in settled}
+        merged_N = aggregate(deltas, dict.fromkeys(deltas, ONE), clip_bits)
+        state = outer_step(state, merged_N, rule="average", lr_bits=ONE, momentum_bits=0)
         digest = digest_of_state(FRAGMENT, state)
         for i, peer in enumerate(peers):
-            moved = peer.account.applied if i in settled else peer.account.excluded if i in now.offers else peer.account.followed
-            peer.live_N = peer.live_N + moved(state, digest)
+            if i in settled:
+                shift_N = peer.account.applied(state, digest, clip_bits[PeerId(str(i))])
+            else:
+                shift_N = (peer.account.excluded if i in now.offers else peer.account.followed)(state, digest)
+            peer.live_N = peer.live_N + shift_N
     return first.anchor_N, state, peers
 
 
@@ -170,6 +178,54 @@ def test_applied_keeps_only_what_encoding_lost() -> None:
     assert a.residual_N is pending.residual_after_N
     assert 0 < float(a.residual_N.abs().max()) < 0.03
     assert (a.anchor_state, a.anchor_digest, a.pending) == (state, digest, None)
+
+
+def test_what_a_clip_cut_off_comes_home() -> None:
+    live_N = vector(N, 2)
+    for clip in (1.0, 0.75, 2.0**-30, 0.0):
+        a, (state, digest) = account(), next_state(8)
+        pending = a.encode(1, live_N, "int8", 1.0, 1, 1)
+        sent_N = decode_packet(pending.packet, FRAGMENT).dense()
+        assert same_bits(a.applied(state, digest, float_bits(clip)), state.anchor_N - live_N)
+        home_N = pending.residual_after_N if clip == 1 else pending.residual_after_N + sent_N * (1 - clip)
+        assert same_bits(a.residual_N, home_N)
+        assert torch.allclose(a.residual_N + clip * sent_N, dyadic(N, 1) - live_N, atol=1e-6)
+    kept = account()
+    pending = kept.encode(1, live_N, "int8", 1.0, 1, 1)
+    residual_N = pending.residual_after_N.clone()
+    kept.applied(state, digest, float_bits(0.5))
+    assert same_bits(pending.residual_after_N, residual_N), "a pending's tensors are values"
+
+
+def test_a_clip_that_is_none_changes_nothing() -> None:
+    a, (state, digest) = account(), next_state(8)
+    a.encode(1, vector(N, 2), "int8", 1.0, 1, 1)
+    before = to_record(a)
+    for bits in (float_bits(-0.5), ONE + 1, 0x7FC00000):
+        with pytest.raises(RejectedPayload):
+            a.applied(state, digest, bits)
+        assert to_record(a) == before
+
+
+def test_the_stated_norm_is_the_packets() -> None:
+    a = account()
+    for number, codec_name in enumerate(CODEC_NAMES):
+        pending = a.encode(number, vector(N, number, 10.0**-number), codec_name, 1.0, 1, 1)
+        norm = decode_packet(pending.packet, FRAGMENT).norm()
+        assert pending.norm_bits == float_bits(norm)
+        assert math.isclose(norm, float(decode_packet(pending.packet, FRAGMENT).dense().double().norm()), rel_tol=1e-6)
+        assert (back := restored(a).pending) is not None
+        assert back.norm_bits == pending.norm_bits
+        a.cancelled()
+    nothing = a.encode(99, a.anchor_state.anchor_N, "int8", 1.0, 1, 1)
+    assert nothing.norm_bits == 0
+
+
+def test_a_norm_beyond_float32_is_not_offered() -> None:
+    a = account()
+    with pytest.raises(TrainingError, match="more than a float32 holds"):
+        a.encode(1, torch.full((N,), 3e38), "fp32", 1.0, 1, 1)
+    assert a.pending is None
 
 
 def test_excluded_brings_all_of_it_home() -> None:

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from decentra.bits import float_bits
+from decentra.bits import ONE_BITS, float_bits
 from decentra.config import CodecSpec, Manifest, ModelSpec, OuterSpec
 from decentra.delta.account import Account
 from decentra.delta.anchor import AnchorState, anchor_digest, encode_anchor
-from decentra.delta.packet import encode_packet
+from decentra.delta.packet import decode_packet, encode_packet
 from decentra.delta.raw import float_bytes
 from decentra.ids import PeerId, digest_of
 from decentra.modules import build_layout
@@ -38,6 +38,10 @@ MANIFEST = Manifest(
     name="test", model=ModelSpec(num_experts=2), codec=CodecSpec(name="int8"), outer=OuterSpec(rule="nesterov", lr=0.7, momentum=0.9)
 )
 LR, MU = float_bits(0.7), float_bits(0.9)
+
+
+def norm_bits(packet: bytes) -> int:
+    return float_bits(decode_packet(packet, FRAGMENT).norm())
 
 
 def vector(seed: int, scale: float = 0.1) -> Tensor:
@@ -86,17 +90,20 @@ class Bench:
         assert self.replica.account is not None
         return self.replica.account
 
-    async def settle(self, number: int, *peers: PeerId) -> Settlement:
-        """A settlement of this round on our anchor; the other's packet is fetched and screened."""
+    async def settle(self, number: int, *peers: PeerId, clip_bits: int = ONE_BITS) -> Settlement:
+        """A settlement of this round on our anchor; the other's packet is fetched and screened, mine may be clipped."""
         packets: dict[PeerId, bytes] = {}
         if ME in peers:
             assert self.account.pending is not None
             packets[ME] = self.account.pending.packet
         if OTHER in peers:
             packets[OTHER] = encode_packet(FRAGMENT, vector(1000 + number), "int8")
-            await self.replica.check_packet(digest_of(packets[OTHER]), packets[OTHER], OTHER, number)
+            await self.replica.check_packet(digest_of(packets[OTHER]), packets[OTHER], OTHER, number, norm_bits(packets[OTHER]))
         weight = float_bits(1 / len(packets))
-        entries = tuple(Entry(p, digest_of(d), len(d), 100, weight) for p, d in sorted(packets.items()))
+        entries = tuple(
+            Entry(p, digest_of(d), len(d), 100, weight, norm_bits(d), clip_bits if p == ME else ONE_BITS)
+            for p, d in sorted(packets.items())
+        )
         return Settlement(FRAGMENT.id, number, number, self.account.anchor_digest, entries, LR, MU, "")
 
     async def encode(self, number: int) -> None:
@@ -105,9 +112,9 @@ class Bench:
         self.live.num_tokens += 500
         await self.replica.encode(number, self.account.anchor_digest)
 
-    async def finish(self, number: int, ending: Ending, *peers: PeerId) -> None:
-        anchor = await self.replica.apply(await self.settle(number, *peers))
-        await self.replica.commit(number, anchor, ending)
+    async def finish(self, number: int, ending: Ending, *peers: PeerId, clip_bits: int = ONE_BITS) -> None:
+        anchor = await self.replica.apply(await self.settle(number, *peers, clip_bits=clip_bits))
+        await self.replica.commit(number, anchor, ending, clip_bits)
 
     async def recover(self, number: int, seed: int | None = None) -> None:
         blob = GENESIS_BLOB if seed is None else encode_anchor(FRAGMENT, AnchorState(vector(seed), vector(seed + 1)))
@@ -136,6 +143,8 @@ STORY: tuple[tuple[str, Step], ...] = (
     ("encode 9", lambda b: b.encode(9)),
     ("applied 9", lambda b: b.finish(9, Ending.APPLIED, ME)),
     ("encode 10", lambda b: b.encode(10)),
+    ("applied 10 with a clip", lambda b: b.finish(10, Ending.APPLIED, ME, OTHER, clip_bits=float_bits(0.3))),
+    ("encode 11", lambda b: b.encode(11)),
 )
 NUM_POWER_CUTS = 3
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from decentra.bits import ONE_BITS
 from decentra.config import CodecSpec, PeerConfig
 from decentra.ids import Digest, FragmentId, PeerId
 from decentra.modules import build_layout
@@ -25,14 +26,14 @@ def control(up: str | None = None, sparsest: str | None = "topk16") -> RateContr
 def view(
     number: int = 1, *holders: PeerId, phase: Phase = Phase.OPEN, fragment: FragmentId = TRUNK, settled: tuple[PeerId, ...] = ()
 ) -> FragmentView:
-    entries = tuple(Entry(p, PACKET if p == ME else Digest("2" * 64), 10, 10, 0) for p in settled)
+    entries = tuple(Entry(p, PACKET if p == ME else Digest("2" * 64), 10, 10, 0, ONE_BITS, ONE_BITS) for p in settled)
     settlement = Settlement(fragment, number, number, Digest("0" * 64), entries, 0, 0, "") if phase is not Phase.OPEN else None
     receipts = tuple((ME, p) for p in holders)
     return FragmentView(fragment, 1, 0, Digest("0" * 64), number, phase, "", (ME, A, B), (K,), receipts=receipts, settlement=settlement)
 
 
 def offer(number: int, fragment: FragmentId = TRUNK) -> Offer:
-    return Offer(fragment, number, ME, Digest("0" * 64), PACKET, 1000, 10, 1)
+    return Offer(fragment, number, ME, Digest("0" * 64), PACKET, 1000, 10, 1, ONE_BITS)
 
 
 def rounds(rate: RateControl, takes_s: list[float], first: int = 1) -> list[str]:

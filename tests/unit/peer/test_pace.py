@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+from decentra.bits import ONE_BITS
 from decentra.ids import Digest, FragmentId, PeerId
 from decentra.peer.sync import PeerLoop
 from decentra.protocol import member as m
@@ -37,7 +38,7 @@ def due_at(machine: MemberMachine, num_rounds: int) -> dict[FragmentId, list[int
             if isinstance(effect, Encode):
                 name, number = effect.fragment, effect.round
                 found[name].append(step)
-                machine.handle(m.Encoded(Offer(name, number, ME, BASE, Digest(f"{step:064d}"), 1, 1, 1)), 0.0)
+                machine.handle(m.Encoded(Offer(name, number, ME, BASE, Digest(f"{step:064d}"), 1, 1, 1, ONE_BITS)), 0.0)
                 life = machine.lives[name]
                 machine.lives[name] = FragmentLife(**{**_fields(life), "pending": None, "told": frozenset()})
                 machine.handle(m.Viewed(FragmentView(name, 1, 0, BASE, number + 1, Phase.OPEN, "", (ME,), cut_off_in_s=1e9)), 0.0)
@@ -65,7 +66,7 @@ def test_without_overlap_no_step_begins_while_a_round_is_out() -> None:
     machine.handle(m.Viewed(FragmentView(name, 1, 0, BASE, 1, Phase.OPEN, "", (ME,), cut_off_in_s=1e9)), 0.0)
     machine.handle(m.Stepped(50), 0.0)
     assert machine.step_limit == 50, "encoding"
-    machine.handle(m.Encoded(Offer(name, 1, ME, BASE, Digest("1" * 64), 1, 1, 1)), 0.0)
+    machine.handle(m.Encoded(Offer(name, 1, ME, BASE, Digest("1" * 64), 1, 1, 1, ONE_BITS)), 0.0)
     assert machine.step_limit == 50, "out"
     machine.handle(m.Committed(name, Digest("2" * 64)), 0.0)
     assert machine.step_limit == 60, "the next ten may begin"

@@ -23,12 +23,15 @@ from replica_bench import (
     Bench,
     N,
     image,
+    norm_bits,
     play,
     run,
     vector,
 )
 
-from decentra.delta.packet import encode_packet
+from decentra.bits import ONE_BITS, float_bits
+from decentra.delta.outer import outer_step
+from decentra.delta.packet import decode_packet, encode_packet
 from decentra.delta.raw import float_bytes
 from decentra.errors import IntegrityError, RejectedPayload, TrainingError
 from decentra.ids import Digest, digest_of
@@ -54,14 +57,50 @@ def test_bad_packets_are_refused_by_name_and_not_stored() -> None:
         bench = Bench()
         for reason, data in bad.items():
             with pytest.raises(RejectedPayload) as caught:
-                await bench.replica.check_packet(digest_of(data), data, OTHER, 3)
+                await bench.replica.check_packet(digest_of(data), data, OTHER, 3, ONE_BITS)
             assert caught.value.reason in (reason, "malformed")
             assert (caught.value.peer, caught.value.round) == (OTHER, 3)
             assert not await bench.exchange.has(digest_of(data))
         with pytest.raises(RejectedPayload, match="size"):
-            await bench.replica.check_packet(digest_of(b""), b"", OTHER, 3)
-        await bench.replica.check_packet(digest_of(good), good, OTHER, 3)
+            await bench.replica.check_packet(digest_of(b""), b"", OTHER, 3, ONE_BITS)
+        await bench.replica.check_packet(digest_of(good), good, OTHER, 3, norm_bits(good))
         assert await bench.exchange.has(digest_of(good))
+
+    run(job())
+
+
+def test_a_norm_that_is_not_the_packets_is_refused_and_nothing_stored() -> None:
+    good = encode_packet(FRAGMENT, vector(5), "int8")
+
+    async def job() -> None:
+        bench = Bench()
+        for lie in (0, ONE_BITS, norm_bits(good) + 1, 0x7F800000):
+            with pytest.raises(RejectedPayload) as caught:
+                await bench.replica.check_packet(digest_of(good), good, OTHER, 3, lie)
+            assert (caught.value.reason, caught.value.peer, caught.value.round) == ("norm", OTHER, 3)
+            assert not await bench.exchange.has(digest_of(good))
+        await play(bench, 2)
+        offer = bench.replica.pending_offer
+        assert offer is not None
+        assert offer.norm_bits == norm_bits(await bench.exchange.read(offer.packet) or b""), "what we state ourselves is true"
+
+    run(job())
+
+
+def test_a_clip_cuts_the_packet_for_everybody_and_brings_the_rest_home() -> None:
+    async def job() -> None:
+        bench = Bench()
+        await play(bench, 2)
+        clip_bits = float_bits(0.25)
+        settlement = await bench.settle(1, ME, OTHER, clip_bits=clip_bits)
+        deltas = {e.peer: decode_packet(await bench.exchange.read(e.packet) or b"", FRAGMENT) for e in settlement.entries}
+        mean_N = deltas[ME].dense() * 0.5 * 0.25 + deltas[OTHER].dense() * 0.5
+        expected = outer_step(GENESIS, mean_N, rule="nesterov", lr_bits=LR, momentum_bits=MU)
+        after_N = bench.account.pending.residual_after_N  # type: ignore[union-attr]
+        anchor = await bench.replica.apply(settlement)
+        await bench.replica.commit(1, anchor, Ending.APPLIED, clip_bits)
+        assert torch.allclose(bench.account.anchor_state.anchor_N, expected.anchor_N, atol=1e-6)
+        assert float_bytes(bench.account.residual_N) == float_bytes(after_N + deltas[ME].dense() * 0.75)
 
     run(job())
 
@@ -97,7 +136,9 @@ def test_orders_that_do_not_fit_are_refused_and_change_nothing() -> None:
             bench.replica.encode(2, Digest("0" * 64)),
             bench.replica.commit(1, Digest("0" * 64), Ending.APPLIED),
             bench.replica.cancel(7),
-            bench.replica.apply(Settlement(FRAGMENT.id, 1, 1, GENESIS_DIGEST, (Entry(OTHER, Digest("1" * 64), 1, 1, 0),), LR, MU, "")),
+            bench.replica.apply(
+                Settlement(FRAGMENT.id, 1, 1, GENESIS_DIGEST, (Entry(OTHER, Digest("1" * 64), 1, 1, 0, ONE_BITS, ONE_BITS),), LR, MU, "")
+            ),
         ]
         for order in wrong:
             with pytest.raises(IntegrityError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from hypothesis import strategies as st
 
+from decentra.bits import ONE_BITS, float_bits
 from decentra.config import AdmissionSpec, Manifest, ModelSpec, OuterSpec, PlacementSpec, RoundSpec
 from decentra.ids import Digest, FragmentId, PeerId, digest_of
 from decentra.protocol.messages import Abstention, Attestation, Merge, Offer, Receipt
@@ -26,9 +27,10 @@ def packet_of(peer: PeerId, number: int = 1, variant: int = 0) -> Digest:
 
 
 def offer(
-    peer: PeerId, number: int = 1, *, num_tokens: int = 100, base: Digest = BASE, variant: int = 0, fragment: FragmentId = FRAGMENT
-) -> Offer:
-    return Offer(fragment, number, peer, base, packet_of(peer, number, variant), 64, num_tokens, 10)
+    peer: PeerId, number: int = 1, *, num_tokens: int = 100, base: Digest = BASE, variant: int = 0, fragment: FragmentId = FRAGMENT,
+    norm_bits: int = ONE_BITS,
+) -> Offer:  # fmt: skip
+    return Offer(fragment, number, peer, base, packet_of(peer, number, variant), 64, num_tokens, 10, norm_bits)
 
 
 def receipt(peer: PeerId, sender: PeerId, number: int = 1, *, variant: int = 0, fragment: FragmentId = FRAGMENT) -> Receipt:
@@ -69,13 +71,15 @@ def manifest(*, num_experts: int = 2, genesis: tuple[str, ...] = ("expert.0/0", 
 
 peers = st.sampled_from(PEERS)
 anchors = st.sampled_from([digest("anchor a"), digest("anchor b")])
+norms = st.sampled_from([ONE_BITS, float_bits(0.25), float_bits(40.0), 0, 1, 0x7F7FFFFF, 0x7F800000, 0xFF800000, 0x80000000])
 
 
 def round_events(number: int = 1) -> st.SearchStrategy[object]:
     """Events of one round, honest ones mostly, with strangers, lies and repetitions among them."""
     return st.one_of(
         st.builds(
-            lambda p, t, v: offer(p, number, num_tokens=t, variant=v), peers, st.integers(-1, 1000), st.sampled_from([0, 0, 0, 0, 1])
+            lambda p, t, v, n: offer(p, number, num_tokens=t, variant=v, norm_bits=n),
+            peers, st.integers(-1, 1000), st.sampled_from([0, 0, 0, 0, 1]), norms,
         ),
         st.builds(lambda p: offer(p, number, base=digest("another base")), peers),
         st.builds(lambda p, s, v: receipt(p, s, number, variant=v), peers, peers, st.sampled_from([0, 0, 0, 1])),
@@ -85,4 +89,4 @@ def round_events(number: int = 1) -> st.SearchStrategy[object]:
         st.builds(Suspected, peers),
         st.builds(Returned, peers),
         st.just(Tick()),
-    )
+    )  # fmt: skip

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from decentra.errors import RejectedPayload
+from decentra.ids import Digest, PeerId
 from decentra.protocol import ledger
 from decentra.protocol.canonical import from_bytes, to_bytes
 from decentra.protocol.messages import Entry, FragmentView, Hello, Holding, Phase, Role, Settlement, SwarmView
@@ -134,6 +135,8 @@ def test_limits() -> None:
 
 
 def test_defaults_may_be_absent_and_keys_are_sorted() -> None:
-    assert from_bytes(Entry, b'{"peer":"p","packet":"x","num_bytes":1,"num_tokens":2,"weight_bits":3}') == Entry("p", "x", 1, 2, 3)  # type: ignore[arg-type]
-    assert to_bytes(Entry("p", "x", 1, 2, 3)) == b'{"num_bytes":1,"num_tokens":2,"packet":"x","peer":"p","weight_bits":3}'  # type: ignore[arg-type]
+    line = b'{"clip_bits":5,"norm_bits":4,"num_bytes":1,"num_tokens":2,"packet":"x","peer":"p","weight_bits":3}'
+    entry = Entry(PeerId("p"), Digest("x"), 1, 2, 3, 4, 5)
+    assert from_bytes(Entry, line) == entry
+    assert to_bytes(entry) == line
     assert from_bytes(ledger.GaveUp, to_bytes(ledger.GaveUp("trunk/0", 1, Phase.VOID, ""))).phase is Phase.VOID  # type: ignore[arg-type]

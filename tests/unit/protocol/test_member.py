@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from protocol_world import BASE, FRAGMENT, PEERS, digest, offer, packet_of
 
+from decentra.bits import ONE_BITS, float_bits
 from decentra.ids import Digest, FragmentId, PeerId
 from decentra.protocol import duties as do
 from decentra.protocol import member as m
@@ -34,10 +35,11 @@ ME, B, C, D, E = PEERS
 H = 3
 SELF = Self(ME, Role.TRAINER, H)
 NEXT = digest("next")
+CLIP = float_bits(0.25)
 
 
 def settlement_of(number: int, base: Digest, *peers: PeerId) -> Settlement:
-    entries = tuple(Entry(p, packet_of(p, number), 64, 100, 0) for p in sorted(peers))
+    entries = tuple(Entry(p, packet_of(p, number), 64, 100, 0, ONE_BITS, CLIP) for p in sorted(peers))
     return Settlement(FRAGMENT, number, number, base, entries, 0, 0, "")
 
 
@@ -74,13 +76,13 @@ def test_one_round_from_offer_to_commit() -> None:
     assert peer.handle(m.Encoded(mine), 0.0) == [do.Say(mine)]
     (fetch,) = peer.handle(m.Viewed(view(version=2, offers=(mine, offer(B)))), 0.0)
     assert isinstance(fetch, do.Fetch)
-    assert (fetch.sender, fetch.packet, set(fetch.sources)) == (B, packet_of(B), {B, C})
+    assert (fetch.sender, fetch.packet, fetch.norm_bits, set(fetch.sources)) == (B, packet_of(B), ONE_BITS, {B, C})
     assert said(peer.handle(m.Fetched(FRAGMENT, packet_of(B)), 0.0), Receipt) == [Receipt(FRAGMENT, 1, ME, B, packet_of(B))]
     settled = settlement_of(1, BASE, ME, B)
     assert peer.handle(m.Viewed(view(Phase.SETTLED, version=3, settlement=settled)), 0.0) == [do.Apply(settled)]
     assert said(peer.handle(m.Applied(FRAGMENT, 1, NEXT), 0.0), Attestation) == [Attestation(FRAGMENT, 1, ME, NEXT)]
     over = view(Phase.OPEN, 2, NEXT, recent=(confirmed(1, BASE, NEXT, ME, B),))
-    assert peer.handle(m.Viewed(over), 0.0) == [do.Commit(FRAGMENT, 1, NEXT, Ending.APPLIED)]
+    assert peer.handle(m.Viewed(over), 0.0) == [do.Commit(FRAGMENT, 1, NEXT, Ending.APPLIED, CLIP)]
     assert said(peer.handle(m.Committed(FRAGMENT, NEXT), 0.0), Holding) == [Holding(ME, FRAGMENT, NEXT)]
     life = peer.lives[FRAGMENT]
     assert (life.anchor, life.pending, life.tentative, life.busy) == (NEXT, None, None, "")
@@ -181,7 +183,7 @@ def test_a_confirmed_round_that_was_rolled_back_is_not_committed() -> None:
 def test_a_round_that_moved_nothing_is_committed() -> None:
     peer = machine(pending=offer(ME), tentative=(1, BASE))
     effects = peer.handle(m.Viewed(view(Phase.CONFIRMED, 1, BASE, recent=(confirmed(1, BASE, BASE, ME, B),))), 0.0)
-    assert of(effects, do.Commit) == [do.Commit(FRAGMENT, 1, BASE, Ending.APPLIED)]
+    assert of(effects, do.Commit) == [do.Commit(FRAGMENT, 1, BASE, Ending.APPLIED, CLIP)]
 
 
 def test_an_abstention_is_repeated_on_a_new_stream() -> None:
@@ -223,6 +225,21 @@ def test_a_bad_packet_is_not_asked_for_again_and_a_lost_one_is() -> None:
         peer.handle(m.Viewed(view(offers=(offer(B),))), 0.0)
         assert peer.handle(m.FetchFailed(FRAGMENT, packet_of(B), is_bad), 0.0) == []
         assert bool(of(peer.handle(m.Tick(), m.RETRY_S), do.Fetch)) is not is_bad
+
+
+def test_a_packet_offered_again_with_another_norm_gets_no_receipt() -> None:
+    """It was screened with the norm of the round before, which was given up: a receipt would vouch for a lie."""
+    peer = machine()
+    peer.handle(m.Viewed(view(offers=(offer(B),))), 0.0)
+    assert said(peer.handle(m.Fetched(FRAGMENT, packet_of(B)), 0.0), Receipt)
+    again = replace(offer(B), round=2)
+    for norm_bits, is_vouched in ((float_bits(1e-6), False), (ONE_BITS, True)):
+        other = machine()
+        other.lives = dict(peer.lives)
+        effects = other.handle(m.Viewed(view(number=2, offers=(replace(again, norm_bits=norm_bits),))), 0.0)
+        assert of(effects, do.Fetch) == []
+        expected = [Receipt(FRAGMENT, 2, ME, B, packet_of(B))] if is_vouched else []
+        assert said(effects, Receipt) == expected
 
 
 def test_an_old_view_is_ignored_until_the_stream_is_new() -> None:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from protocol_world import BASE, PEERS, RULES, attestation, digest, new_round, offer, receipt, round_events
 
-from decentra.bits import bits_float, float_bits
+from decentra.bits import ONE_BITS, bits_float, float_bits
 from decentra.config import OuterSpec
 from decentra.ids import FragmentId
 from decentra.protocol.messages import Abstention, Phase
@@ -23,6 +23,7 @@ from decentra.protocol.round import (
     Returned,
     Round,
     RoundEffect,
+    Rules,
     Suspected,
     Tick,
     next_deadline,
@@ -34,32 +35,33 @@ A, B, C, D, E = PEERS
 ANCHOR = digest("anchor a")
 timed_events = st.lists(st.tuples(st.floats(0, 6), round_events()), max_size=40)
 rosters = st.tuples(st.integers(1, 3), st.integers(0, 2), st.booleans())
+CLIPPING = replace(RULES, outer=OuterSpec(lr=0.7, momentum=0.9, clip=2.0))
 ORDER = {Phase.OPEN: 0, Phase.SETTLED: 1, Phase.TENTATIVE: 2, Phase.CONFIRMED: 3, Phase.ABANDONED: 3, Phase.VOID: 3}
 
 
-def play(round_: Round, *events: object, now: float = 1.0) -> tuple[Round, list[RoundEffect]]:
+def play(round_: Round, *events: object, now: float = 1.0, rules: Rules = RULES) -> tuple[Round, list[RoundEffect]]:
     out: list[RoundEffect] = []
     for event in events:
-        round_, effects = step(round_, event, now, RULES)  # type: ignore[arg-type]
+        round_, effects = step(round_, event, now, rules)  # type: ignore[arg-type]
         out.extend(effects)
     return round_, out
 
 
-@given(rosters, timed_events)
+@given(rosters, timed_events, st.sampled_from([RULES, CLIPPING]))
 @settings(max_examples=300, deadline=None)
-def test_the_law_holds_after_any_events(roster: tuple[int, int, bool], events: Sequence[tuple[float, object]]) -> None:
+def test_the_law_holds_after_any_events(roster: tuple[int, int, bool], events: Sequence[tuple[float, object]], rules: Rules) -> None:
     round_, now = new_round(*roster), 0.0
     ends = 0
     for wait_s, event in events:
         now += wait_s
-        after, effects = step(round_, event, now, RULES)  # type: ignore[arg-type]
-        check_step(round_, after, effects, now)
+        after, effects = step(round_, event, now, rules)  # type: ignore[arg-type]
+        check_step(round_, after, effects, now, rules)
         ends += sum(isinstance(e, DidConfirm | DidGiveUp) for e in effects)
         round_ = after
     assert ends == (not round_.is_active)
 
 
-def check_step(before: Round, after: Round, effects: Sequence[RoundEffect], now: float) -> None:
+def check_step(before: Round, after: Round, effects: Sequence[RoundEffect], now: float, rules: Rules) -> None:
     assert ORDER[after.phase] >= ORDER[before.phase], "phases go one way"
     if not before.is_active:
         assert after == before, "nothing changes a round that is over"
@@ -84,6 +86,10 @@ def check_step(before: Round, after: Round, effects: Sequence[RoundEffect], now:
         assert math.isclose(sum(weights), 1.0, abs_tol=1e-6)
         tokens = sum(e.num_tokens for e in settlement.entries)
         assert all(e.weight_bits == float_bits(e.num_tokens / tokens) for e in settlement.entries)
+        assert all(sound[e.peer].norm_bits == e.norm_bits for e in settlement.entries)
+        clips = rules.outer.clips([bits_float(e.norm_bits) for e in settlement.entries])
+        assert [e.clip_bits for e in settlement.entries] == [float_bits(clip) for clip in clips]
+        assert ("clipped" in settlement.why) == any(e.clip_bits != ONE_BITS for e in settlement.entries)
         assert (settlement.lr_bits, settlement.momentum_bits) == (float_bits(RULES.outer.lr), float_bits(RULES.outer.momentum))
     assert not (after.is_merging and after.attestations), "nobody attests what is not merged"
     if after.phase is Phase.CONFIRMED:
@@ -265,6 +271,11 @@ def test_attesting_too_slowly_voids() -> None:
         (offer(A, base=digest("old")), "base"),
         (offer(B, variant=1), "two-digests"),
         (offer(A, num_tokens=-1), "malformed"),
+        (offer(A, norm_bits=0x7F800000), "malformed"),  # infinite
+        (offer(A, norm_bits=0x7FC00000), "malformed"),  # not a number
+        (offer(A, norm_bits=float_bits(-1.0)), "malformed"),
+        (offer(A, norm_bits=-1), "malformed"),
+        (offer(A, norm_bits=1 << 32), "malformed"),
         (receipt(E, B), "not-in-roster"),
         (receipt(C, A), "receipt"),
         (receipt(C, B, variant=1), "receipt"),
@@ -287,6 +298,52 @@ def test_a_late_offer_says_so() -> None:
     _, effects = play(settled, Returned(C), offer(C))
     assert [e.reason for e in effects if isinstance(e, Reject)] == ["late"]
     assert settled.base == BASE
+
+
+def settled_norms(rules: Rules, *norms: float) -> tuple[list[float], str]:
+    """The clips of a round of holders with these norms, and what the settlement says about it."""
+    holders = PEERS[: len(norms)]
+    offers = [offer(p, norm_bits=float_bits(norm)) for p, norm in zip(holders, norms, strict=True)]
+    receipts = [receipt(holders[i - 1], p) for i, p in enumerate(holders)] if len(holders) > 1 else []
+    round_, _ = play(new_round(len(norms)), *offers, *receipts, rules=rules)
+    assert round_.settlement is not None
+    assert [e.norm_bits for e in round_.settlement.entries] == [float_bits(norm) for norm in norms]
+    return [bits_float(e.clip_bits) for e in round_.settlement.entries], round_.settlement.why
+
+
+def test_a_delta_out_of_line_is_cut_to_the_manifests_multiple_of_the_median_norm() -> None:
+    clips, why = settled_norms(CLIPPING, 1.0, 16.0, 2.0)
+    assert clips == [1.0, 0.25, 1.0]
+    assert why == "all 3 due offers are in; clipped peer-1 to 0.25"
+    clips, why = settled_norms(CLIPPING, 1.0, 40.0, 3.0, 80.0)
+    assert clips == [1.0, 1.0, 1.0, bits_float(float_bits(2 * 21.5 / 80))], "the median of an even number is the middle of two"
+    assert settled_norms(RULES, 1.0, 16.0, 2.0) == ([1.0] * 3, "all 3 due offers are in"), "off by default"
+    experts_only = replace(RULES, outer_experts=CLIPPING.outer)
+    assert settled_norms(experts_only, 1.0, 16.0, 2.0)[0] == [1.0] * 3
+
+
+def test_of_fewer_than_three_nobody_is_clipped() -> None:
+    """The median of two lies in their middle: which of them is out of line nobody can tell."""
+    for norms in ((5.0,), (1.0, 1000.0), (0.0, 1.0, 1000.0), (0.0, 0.0, 0.0)):
+        assert settled_norms(CLIPPING, *norms)[0] == [1.0] * len(norms)
+
+
+def test_norms_of_zero_clip_nobody() -> None:
+    """Were they counted, three idle peers would cut everybody else to nothing."""
+    assert settled_norms(CLIPPING, 0.0, 0.0, 1.0, 1.5, 8.0)[0] == [1.0, 1.0, 1.0, 1.0, 0.375]
+
+
+@given(st.lists(st.floats(0, 2.0**127, width=32), max_size=12), st.floats(1, 100))
+def test_clips_leave_the_median_alone_and_cut_to_one_length(norms: list[float], k: float) -> None:
+    clips = OuterSpec(clip=k).clips(norms)
+    assert OuterSpec().clips(norms) == (1.0,) * len(norms)
+    assert len(clips) == len(norms)
+    assert all(0 <= clip <= 1 for clip in clips)
+    cut = {norm: norm * clip for norm, clip in zip(norms, clips, strict=True) if clip < 1}
+    known = sorted(n for n in norms if n > 0)
+    assert 2 * len([n for n in norms if n in cut]) <= len(known), "at most half are out of line"
+    for length in cut.values():
+        assert math.isclose(length, k * (known[len(known) // 2] + known[(len(known) - 1) // 2]) / 2, rel_tol=1e-9, abs_tol=2.0**-149)
 
 
 def test_the_settlements_scalars_follow_the_manifests_outer_rule() -> None:

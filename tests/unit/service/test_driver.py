@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from decentra.bits import ONE_BITS
 from decentra.config import Manifest, ModelSpec, RoundSpec
 from decentra.errors import IntegrityError, Refused
 from decentra.ids import Digest, FragmentId, PeerId, digest_of
@@ -102,7 +103,7 @@ async def lone_round(driver: Driver, mailbox: Mailbox, anchor: Digest) -> None:
     """A round of one member, from its opening to its end."""
     view = await until(mailbox, lambda v: isinstance(v, FragmentView) and v.phase is Phase.OPEN)
     assert isinstance(view, FragmentView)
-    await driver.deliver(Offer(TRUNK, view.round, A, view.anchor, digest_of(b"packet"), 6, 10, 1))
+    await driver.deliver(Offer(TRUNK, view.round, A, view.anchor, digest_of(b"packet"), 6, 10, 1, ONE_BITS))
     await driver.deliver(Attestation(TRUNK, view.round, A, anchor))
     await until(mailbox, lambda v: isinstance(v, FragmentView) and v.anchor == anchor)
 
@@ -199,7 +200,7 @@ def test_an_outcome_is_told_only_when_it_is_durable() -> None:
             mailbox = await enter(driver, A)
             view = await until(mailbox, lambda v: isinstance(v, FragmentView) and v.phase is Phase.OPEN)
             assert isinstance(view, FragmentView)
-            await driver.deliver(Offer(TRUNK, view.round, A, view.anchor, digest_of(b"packet"), 6, 10, 1))
+            await driver.deliver(Offer(TRUNK, view.round, A, view.anchor, digest_of(b"packet"), 6, 10, 1, ONE_BITS))
             async with asyncio.timeout(30):
                 while (outcome := await driver.outcome(TRUNK, view.round)) is None:
                     assert not any(isinstance(r, ledger.Settled) for r in records_of(journal))
@@ -248,7 +249,7 @@ def test_a_mistake_is_told_to_its_author_and_to_nobody_else() -> None:
     async def job() -> None:
         async with running(SimJournal()) as driver:
             mine, others = await enter(driver, A), await enter(driver, B)
-            await driver.deliver(Offer(TRUNK, 99, A, GENESIS, digest_of(b"p"), 1, 1, 1))
+            await driver.deliver(Offer(TRUNK, 99, A, GENESIS, digest_of(b"p"), 1, 1, 1, ONE_BITS))
             rejected = await until(mine, lambda v: isinstance(v, Rejected))
             assert isinstance(rejected, Rejected)
             assert rejected.reason == "future"

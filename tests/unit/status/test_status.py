@@ -8,7 +8,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from decentra.config import Manifest, ModelSpec
+from decentra.bits import ONE_BITS, float_bits
+from decentra.config import Manifest, ModelSpec, OuterSpec
 from decentra.ids import Digest, FragmentId, PeerId
 from decentra.protocol.messages import Attestation, Counters, Heartbeat, Hello, Holding, Offer, Receipt, Role
 from decentra.protocol.rounds import RoundBook
@@ -32,7 +33,7 @@ def a_swarm(num_rounds: int) -> tuple[Manifest, RoundBook]:
         book.handle(Hello(peer, role, role.value, "n", experts=experts, holdings=holdings), 1.0)
     if num_rounds:
         fragment = FragmentId("expert.0/0")
-        book.handle(Offer(fragment, 1, TRAINER, GENESIS, PACKET, 10, 500, 12), 2.0)
+        book.handle(Offer(fragment, 1, TRAINER, GENESIS, PACKET, 10, 500, 12, ONE_BITS), 2.0)
         book.handle(Receipt(fragment, 1, KEEPER, TRAINER, PACKET), 3.0)
         for peer in (TRAINER, KEEPER):
             book.handle(Attestation(fragment, 1, peer, NEW), 4.0)
@@ -70,6 +71,37 @@ def test_agreement_is_about_everybody_who_takes_part() -> None:
     assert snap_of(manifest, book)["anchors_equal"]
     book.handle(Holding(KEEPER, FragmentId("trunk/0"), NEW), 6.0)
     assert not snap_of(manifest, book)["anchors_equal"]
+
+
+def test_who_was_clipped_is_said_by_name() -> None:
+    """A settlement's clip, from the offers on: in the snapshot, in the tables and in the settlement's own words."""
+    manifest = Manifest(
+        name="looked-at", outer=OuterSpec(clip=2.0), model=ModelSpec(num_experts=2), genesis=dict.fromkeys(FRAGMENTS, GENESIS)
+    )
+    book, _ = RoundBook.start(manifest, 0.0)
+    trainers = [PeerId(f"12D3KooWTrainer{i}") for i in range(3)]
+    fragment = FRAGMENTS[0]
+    for index, peer in enumerate(trainers):
+        book.admit(peer, Role.TRAINER, "n", "token", 9, 0.0)
+        book.handle(Hello(peer, Role.TRAINER, f"trainer-{index}", "n"), 1.0)
+    for peer in trainers:  # a round opens when all who are here are ready
+        book.handle(Holding(peer, fragment, GENESIS), 1.0)
+    for index, peer in enumerate(trainers):
+        packet = Digest(str(index) * 64)
+        book.handle(Offer(fragment, 1, peer, GENESIS, packet, 10, 500, 12, float_bits((1.0, 8.0, 1.0)[index])), 2.0)
+        book.handle(Receipt(fragment, 1, trainers[index - 1], peer, packet), 3.0)
+    settlement = book.view(fragment, 3.0).settlement
+    assert settlement is not None
+    assert settlement.why == "all 3 due offers are in; clipped Trainer1 to 0.25"
+    for peer in trainers:
+        book.handle(Attestation(fragment, 1, peer, NEW), 4.0)
+    snap = snapshot(manifest, book.swarm(), [book.view(f, 5.0) for f in FRAGMENTS])
+    (trunk,) = (f for m in snap["modules"] if m["module"] == "trunk" for f in m["fragments"])
+    assert trunk["clipped"] == {"trainer-1": 0.25}
+    out = io.StringIO()
+    Console(file=out, width=160).print(render(snap))
+    assert "last round clipped trainer-1 to 0.25" in out.getvalue()
+    assert all(f["clipped"] == {} for m in snap_of(*a_swarm(1))["modules"] for f in m["fragments"])  # type: ignore[attr-defined]
 
 
 def test_tables_hold_what_the_snapshot_says() -> None:

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from decentra.bits import ONE_BITS
 from decentra.config import Manifest
 from decentra.errors import ConfigError, Refused, RejectedPayload
 from decentra.identity import Keypair
@@ -58,7 +59,7 @@ HASH = Digest("a" * 64)
 
 
 def offer(key: Keypair = ALICE, **changes: Any) -> Offer:
-    return replace(Offer(FRAGMENT, 3, key.peer_id, HASH, Digest("b" * 64), 100, 2000, 10), **changes)
+    return replace(Offer(FRAGMENT, 3, key.peer_id, HASH, Digest("b" * 64), 100, 2000, 10, ONE_BITS), **changes)
 
 
 # ---------------------------------------------------------------- statements

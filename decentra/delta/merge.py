@@ -1,0 +1,78 @@
+"""A round's deltas to the one that the outer step takes: their mean, or tensor by tensor a mean of lengths and a mean of directions.
+
+Bit-equal on every machine like the sum (``aggregate.py``). It judges nothing: weights and clips are the settlement's.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from decentra.delta.aggregate import Bits, aggregate, checked_scalars
+from decentra.delta.decoded import Decoded
+from decentra.delta.norm import norm_of
+from decentra.errors import ConfigError
+from decentra.ids import PeerId
+from decentra.modules import Fragment, Slot
+
+# N elements of a fragment, S of one tensor of it, P peers
+
+AGREEMENT = 2.0**-10  # mean of unit directions below which peers agree on none; 4096 peers at right angles have 2**-6
+_EMBEDDING = re.compile(r"(^|[._])embed", re.IGNORECASE)
+
+
+def merge(fragment: Fragment, deltas: Mapping[PeerId, Decoded], weight_bits: Bits, clip_bits: Bits | None = None, *, rule: str) -> Tensor:
+    """The merged delta, fp32 [N], of all deltas times their clips, by the manifest's ``outer.merge``: ``mean`` (``aggregate``) or ``radial``.
+
+    ``radial`` (radial-directional averaging of Decoupled DiLoCo, arXiv 2604.21428): a tensor's merged norm is the weighted mean of the peers'
+    norms, its direction that of the weighted mean of their unit directions. So peers that disagree do not shorten the step, and a long delta does
+    not outvote a short one; a clip shortens its peer's norm and leaves its direction. Embeddings and tensors of less than two dimensions are plain
+    means. Raises what ``aggregate`` does, and ConfigError for another rule.
+    """
+    if rule == "mean":
+        return aggregate(deltas, weight_bits, clip_bits)
+    if rule != "radial":
+        raise ConfigError(f"outer.merge: expected 'mean' or 'radial', got {rule!r}")
+    scalars = checked_scalars(deltas, weight_bits, clip_bits)
+    spans = [(slot.offset, slot.size) for slot in fragment.slots]
+    parts = {peer: deltas[peer].cut(spans) for peer in scalars}
+    merged_N = torch.empty(fragment.num_elements)
+    for index, slot in enumerate(fragment.slots):
+        tensors = {peer: parts[peer][index] for peer in scalars}
+        merged_S = _radial(tensors, scalars, slot.size) if is_radial(slot) else None
+        if merged_S is None:
+            merged_S = aggregate(tensors, weight_bits, clip_bits).numpy()
+        merged_N.numpy()[slot.offset : slot.offset + slot.size] = merged_S
+    return merged_N
+
+
+def is_radial(slot: Slot) -> bool:
+    """True for what has a direction of its own: matrices, but for embeddings, whose rows are trained by whoever met their tokens."""
+    return len(slot.shape) >= 2 and _EMBEDDING.search(slot.name) is None
+
+
+def _radial(tensors: Mapping[PeerId, Decoded], scalars: Mapping[PeerId, tuple[float, float]], size: int) -> npt.NDArray[np.float32] | None:
+    """fp32 [S], or None where the peers agree on no direction: blown up to full length, what is left of it would be rounding noise.
+
+    A delta of norm zero has no direction and shortens the step by its weight. Scalars are fp64 in the order of peer ids. Elements are multiplied
+    in fp64 and rounded to fp32 once, so a tiny norm's inverse does not overflow; each is one IEEE operation, the same everywhere.
+    """
+    length = agreed = 0.0
+    direction_S = np.zeros(size, np.float32)
+    for peer, (weight, clip) in scalars.items():
+        norm = tensors[peer].norm()
+        length += weight * clip * norm
+        if norm > 0 and weight > 0:
+            agreed += weight
+            tensors[peer].add_scaled_to(direction_S, weight / norm)
+    if length == 0:
+        return direction_S
+    norm = norm_of([direction_S])
+    if norm <= AGREEMENT * agreed:
+        return None
+    return (direction_S.astype(np.float64) * (length / norm)).astype(np.float32)
