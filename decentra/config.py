@@ -120,8 +120,9 @@ class OuterSpec(_Frozen):
     """The outer optimizer (DiLoCo, arXiv 2311.08105, alg. 1). Its scalars are computed by the service and travel in the settlement."""
 
     rule: Literal["average", "nesterov"] = "average"
-    merge: Literal["mean", "radial"] = Field(
-        "mean", description="radial: of each matrix the mean norm and the mean direction of the deltas (arXiv 2604.21428), else their mean"
+    merge: Literal["mean", "contributors", "radial"] = Field(
+        "mean",
+        description="contributors: mean over those whose packets hold an element; radial: mean norm and mean direction of each matrix",
     )
     lr: float = Field(1.0, gt=0, le=10)
     momentum: float = Field(0.9, ge=0, lt=1, description="used by nesterov only")

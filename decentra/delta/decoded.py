@@ -53,6 +53,13 @@ class Decoded:
             total[start : start + run_n.numel()] += run_n.numpy() * np.float32(weight)
         total[self.positions_K] += self.values_K * np.float32(weight)
 
+    def add_presence_to(self, total_N: Tensor, weight: float) -> None:
+        """``total_N`` += weight wherever this delta holds a value, zeros included."""
+        total = total_N.numpy()
+        for start, run_n in self.runs:
+            total[start : start + run_n.numel()] += np.float32(weight)
+        total[self.positions_K] += np.float32(weight)
+
     def add_scaled_to(self, total: npt.NDArray[np.float32], factor: float) -> None:
         """``total`` += factor * self, where the factor is beyond fp32: multiplied in fp64, rounded to fp32, added in fp32."""
         for start, run_n in self.runs:

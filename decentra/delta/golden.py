@@ -22,7 +22,7 @@ from decentra.modules import Fragment, build_layout
 
 # N elements of a fragment
 
-GOLDEN = Digest("5697c087b6aa1583822787be71ff39dce8fe64ebd5b0836b25c8836f71989240")
+GOLDEN = Digest("de976c3cf30b45d566c8179ff6157afc6db532bca090c999ba6c42bad9d6c97a")
 _CODECS = ("int8", "bf16", "fp32", "topk64")
 # Packets of ``_wire_fragment`` as another machine would send them: with them the coder and its tables are checked, not only that it agrees with itself.
 _WIRE = (
@@ -37,7 +37,7 @@ _NUM_ROUNDS = 3
 
 
 def golden_digest() -> Digest:
-    """Digest over every decoded packet and its norm, radial merge, residual and anchor of three peers in three rounds.
+    """Digest over every decoded packet and its norm, merges, residual and anchor of three peers in three rounds.
 
     The same in every process that may take part.
     """
@@ -58,6 +58,7 @@ def golden_digest() -> Digest:
             parts.append(f"{pending.norm_bits:08x}")
             parts.append(digest_of(float_bytes(deltas[peer].dense())))  # decoding is the same everywhere, encoding need not be
         parts.append(digest_of(float_bytes(merge(fragment, deltas, weights, clips, rule="radial"))))
+        parts.append(digest_of(float_bytes(merge(fragment, deltas, weights, clips, rule="contributors"))))
         mean_N = merge(fragment, deltas, weights, clips, rule="mean")
         state = outer_step(state, mean_N, rule="nesterov", lr_bits=float_bits(0.7), momentum_bits=float_bits(0.9))
         digest = anchor_digest(encode_anchor(fragment, state))

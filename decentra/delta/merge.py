@@ -1,4 +1,4 @@
-"""A round's deltas to the one that the outer step takes: their mean, or tensor by tensor a mean of lengths and a mean of directions.
+"""A round's deltas to the one that the outer step takes: their mean, over all peers or over those who sent an element, or their radial merge.
 
 Bit-equal on every machine like the sum (``aggregate.py``). It judges nothing: weights and clips are the settlement's.
 """
@@ -27,7 +27,12 @@ _EMBEDDING = re.compile(r"(^|[._])embed", re.IGNORECASE)
 
 
 def merge(fragment: Fragment, deltas: Mapping[PeerId, Decoded], weight_bits: Bits, clip_bits: Bits | None = None, *, rule: str) -> Tensor:
-    """The merged delta, fp32 [N], of all deltas times their clips, by the manifest's ``outer.merge``: ``mean`` (``aggregate``) or ``radial``.
+    """The merged delta, fp32 [N], of all deltas times their clips, by the manifest's ``outer.merge``.
+
+    ``mean``: the weighted sum over all peers (``aggregate``); what a sparse packet left out counts as zero.
+
+    ``contributors``: that, divided by the weight of the peers whose packets hold the element (as SparseLoCo's code does, arXiv 2508.15706): an
+    element that one of four sent moves as far as it says, not a quarter of it. The same for dense packets.
 
     ``radial`` (radial-directional averaging of Decoupled DiLoCo, arXiv 2604.21428): a tensor's merged norm is the weighted mean of the peers'
     norms, its direction that of the weighted mean of their unit directions. So peers that disagree do not shorten the step, and a long delta does
@@ -36,8 +41,10 @@ def merge(fragment: Fragment, deltas: Mapping[PeerId, Decoded], weight_bits: Bit
     """
     if rule == "mean":
         return aggregate(deltas, weight_bits, clip_bits)
+    if rule == "contributors":
+        return _over_contributors(deltas, weight_bits, clip_bits)
     if rule != "radial":
-        raise ConfigError(f"outer.merge: expected 'mean' or 'radial', got {rule!r}")
+        raise ConfigError(f"outer.merge: expected 'mean', 'contributors' or 'radial', got {rule!r}")
     scalars = checked_scalars(deltas, weight_bits, clip_bits)
     spans = [(slot.offset, slot.size) for slot in fragment.slots]
     parts = {peer: deltas[peer].cut(spans) for peer in scalars}
@@ -49,6 +56,15 @@ def merge(fragment: Fragment, deltas: Mapping[PeerId, Decoded], weight_bits: Bit
             merged_S = aggregate(tensors, weight_bits, clip_bits).numpy()
         merged_N.numpy()[slot.offset : slot.offset + slot.size] = merged_S
     return merged_N
+
+
+def _over_contributors(deltas: Mapping[PeerId, Decoded], weight_bits: Bits, clip_bits: Bits | None) -> Tensor:
+    """Elementwise fp32 mul, add and div in the order of peer ids; where nobody sent anything it is zero."""
+    total_N = aggregate(deltas, weight_bits, clip_bits)
+    share_N = torch.zeros_like(total_N)
+    for peer, (weight, _) in checked_scalars(deltas, weight_bits, clip_bits).items():
+        deltas[peer].add_presence_to(share_N, weight)
+    return torch.where(share_N > 0, torch.div(total_N, share_N), total_N)
 
 
 def is_radial(slot: Slot) -> bool:

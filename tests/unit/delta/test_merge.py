@@ -1,4 +1,4 @@
-"""Norms that are bit-equal, and the radial merge made of them."""
+"""Norms that are bit-equal, and the ways to merge deltas."""
 
 from __future__ import annotations
 
@@ -210,11 +210,28 @@ def test_packets_of_every_codec_merge_like_their_dense_forms(codec_name: str) ->
     assert all(same_bits(deltas[p].dense(), dense[p].dense()) for p in deltas), "inputs stay as they were"
 
 
+def test_an_element_that_one_peer_sent_moves_as_far_as_it_says() -> None:
+    def at(positions: list[int], values: list[float]) -> Decoded:
+        return Decoded(N, (), np.array(positions, np.int64), np.array(values, np.float32))
+
+    deltas = {A: at([0, 1], [1.0, 2.0]), B: at([1], [4.0]), C: at([5], [0.0])}
+    merged_N = merge(FRAGMENT, deltas, WEIGHTS, rule="contributors")
+    assert torch.allclose(merged_N[:2], torch.tensor([1.0, (0.5 * 2 + 0.3 * 4) / 0.8]))
+    assert not merged_N[2:].any()
+    clips = {A: float_bits(0.5), B: float_bits(1.0), C: float_bits(1.0)}
+    assert torch.allclose(merge(FRAGMENT, deltas, WEIGHTS, clips, rule="contributors")[0], torch.tensor(0.5))
+
+
+def test_dense_packets_have_one_mean() -> None:
+    deltas = three()
+    assert torch.allclose(merge(FRAGMENT, deltas, WEIGHTS, rule="contributors"), aggregate(deltas, WEIGHTS), rtol=1e-6)
+
+
 def test_incomplete_rounds_bad_weights_and_unknown_rules_are_refused() -> None:
     deltas = three()
     with pytest.raises(ConfigError, match="median"):
         merge(FRAGMENT, deltas, WEIGHTS, rule="median")
-    for rule in ("mean", "radial"):
+    for rule in ("mean", "contributors", "radial"):
         with pytest.raises(IntegrityError):
             merge(FRAGMENT, {A: deltas[A]}, WEIGHTS, rule=rule)
         with pytest.raises(RejectedPayload):
