@@ -11,6 +11,7 @@ Digest = NewType("Digest", str)  # hex sha256 of a blob
 ModuleId = NewType("ModuleId", str)  # "trunk" | "router" | "expert.3"
 FragmentId = NewType("FragmentId", str)  # "<module>/<index>", for example "expert.3/0"
 
+MERGED = PeerId("merged")  # stands as the sender of a packet that two reducers made alike
 TRUNK = ModuleId("trunk")
 ROUTER = ModuleId("router")
 

@@ -95,9 +95,10 @@ class Account:
             assert self.pending.residual_before_N is self.residual_N, "the residual waits for the outcome"
 
     def encode(
-        self, round: int, live_N: Tensor, codec_name: str, beta: float, num_tokens: int, num_steps: int, *, max_norm: float | None = None
-    ) -> Pending:
-        """Encode the progress of ``live_N`` fp32 [N] (copied) plus ``beta`` times the residual (error feedback, arXiv 1901.09847, alg. 1).
+        self, round: int, live_N: Tensor, codec_name: str, beta: float, num_tokens: int, num_steps: int, *, peer: str = "",
+        max_norm: float | None = None,
+    ) -> Pending:  # fmt: skip
+        """Encode ``peer``'s progress: that of ``live_N`` fp32 [N] (copied) plus ``beta`` times the residual (error feedback, arXiv 1901.09847, alg. 1).
 
         A packet whose norm would pass ``max_norm``, and twice that of the progress itself, is sent scaled down; the rest stays in the
         residual. The residual moves at the outcome, not here. Raises TrainingError when an encode is pending, or the sum is not finite or
@@ -111,12 +112,12 @@ class Account:
         y_N = live_N.detach().clone()
         progress_N = pseudo_gradient(self.anchor_state.anchor_N, y_N)
         raw_N = _raw(self.residual_N, beta, progress_N)
-        packet = encode_packet(self.fragment, raw_N, codec_name)
+        packet = encode_packet(self.fragment, raw_N, codec_name, peer=peer, round=round)
         # the own packet is decoded like a foreign one: all peers, this one too, aggregate the same numbers
         sent = decode_packet(packet, self.fragment, peer="self", round=round)
         norm = sent.norm()
         if max_norm is not None and norm > (most := max(max_norm, 2 * Decoded.of(progress_N).norm())):
-            packet = encode_packet(self.fragment, torch.mul(raw_N, most / norm), codec_name)
+            packet = encode_packet(self.fragment, torch.mul(raw_N, most / norm), codec_name, peer=peer, round=round)
             sent = decode_packet(packet, self.fragment, peer="self", round=round)
             norm = sent.norm()
         try:

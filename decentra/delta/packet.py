@@ -1,12 +1,14 @@
 """One peer's delta of one fragment as bytes, and the bounded parser for foreign ones. No residual, no judgement of norms, no digest.
 
-Packet, little-endian: magic, version u16, codec code u16, layout fingerprint [8], lengths of the two sections u64 each; the large tensors' section
-in that codec, the small tensors' section in its companion; crc32 u32 of everything before it. Which tensor is in which section follows from the
-layout and the codec, in layout order; so a model of a thousand matrices has one run of the entropy coder, not a thousand.
+Packet, little-endian: magic, version u16, codec code u16, layout fingerprint [8], round u32, first 8 bytes of the sha256 of the sender's id, lengths
+of the two sections u64 each; the large tensors' section in that codec, the small tensors' section in its companion; crc32 u32 of everything before
+it. Which tensor is in which section follows from the layout and the codec, in layout order; so a model of a thousand matrices has one run of the
+entropy coder, not a thousand. Round and sender make it one peer's packet of one round: nobody can pass it off as another's, or again.
 """
 
 from __future__ import annotations
 
+import hashlib
 import struct
 import zlib
 from dataclasses import dataclass
@@ -26,8 +28,8 @@ from decentra.modules import Fragment, Slot
 # N elements of a fragment, S of a section
 
 _MAGIC = b"DCPK"
-_VERSION = 2
-_HEADER = struct.Struct("<4sHH8sQQ")
+_VERSION = 3
+_HEADER = struct.Struct("<4sHH8sI8sQQ")
 _CRC = struct.Struct("<I")
 MIN_SPARSE_ELEMENTS = 4096  # a smaller tensor is no full chunk, and dense it weighs little
 
@@ -50,14 +52,14 @@ class _Section:
         return parts[0].contiguous() if len(parts) == 1 else torch.cat([values_N[:0], *parts])
 
 
-def encode_packet(fragment: Fragment, values_N: Tensor, codec_name: str) -> bytes:
-    """Encode fp32 ``values_N`` [N]. Raises TrainingError when they are not finite, ConfigError for an unknown codec."""
+def encode_packet(fragment: Fragment, values_N: Tensor, codec_name: str, *, peer: str = "", round: int = 0) -> bytes:
+    """Encode fp32 ``values_N`` [N] as ``peer``'s packet of ``round``. Raises TrainingError when they are not finite, ConfigError for an unknown codec."""
     assert_fits(values_N, fragment)
     if not is_finite(values_N):
         raise TrainingError(f"fragment {fragment.id}: the values to send are not finite; training diverged, restart from the last anchor")
     bodies = [s.codec.encode(s.of(values_N), s.sizes) for s in _sections(fragment, codec_name)]
     code = codec_named(codec_name).code
-    packet = b"".join([_HEADER.pack(_MAGIC, _VERSION, code, fingerprint(fragment), *map(len, bodies)), *bodies])
+    packet = b"".join([_HEADER.pack(_MAGIC, _VERSION, code, fingerprint(fragment), *_label(peer, round), *map(len, bodies)), *bodies])
     return packet + _CRC.pack(zlib.crc32(packet))
 
 
@@ -67,16 +69,36 @@ def max_packet_bytes(fragment: Fragment, codec_name: str) -> int:
     return _HEADER.size + sum(s.codec.max_size(s.sizes) for s in _sections(fragment, codec_name)) + _CRC.size
 
 
-def decode_packet(data: Buffer, fragment: Fragment, *, peer: str = "?", round: int | None = None) -> Decoded:
+def decode_packet(data: Buffer, fragment: Fragment, *, peer: str = "?", round: int | None = None, must_be_theirs: bool = False) -> Decoded:
     """Decode bytes that may come from anywhere; equal bytes give equal bits on every machine.
 
-    Every length is checked against the fragment before anything is allocated. Raises RejectedPayload: ``size``, ``malformed`` (magic,
-    version, checksum, contents), ``shape`` (another fragment's layout), ``codec`` or ``not-finite``.
+    ``must_be_theirs``: the packet has to be ``peer``'s of ``round``, else it is ``relabelled`` or ``replayed``. Every length is checked against the
+    fragment before anything is allocated. Raises RejectedPayload: these, ``size``, ``malformed`` (magic, version, checksum, contents), ``shape``
+    (another fragment's layout), ``codec`` or ``not-finite``.
     """
     try:
-        return _decoded(memoryview(data).cast("B"), fragment)
+        view = memoryview(data).cast("B")
+        if must_be_theirs:
+            _check_label(view, peer, round or 0)
+        return _decoded(view, fragment)
     except RejectedPayload as error:
         raise RejectedPayload(error.reason, error.detail, peer=peer, round=round) from None
+
+
+def _label(peer: str, round: int) -> tuple[int, bytes]:
+    return round & 0xFFFFFFFF, hashlib.sha256(peer.encode()).digest()[:8]
+
+
+def _check_label(view: memoryview, peer: str, round: int) -> None:
+    """Bytes too short for a header are left to the parser."""
+    if view.nbytes < _HEADER.size:
+        return
+    _, _, _, _, made_in, made_by, *_ = _HEADER.unpack_from(view)
+    wanted_round, wanted_peer = _label(peer, round)
+    if made_by != wanted_peer:
+        raise RejectedPayload("relabelled", "the packet was made by another peer than the one who offers it")
+    if made_in != wanted_round:
+        raise RejectedPayload("replayed", f"the packet was made for round {made_in}, it is offered in round {round}")
 
 
 @lru_cache(maxsize=1024)
@@ -138,7 +160,7 @@ def _bodies(view: memoryview, fragment: Fragment) -> list[tuple[_Section, memory
     limit = max(max_packet_bytes(fragment, codec.name) for codec in CODECS)
     if not _HEADER.size + _CRC.size <= view.nbytes <= limit:
         raise RejectedPayload("size", f"a packet of {fragment.id} has {_HEADER.size + _CRC.size} to {limit} bytes, got {view.nbytes}")
-    magic, version, code, layout, *lengths = _HEADER.unpack_from(view)
+    magic, version, code, layout, _, _, *lengths = _HEADER.unpack_from(view)
     if magic != _MAGIC or version != _VERSION:
         raise RejectedPayload("malformed", f"expected a packet of version {_VERSION}, got magic {magic!r}, version {version}")
     if zlib.crc32(view[: -_CRC.size]) != _CRC.unpack_from(view, view.nbytes - _CRC.size)[0]:

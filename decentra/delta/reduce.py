@@ -13,12 +13,13 @@ from decentra.bits import Buffer
 from decentra.delta.anchor import AnchorState, decode_anchor, encode_anchor
 from decentra.delta.packet import decode_packet, encode_packet
 from decentra.errors import IntegrityError, RejectedPayload
+from decentra.ids import MERGED
 from decentra.modules import Fragment
 
 # N elements of a fragment
 
 
-def reduce_packets(fragment: Fragment, merged_N: Tensor, residual: Buffer | None, codec_name: str) -> tuple[bytes, bytes]:
+def reduce_packets(fragment: Fragment, merged_N: Tensor, residual: Buffer | None, codec_name: str, round: int) -> tuple[bytes, bytes]:
     """(packet, new residual) of the merged deltas, fp32 [N]; a residual travels in the form of an anchor, and None is zero.
 
     Raises IntegrityError when the residual that came is not one of this fragment, or the sum is not finite.
@@ -27,7 +28,7 @@ def reduce_packets(fragment: Fragment, merged_N: Tensor, residual: Buffer | None
     try:
         if residual is not None:
             raw_N = torch.add(merged_N, decode_anchor(fragment, residual).anchor_N)
-        packet = encode_packet(fragment, raw_N, codec_name)
+        packet = encode_packet(fragment, raw_N, codec_name, peer=MERGED, round=round)
         left_N = decode_packet(packet, fragment, peer="self").subtracted_from(raw_N)
         return packet, encode_anchor(fragment, AnchorState(left_N))
     except RejectedPayload as error:

@@ -26,7 +26,7 @@ from decentra.delta.packet import decode_packet, max_packet_bytes
 from decentra.delta.reduce import reduce_packets
 from decentra.delta.screen import screen
 from decentra.errors import DecentraError, IntegrityError, RejectedPayload, TrainingError
-from decentra.ids import Digest, FragmentId, PeerId, digest_of
+from decentra.ids import MERGED, Digest, FragmentId, PeerId, digest_of
 from decentra.modules import Fragment
 from decentra.peer.disk import write_atomic
 from decentra.ports import Compute, Disk, Events, Exchange
@@ -37,7 +37,6 @@ from decentra.protocol.messages import Merge, Offer, Settlement
 _STAMP_BYTES = 8
 MAX_SCREENED = 256  # decoded sparse packets kept of one fragment; more are decoded again
 MAX_NORM_GROWTH = 2.0  # of a packet over the usual one
-MERGED = PeerId("merged")
 NUM_KEPT_ROUNDS = 4  # rounds whose packets are served on, for members that come back
 
 
@@ -170,7 +169,15 @@ class Replica:
         try:
             pending = await self.compute.run(
                 functools.partial(
-                    account.encode, number, snapshot.live_N, codec, beta, num_tokens, snapshot.num_steps, max_norm=self._max_norm()
+                    account.encode,
+                    number,
+                    snapshot.live_N,
+                    codec,
+                    beta,
+                    num_tokens,
+                    snapshot.num_steps,
+                    peer=self.me,
+                    max_norm=self._max_norm(),
                 )
             )
         except TrainingError:
@@ -301,7 +308,7 @@ class Replica:
         return Offer(self.fragment.id, p.round, self.me, p.base, digest_of(p.packet), len(p.packet), p.num_tokens, p.num_steps, p.norm_bits)
 
     def _screen(self, data: bytes, sender: PeerId, number: int, norm_bits: int | None) -> Decoded:
-        delta = decode_packet(data, self.fragment, peer=sender, round=number)
+        delta = decode_packet(data, self.fragment, peer=sender, round=number, must_be_theirs=True)
         screen(delta, norm_bits=norm_bits, peer=sender, round=number)
         return delta
 
@@ -323,7 +330,7 @@ class Replica:
     def _reduce(self, settlement: Settlement, deltas: dict[PeerId, Decoded], residual: bytes | None) -> tuple[bytes, bytes]:
         codec, rule = self.manifest.codec, self.manifest.outer_of(self.fragment.id).merge
         merged_N = merge(self.fragment, deltas, *_scalars(settlement), rule=rule)
-        return reduce_packets(self.fragment, merged_N, residual, codec.merged or codec.name)
+        return reduce_packets(self.fragment, merged_N, residual, codec.merged or codec.name, settlement.round)
 
     def _aggregate(self, settlement: Settlement, deltas: dict[PeerId, Decoded]) -> tuple[AnchorState, bytes, Digest]:
         account = self._account()

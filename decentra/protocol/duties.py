@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from decentra.bits import ONE_BITS
-from decentra.ids import Digest, FragmentId, PeerId
+from decentra.ids import MERGED, Digest, FragmentId, PeerId
 from decentra.protocol.messages import (
     Abstention,
     Attestation,
@@ -275,7 +275,7 @@ def _take_part(life: FragmentLife, view: FragmentView, me: Self, num_steps: int,
         if offer.base != life.anchor:
             continue
         if me.peer in (view.reducers or (*view.holders, *view.keepers)):
-            life, more = _fetch_from(life, view, me, offer.packet, offer.num_bytes, offer.norm_bits, (offer.peer,), now)
+            life, more = _fetch_from(life, view, me, offer.packet, offer.num_bytes, offer.norm_bits, view.round, offer.peer, (), now)
             effects += more
             is_vouched = offer.packet in life.packets and (offer.packet, offer.norm_bits) in life.norms
             if is_vouched and offer.peer != me.peer:
@@ -330,29 +330,25 @@ def _merge(life: FragmentLife, view: FragmentView, settlement: Settlement, me: S
 def _fetch_settled(life: FragmentLife, view: FragmentView, settlement: Settlement, me: Self, now: float) -> Result:
     """The packets the settlement needs that are not here yet."""
     if (merged := settlement.merged) is not None:
-        return _fetch_from(life, view, me, merged.packet, merged.num_bytes, None, settlement.reducers, now)
+        return _fetch_from(life, view, me, merged.packet, merged.num_bytes, None, settlement.round, MERGED, settlement.reducers, now)
     effects: tuple[Effect, ...] = ()
     for entry in settlement.entries:
-        life, more = _fetch_from(life, view, me, entry.packet, entry.num_bytes, entry.norm_bits, (entry.peer,), now)
+        life, more = _fetch_from(life, view, me, entry.packet, entry.num_bytes, entry.norm_bits, settlement.round, entry.peer, (), now)
         effects += more
     return life, effects
 
 
 def _fetch_from(
-    life: FragmentLife,
-    view: FragmentView,
-    me: Self,
-    packet: Digest,
-    num_bytes: int,
-    norm_bits: int | None,
-    makers: tuple[PeerId, ...],
-    now: float,
-) -> Result:
+    life: FragmentLife, view: FragmentView, me: Self, packet: Digest, num_bytes: int, norm_bits: int | None, number: int, sender: PeerId,
+    makers: tuple[PeerId, ...], now: float,
+) -> Result:  # fmt: skip
+    """Fetch one packet of round ``number`` from its sender (``makers`` where that is no peer) and from whoever else should have it."""
     if now < life.refetch_at or packet in life.packets | life.fetching | life.bad_packets:
         return life, ()
+    makers = makers or (sender,)
     havers = {*makers, *(holder for s, holder in view.receipts if s in makers), *view.ready, *view.attesters}
     sources = _ordered(me, tuple(havers), life.fragment, packet)
-    fetch = Fetch(life.fragment, view.round, next(iter(makers), me.peer), packet, num_bytes, sources, norm_bits)
+    fetch = Fetch(life.fragment, number, sender, packet, num_bytes, sources, norm_bits)
     norms = frozenset(n for n in life.norms if n[0] in life.packets | life.fetching)
     norms |= set() if norm_bits is None else {(packet, norm_bits)}
     return replace(life, fetching=life.fetching | {packet}, norms=norms), (fetch,)

@@ -18,8 +18,8 @@ from .helpers import CODEC_NAMES, DENSE_NAMES, SPARSE_NAMES, large_fragment, sam
 
 FRAGMENT, LARGE = small_fragment(), large_fragment()
 N = FRAGMENT.num_elements
-HEADER_BYTES, CRC_BYTES = 32, 4
-CODE_AT, LENGTHS_AT = 6, 16
+HEADER_BYTES, CRC_BYTES = 44, 4
+CODE_AT, LENGTHS_AT = 6, 28
 
 
 def packet(codec_name: str = "int8", seed: int = 1, fragment: Fragment = FRAGMENT) -> bytes:
@@ -43,6 +43,20 @@ def reason(data: bytes) -> str:
     assert caught.value.peer == "mallory"
     assert caught.value.round == 7
     return caught.value.reason
+
+
+def test_a_packet_is_one_peers_of_one_round() -> None:
+    data = encode_packet(FRAGMENT, vector(N, 1), "int8", peer="alice", round=7)
+    assert data != encode_packet(FRAGMENT, vector(N, 1), "int8", peer="bob", round=7), "two peers never offer the same bytes"
+    decode_packet(data, FRAGMENT, peer="alice", round=7, must_be_theirs=True)
+    for peer, round, expected in (("mallory", 7, "relabelled"), ("alice", 8, "replayed")):
+        with pytest.raises(RejectedPayload) as caught:
+            decode_packet(data, FRAGMENT, peer=peer, round=round, must_be_theirs=True)
+        assert (caught.value.reason, caught.value.peer, caught.value.round) == (expected, peer, round)
+    for cut in (0, HEADER_BYTES - 1, len(data) - 1):
+        with pytest.raises(RejectedPayload) as caught:
+            decode_packet(data[:cut], FRAGMENT, peer="alice", round=7, must_be_theirs=True)
+        assert caught.value.reason in ("size", "malformed"), "truncated"
 
 
 @pytest.mark.parametrize("codec_name", DENSE_NAMES)

@@ -31,8 +31,8 @@ def test_the_packet_and_what_it_left_are_all_there_was(senders: list[str], codec
     blob = encode_anchor(FRAGMENT, AnchorState(residual_N)) if has_residual else None
 
     mean_N = aggregate({p: decode_packet(d, FRAGMENT) for p, d in packets.items()}, weights)
-    packet, left = reduce_packets(FRAGMENT, mean_N, blob, codec)
-    assert (packet, left) == reduce_packets(FRAGMENT, mean_N.clone(), blob, codec)
+    packet, left = reduce_packets(FRAGMENT, mean_N, blob, codec, 3)
+    assert (packet, left) == reduce_packets(FRAGMENT, mean_N.clone(), blob, codec, 3)
     sent_N, left_N = decode_packet(packet, FRAGMENT).dense(), decode_anchor(FRAGMENT, left).anchor_N
     assert same_bits(left_N, (mean_N + residual_N) - sent_N)
 
@@ -42,4 +42,4 @@ def test_a_foreign_residual_is_an_error_that_says_so() -> None:
     foreign = encode_anchor(other, AnchorState(torch.zeros(7)))
     for blob in (foreign, b"", b"x" * 100):
         with pytest.raises(IntegrityError, match="cannot be merged"):
-            reduce_packets(FRAGMENT, vector(N, 1), blob, "int8")
+            reduce_packets(FRAGMENT, vector(N, 1), blob, "int8", 3)

@@ -97,7 +97,7 @@ class Bench:
             assert self.account.pending is not None
             packets[ME] = self.account.pending.packet
         if OTHER in peers:
-            packets[OTHER] = encode_packet(FRAGMENT, vector(1000 + number), "int8")
+            packets[OTHER] = encode_packet(FRAGMENT, vector(1000 + number), "int8", peer=OTHER, round=number)
             await self.replica.check_packet(digest_of(packets[OTHER]), packets[OTHER], OTHER, number, norm_bits(packets[OTHER]))
         weight = float_bits(1 / len(packets))
         entries = tuple(

@@ -43,13 +43,15 @@ from decentra.sim.adapters import SimExchange, SimNet
 
 
 def test_bad_packets_are_refused_by_name_and_not_stored() -> None:
-    good = encode_packet(FRAGMENT, vector(5), "int8")
+    good = encode_packet(FRAGMENT, vector(5), "int8", peer=OTHER, round=3)
     alien = build_layout([("a.norm", (4,)), ("b.weight", (8, 5))]).fragments[0]
-    infinite = bytearray(encode_packet(FRAGMENT, vector(5), "fp32"))
+    infinite = bytearray(encode_packet(FRAGMENT, vector(5), "fp32", peer=OTHER, round=3))
     bad = {
         "size": good[:-40] if len(good) > 40 else b"",
         "malformed": good[:-1] + bytes([good[-1] ^ 1]),
-        "shape": encode_packet(alien, vector(5), "int8"),
+        "shape": encode_packet(alien, vector(5), "int8", peer=OTHER, round=3),
+        "relabelled": encode_packet(FRAGMENT, vector(5), "int8", peer=ME, round=3),
+        "replayed": encode_packet(FRAGMENT, vector(5), "int8", peer=OTHER, round=2),
         "not-finite": _with_nan(bytes(infinite)),
     }
 
@@ -70,7 +72,7 @@ def test_bad_packets_are_refused_by_name_and_not_stored() -> None:
 
 
 def test_a_norm_that_is_not_the_packets_is_refused_and_nothing_stored() -> None:
-    good = encode_packet(FRAGMENT, vector(5), "int8")
+    good = encode_packet(FRAGMENT, vector(5), "int8", peer=OTHER, round=3)
 
     async def job() -> None:
         bench = Bench()
