@@ -232,9 +232,13 @@ class RoundBook:
                 self._stop(why, effects)
             case Revoke(subject, why):
                 self._revoke(subject, why, now, effects)
+        version = self.swarm_version
         if not isinstance(event, Tick | Stop | Revoke | Goodbye | Detached):
             self._mark_alive(event.peer, now, effects)
-        self._tick_fragments(now, effects)
+        if isinstance(event, Offer | Receipt | Merge | Abstention | Attestation | Holding) and version == self.swarm_version:
+            self._tick_fragments(now, effects, [event.fragment] if event.fragment in self.fragments else [])  # it concerns no other
+        elif not isinstance(event, Heartbeat) or version != self.swarm_version:
+            self._tick_fragments(now, effects, sorted(self.fragments))
         self._consider_end(now, effects)
         return effects
 
@@ -283,8 +287,10 @@ class RoundBook:
         if changed:
             effects.append(ViewChanged(name))
 
-    def _tick_fragments(self, now: float, effects: list[Effect]) -> None:
-        self._each(lambda b: books.tick(b, self._present(b.fragment), now, self.rules, self.timing, may_open=self._may_open(b)), effects)
+    def _tick_fragments(self, now: float, effects: list[Effect], names: Iterable[FragmentId]) -> None:
+        for name in names:
+            book = self.fragments[name]
+            self._put(name, books.tick(book, self._present(name), now, self.rules, self.timing, may_open=self._may_open(book)), effects)
 
     def _may_open(self, book: FragmentBook) -> bool:
         """While the run ends, each fragment gets one last round, so that what was trained since the one before is not lost."""
