@@ -53,6 +53,7 @@ class Lab:
     steps: int = 450  # inner steps of every peer
     peers: int = 4
     delay_steps: int = 2  # from encode to adoption
+    speeds: str = ""  # inner steps of each peer per step of the lab, such as 1,1,2,4; empty: one each
     decay: str = "none"  # or linear, cosine
     decay_from: float = 0.0  # share of the steps after which the learning rate falls
     decay_to: float = 0.1  # share of the learning rate at the end
@@ -99,6 +100,7 @@ class LabPeer:
     id: PeerId
     inner: ScheduledLoop
     accounts: dict[FragmentId, Account]
+    speed: int = 1
     tokens_at_encode: dict[FragmentId, int] = field(default_factory=dict)
 
 
@@ -115,7 +117,8 @@ class Swarm:
 
     def step(self) -> None:
         for peer in self.peers:
-            peer.inner.step()
+            for _ in range(peer.speed):
+                peer.inner.step()
             if peer.inner.is_diverged:
                 raise TrainingError(f"{peer.id}: five inner steps in a row were not finite; lower train.lr")
 
@@ -183,14 +186,22 @@ def build_swarm(manifest: Manifest, lab: Lab) -> Swarm:
     genesis = dict(build_model(manifest.model, manifest.seed).named_parameters())
     anchors = {f.id: AnchorState(gather(genesis, f)) for f in layout.fragments}
     digests = {f.id: anchor_digest(encode_anchor(f, anchors[f.id])) for f in layout.fragments}
-    placed = placements(manifest, ids)
+    placed, speeds = placements(manifest, ids), _speeds(lab)
     peers = []
     for index, peer in enumerate(ids):
         trained = [f for f in layout.fragments if (e := expert_of(f.module)) is None or e in placed[peer]]
         config = PeerConfig(domain=manifest.data.domains[index % len(manifest.data.domains)])
         inner = _loop(manifest, lab, layout, config, peer, frozenset(f.id for f in trained))
-        peers.append(LabPeer(peer, inner, {f.id: Account(f, anchors[f.id], Digest(digests[f.id])) for f in trained}))
+        accounts = {f.id: Account(f, anchors[f.id], Digest(digests[f.id])) for f in trained}
+        peers.append(LabPeer(peer, inner, accounts, speeds[index]))
     return Swarm(manifest, layout, peers, anchors)
+
+
+def _speeds(lab: Lab) -> list[int]:
+    speeds = [int(text) for text in lab.speeds.split(",")] if lab.speeds else [1] * lab.peers
+    if len(speeds) != lab.peers or min(speeds) < 1:
+        raise ConfigError(f"lab.speeds: expected {lab.peers} whole numbers above 0, got {lab.speeds!r}")
+    return speeds
 
 
 def run_swarm(manifest: Manifest, lab: Lab, say: Callable[[str], None]) -> tuple[Decoder, Swarm]:
