@@ -12,6 +12,7 @@ from decentra.ids import ROUTER, TRUNK, Digest, FragmentId, ModuleId, digest_of,
 
 _EXPERT = re.compile(r"\.mlp\.experts\.(\d+)\.")
 _ROUTER = re.compile(r"\.mlp\.gate\.weight$")
+_LAYER = re.compile(r"(?:^|\.)layers\.([0-9]+)\.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +79,11 @@ def build_layout(
     trunk_fragments: int = 1,
     module_of: Callable[[str], ModuleId] = module_of_parameter,
 ) -> Layout:
-    """Lay out parameters (name, shape): sorted by name inside a module; the trunk is cut into ``trunk_fragments`` runs of similar size."""
+    """Lay out parameters (name, shape): sorted by name inside a module; the trunk is cut into ``trunk_fragments`` of similar size.
+
+    A part takes every so-many-th layer, not neighbouring ones: with staggered rounds no stretch of the network is out of step as a whole (strided
+    fragments of Streaming DiLoCo, arXiv 2501.18512).
+    """
     by_module: dict[ModuleId, list[tuple[str, tuple[int, ...]]]] = {}
     for name, shape in sorted(parameters):
         by_module.setdefault(module_of(name), []).append((name, tuple(shape)))
@@ -99,19 +104,24 @@ def _module_order(module: ModuleId) -> tuple[int, int, str]:
 
 
 def _cut(parameters: list[tuple[str, tuple[int, ...]]], num_parts: int) -> list[list[tuple[str, tuple[int, ...]]]]:
+    """Part i gets layers i, i + P, ...; what is in no layer, or everything where there are fewer layers than parts, goes where least is so far."""
     num_parts = min(num_parts, len(parameters))
-    total, done = sum(prod(shape) for _, shape in parameters), 0
-    parts: list[list[tuple[str, tuple[int, ...]]]] = []
-    current: list[tuple[str, tuple[int, ...]]] = []
-    for index, (name, shape) in enumerate(parameters):
-        current.append((name, shape))
-        done += prod(shape)
-        left = len(parameters) - index - 1
-        missing = num_parts - len(parts) - 1
-        if missing and (done * num_parts >= total * (len(parts) + 1) or left == missing):
-            parts.append(current)
-            current = []
-    return [*parts, current]
+    layers: dict[int, list[tuple[str, tuple[int, ...]]]] = {}
+    rest: list[tuple[str, tuple[int, ...]]] = []
+    for name, shape in parameters:
+        found = _LAYER.search(name)
+        (layers.setdefault(int(found.group(1)), []) if found else rest).append((name, shape))
+    if len(layers) < num_parts:
+        layers, rest = {}, parameters
+    parts: list[list[tuple[str, tuple[int, ...]]]] = [[] for _ in range(num_parts)]
+    for index, layer in enumerate(sorted(layers)):
+        parts[index % num_parts] += layers[layer]
+    sizes = [sum(prod(shape) for _, shape in part) for part in parts]
+    for name, shape in sorted(rest, key=lambda p: (-prod(p[1]), p[0])):
+        least = min(range(num_parts), key=lambda k: (bool(parts[k]), sizes[k]))
+        parts[least].append((name, shape))
+        sizes[least] += prod(shape)
+    return [sorted(part) for part in parts]
 
 
 def _fragment(fragment: FragmentId, module: ModuleId, parameters: list[tuple[str, tuple[int, ...]]]) -> Fragment:
