@@ -262,7 +262,7 @@ class PeerConfig(_Frozen):
     announce: tuple[str, ...] = ()
     max_steps: int | None = Field(None, ge=1, description="stop training after this many inner steps")
     up: str | None = Field(
-        None, description="most that packets may take of the uplink, such as '5mbit'; heard where the run lets peers choose"
+        None, description="most that uploads may take of the uplink, such as '5mbit'; where the run lets peers choose, the codec follows it"
     )
     cap: str | None = Field(None, description="most that packets may send, such as '20GB/day'; heard where the run lets peers choose")
     blob_budget_bytes: int = Field(8 << 30, ge=1 << 20)

@@ -63,9 +63,11 @@ def join(
     max_steps: Annotated[int | None, typer.Option(min=1, help="leave after this many inner steps")] = None,
     up: Annotated[
         str | None,
-        typer.Option(help="most that packets may take of the uplink, such as 5mbit, where the run lets peers choose"),
+        typer.Option(help="most that packets and anchors may take of the uplink, such as 5mbit"),
     ] = None,
-    cap: Annotated[str | None, typer.Option(help="most that packets may send, such as 20GB/day; likewise")] = None,
+    cap: Annotated[
+        str | None, typer.Option(help="most that packets may send, such as 20GB/day, where the run lets peers choose their codec")
+    ] = None,
     model_code: Annotated[Path | None, typer.Option(help="the run's own model code")] = None,
     genesis: GenesisOpt = None,
     patience_s: PatienceOpt = 300.0,

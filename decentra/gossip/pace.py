@@ -6,7 +6,6 @@ Without it a codec chosen for 5 Mbit/s would still leave in one burst and hold u
 from __future__ import annotations
 
 import asyncio
-import time
 
 BURST_S = 0.25  # of the rate may leave at once
 MIN_CHUNK_BYTES, MAX_CHUNK_BYTES = 1 << 10, 64 << 10
@@ -30,7 +29,7 @@ class Pacer:
         """Wait until ``num_bytes`` may leave."""
         if self._bytes_per_s is None:
             return
-        now = time.monotonic()
+        now = asyncio.get_running_loop().time()
         self._free_at_s = max(self._free_at_s, now - BURST_S) + num_bytes / self._bytes_per_s
         if (wait_s := self._free_at_s - now) > 0:
             await asyncio.sleep(wait_s)

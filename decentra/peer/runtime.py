@@ -100,10 +100,9 @@ class PeerRuntime:
 
     async def run(self) -> str:
         """Raises Refused, IntegrityError (golden check, layout), TrainingError, DataError."""
-        if self.rate.limits.is_set and not self.rate.has_choice:
-            self.ports.events.emit(
-                "limits-not-heard", why=f"the run has one codec, {self.manifest.codec.name}; --up and --cap change nothing"
-            )
+        if self.rate.limits.cap_bytes_per_day is not None and not self.rate.has_choice:
+            why = f"the run has one codec, {self.manifest.codec.name}; --cap changes nothing"
+            self.ports.events.emit("limits-not-heard", why=why)
         check_layout(self.manifest, self.layout)
         await self.ports.compute.run(check_golden)
         if removed := sweep(self.ports.disk):
