@@ -9,7 +9,7 @@ from tests.bench import all as everything
 from tests.bench.codec import measure
 from tests.bench.deltas import layout_of
 from tests.bench.lab import Lab
-from tests.bench.learning import Method, ddp_bytes, plot, table
+from tests.bench.learning import Cache, Method, ddp_bytes, plot, table
 
 TINY = {"hidden_size": 64, "num_layers": 1, "num_heads": 1, "num_kv_heads": 1, "head_dim": 64, "expert_hidden_size": 64, "num_experts": 2}
 SETTINGS = (
@@ -37,7 +37,9 @@ def test_the_learning_table_compares_what_it_says(tmp_path) -> None:  # type: ig
         Method("int8", "swarm", ("codec.name=int8", "rounds.inner_steps=4")),
         Method("fp32", "swarm", ("codec.name=fp32", "rounds.inner_steps=4")),
     )
-    rows = {r["method"]: r for r in table(methods, [1, 2], 8, SETTINGS, lambda _: None)}
+    rows = {r["method"]: r for r in table(methods, [1, 2], 8, SETTINGS, lambda _: None, Cache(tmp_path / "cache"))}
+    again = table(methods, [1, 2], 8, SETTINGS, lambda _: None, Cache(tmp_path / "cache"))
+    assert again == list(rows.values())
     assert rows["alone"]["gap_closed"] == 0.0
     assert rows["big batch"]["gap_closed"] == 1.0
     assert rows["big batch"]["bytes_ratio_to_ddp"] == 1.0

@@ -189,6 +189,12 @@ CASES = {
     "a holder and a keeper, a broken stream and a restart": Case(1, 1, given_up=0, breaks=1, restarts=1),
     "a holder, a keeper and a joiner, a death": Case(1, 1, 1, given_up=0, deaths=1),
     "two holders, two rounds, a death": Case(2, confirmed=2, given_up=0, deaths=1),
+    "two reducers": Case(2, given_up=0, reduces=True),
+    "two reducers, a death": Case(2, given_up=0, deaths=1, reduces=True),
+    "two reducers, a restart": Case(2, given_up=0, restarts=1, reduces=True),
+    "two reducers, a false suspicion": Case(2, given_up=0, suspicions=1, reduces=True),
+    "two reducers, the service restarts": Case(2, given_up=0, service_restarts=1, reduces=True),
+    "two reducers, two rounds, a death": Case(2, confirmed=2, given_up=0, deaths=1, reduces=True),
 }
 
 

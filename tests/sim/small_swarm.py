@@ -22,12 +22,12 @@ from decentra.protocol import member as m
 from decentra.protocol.duties import FragmentLife, Self
 from decentra.protocol.fragment import FragmentBook, Present, Timing, Write
 from decentra.protocol.member import MemberMachine
-from decentra.protocol.messages import FragmentView, Holding, Offer, Role, Settlement, Tally
+from decentra.protocol.messages import FragmentView, Holding, Merge, Offer, Role, Settlement, Tally
 from decentra.protocol.round import Reject, Round, Rules
 
 FRAGMENT = FragmentId("trunk/0")
 GENESIS = Digest("g")
-RULES = Rules(cut_off_s=1.0, grace_s=1.0, attest_s=1.0, outer=OuterSpec(lr=1.0, momentum=0.0))
+RULES = Rules(cut_off_s=1.0, grace_s=1.0, attest_s=1.0, outer=OuterSpec(lr=1.0, momentum=0.0), merge_s=1.0)
 TIMING = Timing(cut_off_s=1.0, gather_s=1.0, rollback_s=1e9)
 LATE_S, VERY_LATE_S = 1e6, 1e12  # past every deadline of a round; past the roll-back, too
 
@@ -46,6 +46,7 @@ class Case:
     restarts: int = 0
     service_restarts: int = 0
     breaks: int = 0  # of a stream
+    reduces: bool = False  # two of the roster merge the packets
 
     @property
     def members(self) -> tuple[PeerId, ...]:
@@ -117,7 +118,8 @@ def _plain_book(book: FragmentBook) -> FragmentBook:
 
 def _book_key(book: FragmentBook) -> object:
     return (
-        book.anchor, book.height, book.number, book.round, tuple(sorted(book.holdings.items())), book.history, book.recent, book.orphan_since
+        book.anchor, book.height, book.number, book.round, tuple(sorted(book.holdings.items())), book.history, book.recent, book.orphan_since,
+        book.reducers, book.residual, book.failed_reducers, book.num_merges_missed,
     )  # fmt: skip
 
 
@@ -126,7 +128,12 @@ def packet_name(offer_round: int, peer: PeerId) -> Digest:
 
 
 def next_anchor(settlement: Settlement) -> Digest:
-    return Digest(f"{settlement.base}>{'+'.join(e.packet for e in settlement.entries)}")
+    return Digest(f"{settlement.base}>{'+'.join(settlement.packets)}")
+
+
+def merge_of(peer: PeerId, settlement: Settlement) -> Merge:
+    what = "+".join(e.packet for e in settlement.entries)
+    return Merge(FRAGMENT, settlement.round, peer, Digest(f"({what})"), 1, Digest(f"left of {what}"))
 
 
 class Swarm:
@@ -134,6 +141,7 @@ class Swarm:
 
     def __init__(self, case: Case) -> None:
         self.case, self.names = case, case.members
+        self.timing = replace(TIMING, reduce_from=2) if case.reduces else TIMING
         self.keepers = frozenset(n for n in self.names if n.startswith("k"))
         self.selves = {n: Self(n, Role.KEEPER if n in self.keepers else Role.TRAINER, 1) for n in self.names}
         self.max_number = case.confirmed + case.given_up
@@ -224,13 +232,13 @@ class Swarm:
                 book, present = shadow, frozenset()
         may_open = book.number < self.max_number and book.height < self.case.confirmed
         if event != "restart":  # RoundBook looks at every fragment after every event
-            book, more = books.tick(book, self._present(present), now, RULES, TIMING, may_open=may_open)
+            book, more = books.tick(book, self._present(present), now, RULES, self.timing, may_open=may_open)
             effects += more
         for effect in effects:
             assert isinstance(effect, Write | Reject)
             if isinstance(effect, Write):
                 record = effect.record
-                shadow = books.restore(shadow, record, 0.0, TIMING)
+                shadow = books.restore(shadow, record, 0.0, self.timing)
                 if isinstance(record, ledger.Opened) and len(record.holders) + len(record.keepers) == 1:
                     lone |= {record.round}
         rolled = any(isinstance(e, Write) and isinstance(e.record, ledger.RolledBack) for e in effects)
@@ -309,6 +317,12 @@ class Swarm:
                 if packet in me.packets or any(packet in self.members[i].packets for i in self._sources(state, sources)):
                     return m.Fetched(fragment, packet), (frozenset({packet}), nothing[1])
                 return m.FetchFailed(fragment, packet, False), nothing
+            case do.Reduce(settlement, sources):
+                residual, havers = settlement.residual, (me, *(self.members[i] for i in self._sources(state, sources)))
+                if residual is not None and not any(residual in member.packets for member in havers):
+                    return m.Failed(FRAGMENT, "nobody has the residual"), nothing
+                merge = merge_of(self.names[index], settlement)
+                return m.Reduced(merge), (frozenset({merge.packet, merge.residual}), nothing[1])
             case do.Apply(settlement):
                 anchor = next_anchor(settlement)
                 return m.Applied(FRAGMENT, settlement.round, anchor), (nothing[0], frozenset({anchor}))
