@@ -1,0 +1,8 @@
+"""Settings of the test process itself, before anything is imported."""
+
+from __future__ import annotations
+
+import os
+
+# p2p daemons are started with exec: gRPC's warnings about the fork before it say nothing, once per daemon
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
