@@ -64,7 +64,8 @@ class Place:
     def address(self, host: str) -> str:
         return "127.0.0.1" if self.lab is None else self.lab.address(host)
 
-    def start(self, host: str, args: Sequence[str], name: str) -> subprocess.Popen[str]:
+    def start(self, host: str, args: Sequence[str], name: str, out: str | None = None) -> subprocess.Popen[str]:
+        """Its stderr is ``name.log``; its stdout is a pipe, or the file ``out``."""
         line = list(args) if self.lab is None else self.lab.command(host, args)
         env = {
             **os.environ,
@@ -73,9 +74,16 @@ class Place:
             "XDG_STATE_HOME": str(self.folder / "state"),
             "PYTHONPATH": str(ROOT),
         }
-        with open(self.folder / f"{name}.log", "w") as log:
+        with open(self.folder / f"{name}.log", "w") as log, open(os.devnull if out is None else self.folder / out, "w") as kept:
             process = subprocess.Popen(
-                line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=env, cwd=ROOT, preexec_fn=die_with_parent
+                line,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE if out is None else kept,
+                stderr=log,
+                text=True,
+                env=env,
+                cwd=ROOT,
+                preexec_fn=die_with_parent,
             )
         self.processes.append(process)
         return process

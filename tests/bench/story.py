@@ -42,6 +42,12 @@ class Log:
         return [e for e in self.events if e["event"] == name]
 
 
+def lines(path: Path) -> list[Event]:
+    """Every JSON object of a file of them; the last line may be half written."""
+    whole = path.read_text().rpartition("\n")[0] if path.exists() else ""
+    return [json.loads(line) for line in whole.splitlines() if line.startswith("{")]
+
+
 ROUND_EVENTS = ("round-opened", "encoded", "round-settled", "round-confirmed", "committed")
 
 
