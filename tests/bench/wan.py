@@ -8,7 +8,7 @@ another size and the same ratio: H steps last (32 bits per parameter) / (50 Mbit
 sleeps for what the model's arithmetic leaves of it, because here one machine's cores are shared by all.
 
 utilisation           share of the peers' time in which the trainer is inside an inner step, mean over peers; the time begins when all have joined, on
-                      fast lines, and every fragment has had a round of everybody on the slow ones
+                      fast lines, and every fragment has confirmed a round on the slow ones
 pace                  inner steps done, times what a step takes alone in this process, over the same time: also counts what steps lose to the others'
                       work on the same cores
 steps_per_round       inner steps between two confirmed rounds of a fragment; H where rounds keep up. Trainers do not wait for rounds, so utilisation
@@ -136,7 +136,7 @@ def measure(args: argparse.Namespace, pad_s: float) -> dict[str, Any]:
         _set_rate(here, START_MBIT)
         _until_joined(here, members)
         _set_rate(here, args.rate_mbit)
-        since_s = _until_begun(here, host, args.peers, len(manifest.genesis))
+        since_s = _until_begun(here, host, len(manifest.genesis))
         traffic, cpu_s, started_s = _sent_bytes(here), here.cpu_s(), time.time()
         while time.time() < since_s + args.seconds:
             time.sleep(2.0)
@@ -183,17 +183,20 @@ def _until_joined(here: Place, members: Sequence[Log]) -> None:
         time.sleep(0.5)
 
 
-def _until_begun(here: Place, host: Log, num_peers: int, num_fragments: int) -> float:
-    """Unix time at which every fragment has settled a round with everybody's packet that began on the slow lines. Raises SystemExit."""
+def _until_begun(here: Place, host: Log, num_fragments: int) -> float:
+    """Unix time at which every fragment has confirmed a round that opened on the slow lines. Raises SystemExit."""
     deadline, slow_s = time.monotonic() + JOIN_S, time.time()
     while time.monotonic() < deadline:
         opened = {(e["fragment"], e["round"]) for e in host.read() if e["event"] == "round-opened" and e["at_s"] > slow_s}
-        of_all = [e for e in host.named("round-settled") if e["num_offers"] == num_peers and (e["fragment"], e["round"]) in opened]
-        if len({e["fragment"] for e in of_all}) == num_fragments:
-            return max(min(e["at_s"] for e in of_all if e["fragment"] == f) for f in {e["fragment"] for e in of_all})
+        first: dict[str, float] = {}
+        for event in host.named("round-confirmed"):
+            if (event["fragment"], event["round"]) in opened:
+                first.setdefault(event["fragment"], event["at_s"])
+        if len(first) == num_fragments:
+            return max(first.values())
         here.check()
         time.sleep(0.5)
-    raise SystemExit(f"no round of everybody for each fragment in {JOIN_S:g} s")
+    raise SystemExit(f"no confirmed round of each fragment in {JOIN_S:g} s")
 
 
 def _sent_bytes(here: Place) -> int:
