@@ -13,6 +13,7 @@ pace                  inner steps done, times what a step takes alone in this pr
                       work on the same cores
 steps_per_round       inner steps between two confirmed rounds of a fragment; H where rounds keep up. Trainers do not wait for rounds, so utilisation
                       alone would not show a round that takes long
+offers_per_round      packets in a settled round, of ``--peers``: who is late at the cut-off is not waited for
 evictions             times the service took a peer whose process lives for gone
 dense_utilisation     1 / (1 + dense time over H steps' time): a synchronous dense exchange at the line's full rate
 torchft_utilisation   the same with a measured sync of ``torchft.DiLoCo`` (fp32) in the same lab, hivemind's with its averager (fp16)
@@ -159,7 +160,8 @@ def measure(args: argparse.Namespace, pad_s: float) -> dict[str, Any]:
         "utilisation_least": min(p["in_step_s"] / p["wall_s"] for p in peers), "steps_per_s": steps_per_s,
         "rounds_settled": len(settled), "rounds_confirmed": len(confirmed), "num_fragments": len(manifest.genesis),
         "rounds_given_up": sum(e["at_s"] >= since_s for e in (*host.named("round-abandoned"), *host.named("round-void"))),
-        "rounds_of_all": sum(e["num_offers"] == args.peers for e in settled),
+        "settled_with_all": sum(e["num_offers"] == args.peers for e in settled),
+        "offers_per_round": statistics.mean(e["num_offers"] for e in settled) if settled else None,
         "steps_per_round": steps_per_s / rounds_per_s if rounds_per_s else None, "round_s": 1 / rounds_per_s if rounds_per_s else None,
         "streams_lost": sum(e["at_s"] >= since_s for member in members for e in member.named("service-away")),
         "codecs": sorted({e["codec"] for member in members for e in member.named("codec")}) or [args.codec],
