@@ -308,7 +308,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     ):
         if name in args.only.split(","):
             print(f"{name} ...", file=sys.stderr, flush=True)
-            result |= {f"{name}_load_before": load()} | call()
+            found = {f"{name}_load_before": load()} | call()
+            print(json.dumps({key: value for key, value in found.items() if key != "phases_s"}), file=sys.stderr, flush=True)
+            result |= found
     if "phases_s" in result:
         result["phases_ms"] = in_ms(result.pop("phases_s"))
     show(result, args.json)
