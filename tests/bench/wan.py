@@ -13,13 +13,14 @@ pace                  inner steps done, times what a step takes alone in this pr
                       work on the same cores
 steps_per_round       inner steps between two confirmed rounds of a fragment; H where rounds keep up. Trainers do not wait for rounds, so utilisation
                       alone would not show a round that takes long
+rounds_of_one         rounds that opened with a single trainer, because nobody else was on the newest anchor in time
 offers_per_round      packets in a settled round, of ``--peers``: who is late at the cut-off is not waited for
 evictions             times the service took a peer whose process lives for gone
 dense_utilisation     1 / (1 + dense time over H steps' time): a synchronous dense exchange at the line's full rate
 torchft_utilisation   the same with a measured sync of ``torchft.DiLoCo`` (fp32) in the same lab, hivemind's with its averager (fp16)
 
 ``--stretch S``: lines S times slower and steps S times longer. All ratios stay; a machine with few cores then has S times as long for a round's arithmetic,
-as it would have if it carried one peer instead of five processes.
+as it would have if it carried one peer instead of five processes. The time that a round waits for members to be ready is stretched as well.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ from tests.bench.deltas import SHAPE, bench_manifest, layout_of
 from tests.bench.measure import arguments, load, machine, show
 from tests.bench.padded import model_code
 from tests.bench.round import Place, measure_hivemind, measure_torchft, place, start_swarm
-from tests.bench.story import Event, Log, lines
+from tests.bench.story import ROUND_EVENTS, Event, Log, in_ms, lines, phases
 
 PUBLISHED = {"num_params": 30_846_720, "inner_steps": 128, "step_s": 0.0263, "rate_mbit": 50.0, "utilisation": 0.1155}
 INNER_STEPS = 4
@@ -123,7 +124,7 @@ def settings_of(args: argparse.Namespace) -> list[str]:
         *(f"model.{key}={value}" for key, value in MODEL.items()), "name=bench", f"data.seq_len={SEQ_LEN}", f"train.batch_size={BATCH}",
         f"rounds.inner_steps={INNER_STEPS}", f"rounds.overlap={'true' if args.overlap else 'false'}",
         f"placement.experts_per_peer={MODEL['num_experts']}", f"codec.name={args.codec}", f"codec.sparsest={args.sparsest}",
-        f"rounds.cut_off_s={LONG_S}", f"rounds.grace_s={LONG_S}", f"rounds.attest_s={LONG_S}",
+        f"rounds.gather_s={args.gather_s * args.stretch}", f"rounds.cut_off_s={LONG_S}", f"rounds.grace_s={LONG_S}", f"rounds.attest_s={LONG_S}",
     ]  # fmt: skip
 
 
@@ -132,8 +133,10 @@ def measure(args: argparse.Namespace, pad_s: float) -> dict[str, Any]:
     with place(args) as here:
         manifest, invite = start_swarm(here, settings_of(args), args.peers, model_code(here.folder / "model.py", pad_s=pad_s))
         here.start("org", [sys.executable, "-m", "tests.bench.observer", invite], "observer", out="observer.out")
-        host = Log(here.folder / "host.log", "round-opened", "round-confirmed", "round-settled", "round-abandoned", "round-void")
-        members = [Log(here.folder / f"p{i}.log", "training", "progress", "service-away", "encoded", "codec") for i in range(args.peers)]
+        host = Log(here.folder / "host.log", "round-abandoned", "round-void", *ROUND_EVENTS)
+        members = [
+            Log(here.folder / f"p{i}.log", "training", "progress", "service-away", "codec", *ROUND_EVENTS) for i in range(args.peers)
+        ]
         _set_rate(here, START_MBIT)
         _until_joined(here, members)
         _set_rate(here, args.rate_mbit)
@@ -160,12 +163,14 @@ def measure(args: argparse.Namespace, pad_s: float) -> dict[str, Any]:
         "utilisation_least": min(p["in_step_s"] / p["wall_s"] for p in peers), "steps_per_s": steps_per_s,
         "rounds_settled": len(settled), "rounds_confirmed": len(confirmed), "num_fragments": len(manifest.genesis),
         "rounds_given_up": sum(e["at_s"] >= since_s for e in (*host.named("round-abandoned"), *host.named("round-void"))),
+        "rounds_of_one": sum(e["at_s"] >= since_s and e["num_holders"] == 1 for e in host.named("round-opened")),
         "settled_with_all": sum(e["num_offers"] == args.peers for e in settled),
         "offers_per_round": statistics.mean(e["num_offers"] for e in settled) if settled else None,
         "steps_per_round": steps_per_s / rounds_per_s if rounds_per_s else None, "round_s": 1 / rounds_per_s if rounds_per_s else None,
         "streams_lost": sum(e["at_s"] >= since_s for member in members for e in member.named("service-away")),
         "codecs": sorted({e["codec"] for member in members for e in member.named("codec")}) or [args.codec],
         "line_use": traffic / args.peers / lasted_s / (args.rate_mbit * 1e6 / 8), "cpu_cores": cpu_s / lasted_s,
+        "phases_ms": in_ms(phases((e for log in (host, *members) for e in log.events), since_s=since_s)),
     } | evictions(looks)  # fmt: skip
 
 
@@ -248,7 +253,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = measure(args, step_s - bare_s)
     result = {
         "rate_mbit": label_mbit, "rtt_ms": args.rtt_ms, "num_peers": args.peers, "num_params": num_params, "stretch": args.stretch,
-        "overlap": args.overlap, "inner_steps": INNER_STEPS, "step_s": step_s, "step_alone_s": bare_s, "dense_over_steps": ratio,
+        "overlap": args.overlap, "gather_s": args.gather_s * args.stretch,
+        "inner_steps": INNER_STEPS, "step_s": step_s, "step_alone_s": bare_s, "dense_over_steps": ratio,
         **found, "pace": found["steps_per_s"] * step_s, "dense_utilisation": utilisation_of(1.0, ratio),
         "published_dense_utilisation": PUBLISHED["utilisation"] if label_mbit == PUBLISHED["rate_mbit"] else None,
         "load_before": load_before, "machine": machine(),
