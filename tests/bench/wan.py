@@ -230,6 +230,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.add_argument("--rate-mbit", type=float, default=50.0)
         parser.add_argument("--rtt-ms", type=float, default=50.0)
         parser.add_argument("--seconds", type=float, default=180.0)
+        parser.add_argument("--gather-s", type=float, default=5.0, help="rounds.gather_s, times --stretch")
         parser.add_argument("--stretch", type=float, default=1.0)
         parser.add_argument(
             "--no-overlap", dest="overlap", action="store_false", help="trainers wait for rounds, as in a synchronous system"
