@@ -20,6 +20,7 @@ from torchft.manager import Manager
 from torchft.process_group import ProcessGroupGloo
 
 TIMEOUT = timedelta(seconds=300)
+LAB_INTERFACE = "net0"  # of every host of a netlab.WanLab
 
 
 def main() -> None:
@@ -29,6 +30,7 @@ def main() -> None:
     with socket.socket() as probe:
         probe.bind((address, 0))
         port = probe.getsockname()[1]
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo" if address.startswith("127.") else LAB_INTERFACE  # gloo listens on 127.0.0.1 else
     os.environ |= {"MASTER_ADDR": address, "MASTER_PORT": str(port), "RANK": "0", "WORLD_SIZE": "1", "TORCHFT_LIGHTHOUSE": lighthouse}
     store = torch.distributed.TCPStore(address, port, is_master=True, wait_for_workers=False)
     model = torch.nn.Linear(1, num_params, bias=False)

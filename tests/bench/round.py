@@ -23,6 +23,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -50,7 +51,7 @@ TORCHFT_PYTHON = ROOT / ".venv-torchft" / "bin" / "python"
 NUM_ROUNDS, NUM_WARMUP = 7, 2
 MIN_ROUNDS = 10  # of a measurement that is cut short
 LIGHTHOUSE_PORT = 29510
-DEADLINE_S = 900.0
+DEADLINE_S, RIVAL_S = 900.0, 400.0
 MODELS = {10: {}, 50: {"hidden_size": 512, "num_layers": 8, "num_heads": 8, "head_dim": 64, "expert_hidden_size": 384}}
 
 
@@ -259,7 +260,15 @@ def _rival(
     cpu_s = here.cpu_s()
     for member in members:
         begin(member)
-    found = [_line(member) for member in members]
+    watchdog = threading.Timer(RIVAL_S, lambda: [member.terminate() for member in members])
+    watchdog.daemon = True
+    watchdog.start()
+    try:
+        found = [_line(member) for member in members]
+    except SystemExit as error:
+        return {f"{name}_s": None, f"{name}_why": f"not done after {RIVAL_S:g} s, or broken off: {str(error)[-80:]}"}
+    finally:
+        watchdog.cancel()
     cpu_s = here.cpu_s() - cpu_s
     rounds = [d for member in found for d in member["durations_s"][1:]]
     good = [d for d in rounds if d is not None]
