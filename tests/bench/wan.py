@@ -50,7 +50,7 @@ PUBLISHED = {"num_params": 30_846_720, "inner_steps": 128, "step_s": 0.0263, "ra
 INNER_STEPS = 4
 BATCH, SEQ_LEN = 1, 16
 MODEL = SHAPE | {"num_experts": 2, "expert_hidden_size": 1024}
-JOIN_S = 240.0
+JOIN_S, BEGIN_S = 240.0, 480.0
 START_MBIT = 1000.0  # while peers start: the first anchors are no part of the measurement
 NUM_RIVAL_ROUNDS = 3
 LONG_S = 600.0  # cut-off and grace: a slow line is no reason to settle without somebody
@@ -192,7 +192,7 @@ def _until_joined(here: Place, members: Sequence[Log]) -> None:
 
 def _until_begun(here: Place, host: Log, num_fragments: int) -> float:
     """Unix time at which every fragment has confirmed a round that opened on the slow lines. Raises SystemExit."""
-    deadline, slow_s = time.monotonic() + JOIN_S, time.time()
+    deadline, slow_s = time.monotonic() + BEGIN_S, time.time()
     while time.monotonic() < deadline:
         opened = {(e["fragment"], e["round"]) for e in host.read() if e["event"] == "round-opened" and e["at_s"] > slow_s}
         first: dict[str, float] = {}
@@ -203,7 +203,7 @@ def _until_begun(here: Place, host: Log, num_fragments: int) -> float:
             return max(first.values())
         here.check()
         time.sleep(0.5)
-    raise SystemExit(f"no confirmed round of each fragment in {JOIN_S:g} s")
+    raise SystemExit(f"no confirmed round of each fragment in {BEGIN_S:g} s on the slow lines")
 
 
 def _sent_bytes(here: Place) -> int:
