@@ -1,5 +1,4 @@
-"""Who the averaging service says is here, once a second, one JSON line each: {at_s, version, live: {name: bool}, states: {name: text},
-tokens_per_s: {name: float}}. Reads only.
+"""Who the averaging service says is here, once a second, one JSON line each: {at_s, version, live: {name: bool}, states: {name: text}}. Reads only.
 
     python -m tests.bench.observer INVITE
 
@@ -30,8 +29,7 @@ async def observe(invite: str) -> None:
             else:
                 live = {m.name: m.is_live for m in swarm.members}
                 states = {m.name: m.counters.state for m in swarm.members}
-                rates = {m.name: m.counters.tokens_per_s for m in swarm.members}
-                look = {"at_s": time.time(), "version": swarm.version, "live": live, "states": states, "tokens_per_s": rates}
+                look = {"at_s": time.time(), "version": swarm.version, "live": live, "states": states}
                 print(json.dumps(look), flush=True)
             await asyncio.sleep(PERIOD_S)
 

@@ -6,11 +6,13 @@ import json
 import time
 from pathlib import Path
 
+import pytest
 import torch
 
 from decentra.config import Manifest, parse_config
 from decentra.model.custom import load_model_code, model_code_digest
 from decentra.model.decoder import build_model
+from decentra.peer.inner import InnerLoop
 from tests.bench import all as everything
 from tests.bench import wan
 from tests.bench.codec import measure
@@ -81,9 +83,8 @@ def test_the_wan_benchmark_has_the_published_ratio() -> None:
         dense, steps = wan.dense_s(num_params, 50.0), wan.INNER_STEPS * wan.step_s_of(num_params)
         assert abs(dense / steps - wan.published_ratio()) < 1e-9
         assert 0.11 < wan.utilisation_of(steps, dense) < 0.15  # 0.1155 was measured, a model without any other cost says a little more
-    progress: list[Event] = [{"at_s": 0.0, "step": 5}, {"at_s": 10.0, "step": 15}, {"at_s": 20.0, "step": 23}]
-    found = wan.training(progress, [16.0, 0.0, 16.0], num_step_tokens=16)
-    assert found == {"num_steps": 18, "wall_s": 20.0, "in_step_s": 18.0}
+    found = wan.training([(0.0, 2.0), (2.0, 4.0), (5.0, 7.0), (9.0, 13.0)], since_s=1.0, until_s=11.0)
+    assert found == {"steps_per_s": 0.3, "share": 0.7}
 
 
 def test_the_wan_benchmark_counts_who_was_taken_for_gone() -> None:
@@ -116,9 +117,10 @@ def test_the_parts_of_a_round_add_up(tmp_path: Path) -> None:
     assert len(log.events) == 2 * len(names)
 
 
-def test_model_code_of_a_benchmark_is_the_decoder_padded(tmp_path: Path) -> None:
-    path = model_code(tmp_path / "model.py", pad_s=0.05, is_one_module=True)
+def test_model_code_of_a_benchmark_is_the_decoder_padded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = model_code(tmp_path / "model.py", pad_s=0.05, is_one_module=True, steps_folder=str(tmp_path))
     spec = parse_config(Manifest, {"name": "b", "model": TINY}, "test").model
+    monkeypatch.setattr(InnerLoop, "step", lambda _: 7)
     module = load_model_code(path, model_code_digest(path))
     model, tokens = module.build(spec, 0), torch.zeros(1, 4, dtype=torch.int64)
     assert {module.module_of(name) for name, _ in model.named_parameters()} == {"trunk"}
@@ -127,3 +129,7 @@ def test_model_code_of_a_benchmark_is_the_decoder_padded(tmp_path: Path) -> None
     assert time.perf_counter() - start >= 0.05
     with torch.no_grad():
         assert torch.equal(padded, build_model(spec, 0)(tokens).logits_BTV)
+    module.build(spec, 0)
+    assert InnerLoop.step(None) == 7
+    [written] = [p.read_text().split() for p in tmp_path.glob("steps-*")]
+    assert float(written[0]) <= float(written[1]), "one line of two times, although the model was built twice"

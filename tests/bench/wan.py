@@ -31,6 +31,7 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -76,17 +77,14 @@ def utilisation_of(compute_s: float, exchange_s: float) -> float:
     return compute_s / (compute_s + exchange_s)
 
 
-def training(progress: Sequence[Event], rates: Sequence[float], num_step_tokens: int) -> dict[str, float]:
-    """Steps, seconds and seconds inside steps between the first and the last ``progress`` of one peer.
+def training(steps: Sequence[tuple[float, float]], since_s: float, until_s: float) -> dict[str, float]:
+    """Inner steps of one peer (begin and end, Unix time) between two moments: how many, and the share of the time inside them.
 
-    ``rates``: tokens of a step over a moving average of its duration, as the trainer told them meanwhile. Raises SystemExit.
+    A step that is only partly between them counts with that part.
     """
-    if len(progress) < 2 or not any(rates):
-        raise SystemExit("a peer told its progress less than twice: it stands still, or --seconds is too short")
-    first, last = progress[0], progress[-1]
-    step_s = statistics.mean(num_step_tokens / rate for rate in rates if rate)
-    num_steps = last["step"] - first["step"]
-    return {"num_steps": num_steps, "wall_s": last["at_s"] - first["at_s"], "in_step_s": num_steps * step_s}
+    inside = [(max(begin, since_s), min(end, until_s), end - begin) for begin, end in steps if begin < until_s and end > since_s]
+    num_steps = sum((end - begin) / whole_s for begin, end, whole_s in inside)
+    return {"steps_per_s": num_steps / (until_s - since_s), "share": sum(end - begin for begin, end, _ in inside) / (until_s - since_s)}
 
 
 def evictions(looks: Sequence[Event]) -> dict[str, Any]:
@@ -131,12 +129,12 @@ def settings_of(args: argparse.Namespace) -> list[str]:
 def measure(args: argparse.Namespace, pad_s: float) -> dict[str, Any]:
     """The swarm over ``--seconds``, with heartbeats and leases as they are by default."""
     with place(args) as here:
-        manifest, invite = start_swarm(here, settings_of(args), args.peers, model_code(here.folder / "model.py", pad_s=pad_s))
+        manifest, invite = start_swarm(
+            here, settings_of(args), args.peers, model_code(here.folder / "model.py", pad_s=pad_s, steps_folder=str(here.folder))
+        )
         here.start("org", [sys.executable, "-m", "tests.bench.observer", invite], "observer", out="observer.out")
         host = Log(here.folder / "host.log", "round-abandoned", "round-void", *ROUND_EVENTS)
-        members = [
-            Log(here.folder / f"p{i}.log", "training", "progress", "service-away", "codec", *ROUND_EVENTS) for i in range(args.peers)
-        ]
+        members = [Log(here.folder / f"p{i}.log", "training", "service-away", "codec", *ROUND_EVENTS) for i in range(args.peers)]
         _set_rate(here, START_MBIT)
         _until_joined(here, members)
         _set_rate(here, args.rate_mbit)
@@ -145,22 +143,23 @@ def measure(args: argparse.Namespace, pad_s: float) -> dict[str, Any]:
         while time.time() < since_s + args.seconds:
             time.sleep(2.0)
             here.check()
-        traffic, cpu_s, lasted_s = _sent_bytes(here) - traffic, here.cpu_s() - cpu_s, time.time() - started_s
+        until_s = time.time()
+        traffic, cpu_s, lasted_s = _sent_bytes(here) - traffic, here.cpu_s() - cpu_s, until_s - started_s
         for log in (host, *members):
             log.read()
         looks = lines(here.folder / "observer.out")
+        all_steps = [_steps(path) for path in here.folder.glob("steps-*")]
+        if len(all_steps) != args.peers:
+            raise SystemExit(f"{len(all_steps)} of {args.peers} peers have trained")
         looks = [look for look in looks if look["at_s"] >= since_s and "version" in look]
-    peers = []
-    for index, member in enumerate(members):
-        progress = [e for e in member.named("progress") if e["at_s"] >= since_s]
-        peers.append(training(progress, [look["tokens_per_s"].get(f"p{index}", 0.0) for look in looks], BATCH * SEQ_LEN))
+    peers = [training(steps, since_s, until_s) for steps in all_steps]
     confirmed = [e for e in host.named("round-confirmed") if e["at_s"] >= since_s]
     settled = [e for e in host.named("round-settled") if e["at_s"] >= since_s]
     rounds_per_s = len(confirmed) / len(manifest.genesis) / lasted_s
-    steps_per_s = statistics.mean(p["num_steps"] / p["wall_s"] for p in peers)
+    steps_per_s = statistics.mean(p["steps_per_s"] for p in peers)
     return {
-        "seconds": lasted_s, "utilisation": statistics.mean(p["in_step_s"] / p["wall_s"] for p in peers),
-        "utilisation_least": min(p["in_step_s"] / p["wall_s"] for p in peers), "steps_per_s": steps_per_s,
+        "seconds": lasted_s, "utilisation": statistics.mean(p["share"] for p in peers),
+        "utilisation_least": min(p["share"] for p in peers), "steps_per_s": steps_per_s,
         "rounds_settled": len(settled), "rounds_confirmed": len(confirmed), "num_fragments": len(manifest.genesis),
         "rounds_given_up": sum(e["at_s"] >= since_s for e in (*host.named("round-abandoned"), *host.named("round-void"))),
         "rounds_of_one": sum(e["at_s"] >= since_s and e["num_holders"] == 1 for e in host.named("round-opened")),
@@ -172,6 +171,11 @@ def measure(args: argparse.Namespace, pad_s: float) -> dict[str, Any]:
         "line_use": traffic / args.peers / lasted_s / (args.rate_mbit * 1e6 / 8), "cpu_cores": cpu_s / lasted_s,
         "phases_ms": in_ms(phases((e for log in (host, *members) for e in log.events), since_s=since_s)),
     } | evictions(looks)  # fmt: skip
+
+
+def _steps(path: Path) -> list[tuple[float, float]]:
+    whole = path.read_text().rpartition("\n")[0].splitlines()
+    return [(float(begin), float(end)) for begin, end in (line.split() for line in whole)]
 
 
 def _set_rate(here: Place, rate_mbit: float) -> None:
