@@ -68,7 +68,6 @@ def test_the_whole_table_says_what_failed() -> None:
     line = {
         "num_peers": 4,
         "num_params": 1,
-        "stretch": 4,
         "utilisation": 0.9,
         "dense_utilisation": 0.1,
         "evictions": 0,
