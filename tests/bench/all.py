@@ -22,12 +22,15 @@ OUT = Path("bench-out")
 
 def commands(*, is_quick: bool) -> dict[str, list[str]]:
     quick = ["--quick"] if is_quick else []
+    short = ["--seconds", "60"] if is_quick else []
     return {
         "codec": ["codec"],
         "round": ["round"],
         "round-50mbit": ["round", "--rate-mbit", "50", "--rtt-ms", "50"],
         "control": ["control"],
         "control-100ms": ["control", "--rtt-ms", "100"],
+        "wan-50mbit": ["wan", *short],
+        "wan-10mbit": ["wan", "--rate-mbit", "10", *short],
         "learning": ["learning", *quick],
     }
 
@@ -72,6 +75,15 @@ def table(results: dict[str, dict[str, Any]]) -> list[tuple[str, str, str]]:
         elif name.startswith("control"):
             rows.append(
                 (f"{name}, {r['num_peers']} peers", f"p50 {r['p50_ms']} ms, p95 {r['p95_ms']} ms", f"{r['cpu_s_per_round']} CPU-s a round")
+            )
+        elif name.startswith("wan"):
+            rows.append(
+                (
+                    f"{name}, {r['num_peers']} peers x {r['num_params'] / 1e6:.1f} M",
+                    f"{100 * r['utilisation']:.0f} % of the time in inner steps",
+                    f"dense fp32: {100 * r['dense_utilisation']:.1f} %; {r['evictions']} evictions; {r['steps_per_round']} steps a round, H ="
+                    f" {r['inner_steps']}",
+                )
             )
         else:
             for row in r["rows"]:

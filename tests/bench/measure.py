@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import time
@@ -49,6 +50,11 @@ def machine() -> str:
     except OSError:
         cpu = platform.machine()
     return f"{cpu}, {torch.get_num_threads()} torch thread, torch {torch.__version__}"
+
+
+def load() -> float:
+    """How many processes wanted a core over the last minute, the benchmark's own included."""
+    return os.getloadavg()[0]
 
 
 def arguments(

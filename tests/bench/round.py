@@ -5,7 +5,10 @@
 decentra_s   median time between two heights that all fragments have confirmed, one tiny inner step included; a keeper and the service run beside the peers
 hivemind_s   median of ``DecentralizedAverager.step`` over the members, group found anew each round as it does
 torchft_s    median of one sync of ``torchft.DiLoCo`` with ``sync_every=1``
+star_s       the same of the barest star: whole fp32 weights over sockets to one server and back, as SPES does with its server
 cpu_s        CPU seconds of all processes per round
+phases_ms    median and 95th percentile of the parts of a fragment's round, see tests.bench.control
+load_before  how many processes wanted a core in the minute before
 
 Without a rate everything is on loopback. With one, every member is a host of its own in network namespaces and has an access line of that rate in each
 direction; a thread of this process carries the packets (9000 bytes each, so that it can).
@@ -21,6 +24,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -31,8 +35,12 @@ import torch
 
 from decentra.cli.rundir import create
 from decentra.cli.running import die_with_parent
+from decentra.config import Manifest
+from decentra.model.custom import model_code_digest
 from tests.bench.deltas import SHAPE, bench_manifest, layout_of
-from tests.bench.measure import arguments, machine, show
+from tests.bench.measure import arguments, load, machine, show
+from tests.bench.padded import model_code
+from tests.bench.story import ROUND_EVENTS, Log, in_ms, phases
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "netlab"))
 import itertools
@@ -42,8 +50,9 @@ from wan import Link, WanLab
 HERE, ROOT = Path(__file__).parent, Path(__file__).parents[2]
 TORCHFT_PYTHON = ROOT / ".venv-torchft" / "bin" / "python"
 NUM_ROUNDS, NUM_WARMUP = 7, 2
+MIN_ROUNDS = 10  # of a measurement that is cut short
 LIGHTHOUSE_PORT = 29510
-DEADLINE_S = 900.0
+DEADLINE_S, RIVAL_S = 900.0, 400.0
 MODELS = {10: {}, 50: {"hidden_size": 512, "num_layers": 8, "num_heads": 8, "head_dim": 64, "expert_hidden_size": 384}}
 
 
@@ -57,7 +66,8 @@ class Place:
     def address(self, host: str) -> str:
         return "127.0.0.1" if self.lab is None else self.lab.address(host)
 
-    def start(self, host: str, args: Sequence[str], name: str) -> subprocess.Popen[str]:
+    def start(self, host: str, args: Sequence[str], name: str, out: str | None = None) -> subprocess.Popen[str]:
+        """Its stderr is ``name.log``; its stdout is a pipe, or the file ``out``."""
         line = list(args) if self.lab is None else self.lab.command(host, args)
         env = {
             **os.environ,
@@ -66,9 +76,16 @@ class Place:
             "XDG_STATE_HOME": str(self.folder / "state"),
             "PYTHONPATH": str(ROOT),
         }
-        with open(self.folder / f"{name}.log", "w") as log:
+        with open(self.folder / f"{name}.log", "w") as log, open(os.devnull if out is None else self.folder / out, "w") as kept:
             process = subprocess.Popen(
-                line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=env, cwd=ROOT, preexec_fn=die_with_parent
+                line,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE if out is None else kept,
+                stderr=log,
+                text=True,
+                env=env,
+                cwd=ROOT,
+                preexec_fn=die_with_parent,
             )
         self.processes.append(process)
         return process
@@ -83,6 +100,12 @@ class Place:
                         times = one.cpu_times()
                         total += times.user + times.system
         return total
+
+    def check(self) -> None:
+        """Raise SystemExit when something started here has ended."""
+        for process in self.processes:
+            if process.poll() is not None:
+                raise SystemExit(f"a member ended with {process.returncode}; last words in {self.folder}")
 
     def close(self) -> None:
         """End everything, also what members have forked: hivemind's DHT process and its daemon outlive a member that is ended."""
@@ -120,8 +143,36 @@ def place(args: argparse.Namespace) -> Iterator[Place]:
 # ---------------------------------------------------------------- the three
 
 
-def measure_decentra(args: argparse.Namespace, shape: dict[str, Any] | None = None, num_rounds: int = NUM_ROUNDS) -> dict[str, Any]:
-    """Real ``host`` and ``join`` processes; the model's inner step is made as small as it gets."""
+def start_swarm(here: Place, settings: Sequence[str], num_peers: int, model_code: Path | None = None) -> tuple[Manifest, str]:
+    """``host`` and ``num_peers`` times ``join``, each at its place, with their whole log in the folder. Returns the manifest and the invite."""
+    own = [] if model_code is None else ["--model-code", str(model_code)]
+    settings = [*settings, *([] if model_code is None else [f'model.code="{model_code_digest(model_code)}"'])]
+    run, manifest = create(here.folder / "run", None, settings, model_code)
+    where = ["--address", here.address("org"), "--bootstrap-port", "7410", "--service-port", "7411"]
+    if here.lab is None:
+        where = ["--address", "127.0.0.1", "--listen", "127.0.0.1", "--bootstrap-port", "0", "--service-port", "0"]
+    cli = [sys.executable, "-m", "decentra.cli.main"]
+    host = here.start("org", [*cli, "host", str(run.root), *where, "--json", "--log-json", "--verbose", *own], "host")
+    invite = str(_line(host)["invite"])
+    for index in range(num_peers):
+        listen = ["--listen", f"/ip4/{here.address(f'p{index}')}/tcp/0"]
+        join = ["join", invite, "--name", f"p{index}", "--dir", str(here.folder / f"p{index}"), "--log-json", "--verbose", *listen]
+        here.start(f"p{index}", [*cli, *join, *own], f"p{index}")
+    return manifest, invite
+
+
+def measure_decentra(
+    args: argparse.Namespace,
+    shape: dict[str, Any] | None = None,
+    num_rounds: int = NUM_ROUNDS,
+    *,
+    is_one_module: bool = False,
+    patience_s: float = DEADLINE_S,
+) -> dict[str, Any]:
+    """Real ``host`` and ``join`` processes; the model's inner step is made as small as it gets.
+
+    After ``patience_s`` the rounds so far have to do, if there are a few.
+    """
     shape = SHAPE | MODELS[args.params] if shape is None else shape
     settings = [f"model.{key}={value}" for key, value in shape.items()]
     settings += [
@@ -131,63 +182,59 @@ def measure_decentra(args: argparse.Namespace, shape: dict[str, Any] | None = No
         "rounds.cut_off_s=300", "rounds.grace_s=300", "rounds.attest_s=300", "rounds.gather_s=120",
     ]  # fmt: skip
     with place(args) as here:
-        run, _ = create(here.folder / "run", None, settings)
-        where = ["--address", here.address("org"), "--bootstrap-port", "7410", "--service-port", "7411"]
-        if here.lab is None:
-            where = ["--address", "127.0.0.1", "--listen", "127.0.0.1", "--bootstrap-port", "0", "--service-port", "0"]
-        cli = [sys.executable, "-m", "decentra.cli.main"]
-        host = here.start("org", [*cli, "host", str(run.root), *where, "--json", "--log-json", "--verbose"], "host")
-        invite = _line(host)["invite"]
-        for index in range(args.peers):
-            listen = ["--listen", f"/ip4/{here.address(f'p{index}')}/tcp/0"]
-            join = ["join", invite, "--name", f"p{index}", "--dir", str(here.folder / f"p{index}"), "--log-json", "--verbose", *listen]
-            here.start(f"p{index}", [*cli, *join], f"p{index}")
-        num_fragments = len(run.manifest().genesis)
-        found = _heights(here, num_fragments, args.peers, num_rounds)
-        said = [e for i in range(args.peers) for e in _events(here.folder / f"p{i}.log", "codec", "encoded")]
-    packets = [e["num_bytes"] for e in said if e["event"] == "encoded"][-args.peers * num_fragments :]
+        code = model_code(here.folder / "model.py", is_one_module=True) if is_one_module else None
+        manifest, _ = start_swarm(here, settings, args.peers, code)
+        found = _heights(here, len(manifest.genesis), args.peers, num_rounds, patience_s)
     return {
         "decentra_s": statistics.median(found["durations_s"]), "decentra_durations_s": found["durations_s"], "decentra_cpu_s": found["cpu_s"],
-        "codecs": sorted({e["codec"] for e in said if e["event"] == "codec"}) or [args.codec], "bytes_per_peer": sum(packets) / args.peers,
+        "codecs": found["codecs"] or [args.codec], "bytes_per_peer": found["bytes_per_peer"], "phases_s": found["phases_s"],
     }  # fmt: skip
 
 
-def _heights(here: Place, num_fragments: int, num_peers: int, num_rounds: int) -> dict[str, Any]:
+def _heights(here: Place, num_fragments: int, num_peers: int, num_rounds: int, patience_s: float) -> dict[str, Any]:
     """Times between heights that all fragments reached, once all peers take part, and CPU seconds of everything per round."""
-    deadline = time.monotonic() + DEADLINE_S
+    deadline = time.monotonic() + patience_s
+    host = Log(here.folder / "host.log", *ROUND_EVENTS)
+    members = [Log(here.folder / f"p{i}.log", "training", "codec", *ROUND_EVENTS) for i in range(num_peers)]
     at_first: tuple[int, float] | None = None
     while True:
-        joined = [_seconds(e["timestamp"]) for i in range(num_peers) for e in _events(here.folder / f"p{i}.log", "training")]
+        for log in (host, *members):
+            log.read()
+        joined = [e["at_s"] for member in members for e in member.named("training")]
         reached: dict[int, list[float]] = {}
-        for event in _events(here.folder / "host.log", "round-confirmed"):
-            reached.setdefault(event["height"], []).append(_seconds(event["timestamp"]))
+        for event in host.named("round-confirmed"):
+            reached.setdefault(event["height"], []).append(event["at_s"])
         done = sorted(max(times) for times in reached.values() if len(times) == num_fragments)
         counted = [t for t in done if t > max(joined)][NUM_WARMUP:] if len(joined) == num_peers else []
         if counted and at_first is None:
             at_first = len(counted), here.cpu_s()
-        if at_first is not None and len(counted) > num_rounds:
-            cpu_s = (here.cpu_s() - at_first[1]) / (len(counted) - at_first[0])
-            return {"durations_s": [b - a for a, b in itertools.pairwise(counted)], "cpu_s": cpu_s}
-        for process in here.processes:
-            if process.poll() is not None:
-                raise SystemExit(f"a member ended with {process.returncode}; last words in {here.folder}")
-        if time.monotonic() > deadline:
-            raise SystemExit(f"{len(done)} rounds in {DEADLINE_S:g} s")
+        is_late = time.monotonic() > deadline
+        if at_first is not None and (len(counted) > num_rounds or (is_late and len(counted) > min(num_rounds, MIN_ROUNDS))):
+            cpu_s = (here.cpu_s() - at_first[1]) / max(1, len(counted) - at_first[0])
+            packets = [e["num_bytes"] for member in members for e in member.named("encoded")[-num_fragments:]]
+            return {
+                "durations_s": [b - a for a, b in itertools.pairwise(counted)], "cpu_s": cpu_s, "bytes_per_peer": sum(packets) / num_peers,
+                "codecs": sorted({e["codec"] for member in members for e in member.named("codec")}),
+                "phases_s": phases((e for log in (host, *members) for e in log.events), since_s=counted[0]),
+            }  # fmt: skip
+        here.check()
+        if is_late:
+            raise SystemExit(f"{len(done)} rounds in {patience_s:g} s")
         time.sleep(0.5)
 
 
-def measure_hivemind(args: argparse.Namespace, num_params: int) -> dict[str, Any]:
+def measure_hivemind(args: argparse.Namespace, num_params: int, num_rounds: int = NUM_ROUNDS) -> dict[str, Any]:
     with place(args) as here:
         members, first = [], ""
         for index in range(args.peers):
-            line = [sys.executable, str(HERE / "rival_hivemind.py"), str(num_params), str(args.peers), str(NUM_ROUNDS + 1), str(index)]
+            line = [sys.executable, str(HERE / "rival_hivemind.py"), str(num_params), str(args.peers), str(num_rounds + 1), str(index)]
             members.append(here.start(f"p{index}", [*line, here.address(f"p{index}"), *([first] if first else [])], f"hivemind-{index}"))
             maddr = _line(members[-1])["maddr"]
             first = first or maddr
-        return {"hivemind_s": None} | _rival(here, "hivemind", members, begin=lambda p: _say(p, "go\n"))
+        return {"hivemind_s": None} | _rival(here, "hivemind", members, num_rounds, begin=lambda p: _say(p, "go\n"))
 
 
-def measure_torchft(args: argparse.Namespace, num_params: int) -> dict[str, Any]:
+def measure_torchft(args: argparse.Namespace, num_params: int, num_rounds: int = NUM_ROUNDS) -> dict[str, Any]:
     if not TORCHFT_PYTHON.exists():
         return {"torchft_s": None, "torchft_why": f"{TORCHFT_PYTHON.parent.parent.name} is missing; 'make bench' makes it"}
     with place(args) as here:
@@ -197,26 +244,47 @@ def measure_torchft(args: argparse.Namespace, num_params: int) -> dict[str, Any]
         time.sleep(2.0)
         members = []
         for index in range(args.peers):
-            line = [str(TORCHFT_PYTHON), str(HERE / "rival_torchft.py"), str(num_params), str(args.peers), str(NUM_ROUNDS + 1), str(index)]
+            line = [str(TORCHFT_PYTHON), str(HERE / "rival_torchft.py"), str(num_params), str(args.peers), str(num_rounds + 1), str(index)]
             address = here.address(f"p{index}")
             members.append(here.start(f"p{index}", [*line, f"http://{here.address('org')}:{LIGHTHOUSE_PORT}", address], f"torchft-{index}"))
-        return {"torchft_s": None} | _rival(here, "torchft", members)
+        return {"torchft_s": None} | _rival(here, "torchft", members, num_rounds)
+
+
+def measure_star(args: argparse.Namespace, num_params: int, num_rounds: int = NUM_ROUNDS) -> dict[str, Any]:
+    with place(args) as here:
+        line = [sys.executable, str(HERE / "rival_star.py")]
+        what = [str(num_params), str(args.peers), str(num_rounds + 1), here.address("org")]
+        port = _line(here.start("org", [*line, "server", *what], "star"))["port"]
+        members = [here.start(f"p{i}", [*line, "peer", *what, str(port)], f"star-{i}") for i in range(args.peers)]
+        return {"star_s": None} | _rival(here, "star", members, num_rounds)
 
 
 def _rival(
-    here: Place, name: str, members: list[subprocess.Popen[str]], begin: Callable[[subprocess.Popen[str]], None] = lambda _: None
+    here: Place,
+    name: str,
+    members: list[subprocess.Popen[str]],
+    num_rounds: int,
+    begin: Callable[[subprocess.Popen[str]], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Median over members and rounds; the first round connects and does not count. Failed rounds are counted apart."""
     cpu_s = here.cpu_s()
     for member in members:
         begin(member)
-    found = [_line(member) for member in members]
+    watchdog = threading.Timer(RIVAL_S, lambda: [member.terminate() for member in members])
+    watchdog.daemon = True
+    watchdog.start()
+    try:
+        found = [_line(member) for member in members]
+    except SystemExit as error:
+        return {f"{name}_s": None, f"{name}_why": f"not done after {RIVAL_S:g} s, or broken off: {str(error)[-80:]}"}
+    finally:
+        watchdog.cancel()
     cpu_s = here.cpu_s() - cpu_s
     rounds = [d for member in found for d in member["durations_s"][1:]]
     good = [d for d in rounds if d is not None]
     return {
         f"{name}_s": statistics.median(good) if good else None, f"{name}_failed": len(rounds) - len(good),
-        f"{name}_cpu_s": cpu_s / (NUM_ROUNDS + 1),
+        f"{name}_cpu_s": cpu_s / (num_rounds + 1),
     }  # fmt: skip
 
 
@@ -236,19 +304,6 @@ def _line(process: subprocess.Popen[str]) -> dict[str, Any]:
     raise SystemExit(f"{process.args} ended with {process.wait()} and said nothing")
 
 
-def _events(path: Path, *names: str) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
-    lines = [line for line in path.read_text().splitlines() if line.startswith("{") and any(f'"{n}"' in line for n in names)]
-    return [e for e in map(json.loads, lines) if e["event"] in names]
-
-
-def _seconds(timestamp: str) -> float:
-    from datetime import datetime
-
-    return datetime.fromisoformat(timestamp).timestamp()
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     def extra(parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--peers", type=int, default=4)
@@ -257,7 +312,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.add_argument("--rtt-ms", type=float, default=0.0)
         parser.add_argument("--codec", default="int8", help="the densest allowed")
         parser.add_argument("--sparsest", default="topk16")
-        parser.add_argument("--only", default="decentra,hivemind,torchft")
+        parser.add_argument("--only", default="decentra,hivemind,torchft,star")
 
     args = arguments((__doc__ or "").splitlines()[0], argv, extra)
     torch.set_num_threads(1)
@@ -269,10 +324,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         ("decentra", lambda: measure_decentra(args)),
         ("hivemind", lambda: measure_hivemind(args, num_params)),
         ("torchft", lambda: measure_torchft(args, num_params)),
+        ("star", lambda: measure_star(args, num_params)),
     ):
         if name in args.only.split(","):
             print(f"{name} ...", file=sys.stderr, flush=True)
-            result |= call()
+            found = {f"{name}_load_before": load()} | call()
+            print(json.dumps({key: value for key, value in found.items() if key != "phases_s"}), file=sys.stderr, flush=True)
+            result |= found
+    if "phases_s" in result:
+        result["phases_ms"] = in_ms(result.pop("phases_s"))
     show(result, args.json)
     return 0
 
