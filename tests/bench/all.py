@@ -31,19 +31,20 @@ def commands(*, is_quick: bool) -> dict[str, list[str]]:
         "control-100ms": ["control", "--rtt-ms", "100"],
         "wan-50mbit": ["wan", *short],
         "wan-10mbit": ["wan", "--rate-mbit", "10", *short],
-        "learning": ["learning", *quick],
+        "downlink": ["downlink"],
+        "learning": ["learning", "--plot", str(OUT / "loss-bytes.png"), "--cache", str(OUT / "learning.jsonl"), *quick],
     }
 
 
 def run(name: str, args: Sequence[str]) -> dict[str, Any]:
     """One benchmark's result; ``failed`` with its last words where it has none."""
     print(f"{name} ...", file=sys.stderr, flush=True)
+    OUT.mkdir(exist_ok=True)
     done = subprocess.run([sys.executable, "-m", f"tests.bench.{args[0]}", "--json", *args[1:]], stdout=subprocess.PIPE, text=True)
     lines = done.stdout.strip().splitlines()
     if done.returncode or not lines or not lines[-1].startswith("{"):
         return {"failed": lines[-1] if lines else f"exit code {done.returncode}"}
     found: dict[str, Any] = json.loads(lines[-1])
-    OUT.mkdir(exist_ok=True)
     (OUT / f"{name}.json").write_text(json.dumps(found, indent=2) + "\n")
     return found
 
@@ -64,7 +65,7 @@ def table(results: dict[str, dict[str, Any]]) -> list[tuple[str, str, str]]:
                     (f"codec {s['codec']}, time", f"{s['encode_over_copy']} / {s['decode_over_copy']} copies", "encode / decode and add")
                 )
         elif name.startswith("round"):
-            others = f"hivemind fp16 {r.get('hivemind_s')} s, torchft fp32 {r.get('torchft_s')} s"
+            others = f"hivemind fp16 {r.get('hivemind_s')} s, torchft fp32 {r.get('torchft_s')} s, star fp32 {r.get('star_s')} s"
             rows.append(
                 (
                     f"{name}, {r['num_peers']} peers x {r['num_params'] / 1e6:.1f} M",
@@ -72,6 +73,10 @@ def table(results: dict[str, dict[str, Any]]) -> list[tuple[str, str, str]]:
                     others,
                 )
             )
+        elif name == "downlink":
+            few, many = r["rows"][0], r["rows"][-1]
+            what = f"{many['num_holders']} holders against {few['num_holders']}, anchors equal: {few['anchors_equal'] and many['anchors_equal']}"
+            rows.append(("bytes down per peer and round", f"{r['ratio']}x", what))
         elif name.startswith("control"):
             rows.append(
                 (f"{name}, {r['num_peers']} peers", f"p50 {r['p50_ms']} ms, p95 {r['p95_ms']} ms", f"{r['cpu_s_per_round']} CPU-s a round")
