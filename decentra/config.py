@@ -188,6 +188,11 @@ class CodecSpec(_Frozen):
 class PlacementSpec(_Frozen):
     holders: int = Field(2, ge=1, le=1024, description="wanted number of holders of every expert")
     experts_per_peer: int = Field(4, ge=1, le=4096)
+    adopt_s: float = Field(
+        120.0,
+        gt=0,
+        description="an expert without a present holder for this long is given to whoever trains fewest, beyond experts_per_peer",
+    )
     mode: Literal["mirror"] = "mirror"
 
 

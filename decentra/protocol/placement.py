@@ -43,6 +43,20 @@ def place(peer: PeerId, count: int, num_experts: int, present: Placement) -> tup
     return tuple(sorted(chosen))
 
 
+def adopted(orphans: Sequence[int], present: Placement) -> dict[PeerId, tuple[int, ...]]:
+    """Who trains which experts once every orphan has one holder more: it goes to whoever trains fewest, among equals by rendezvous score.
+
+    Only the peers that change. Nothing where nobody is present.
+    """
+    changed: dict[PeerId, tuple[int, ...]] = {}
+    for expert in sorted(orphans):
+        now = {**present, **changed}
+        if now:
+            peer = min(now, key=lambda p: (len(now[p]), rendezvous(p, str(expert))))
+            changed[peer] = tuple(sorted({*now[peer], expert}))
+    return changed
+
+
 def coverage(num_experts: int, present: Placement) -> tuple[int, ...]:
     """Number of present holders of each expert."""
     return tuple(sum(e in experts for experts in present.values()) for e in range(num_experts))

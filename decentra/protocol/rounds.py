@@ -47,6 +47,7 @@ class Member:
     role: Role
     name: str
     experts: tuple[int, ...] = ()
+    insists: bool = False  # on its experts or their number: it is given no others
     addresses: tuple[str, ...] = ()
     nonce: str = ""
     heard_at: float = 0.0
@@ -114,6 +115,7 @@ class RoundBook:
     stopping: str | None = None
     last_rounds: dict[FragmentId, int] = field(default_factory=dict)  # while stopping: no round after this number is opened
     is_over: bool = False
+    orphaned_at: dict[int, float] = field(default_factory=dict)  # experts that no present member trains, and since when
     swarm_version: int = 0
 
     @staticmethod
@@ -210,6 +212,7 @@ class RoundBook:
             case Tick(wall_s):
                 self._check_stop(wall_s, effects)
                 self._suspect_silent(now, effects)
+                self._adopt_orphans(now, effects)
             case Hello():
                 self._greet(event, now, effects)
             case Goodbye(peer, why):
@@ -314,6 +317,7 @@ class RoundBook:
             nonce=hello.nonce,
             addresses=hello.addresses,
             experts=experts,
+            insists=hello.experts is not None or hello.num_experts is not None,
             heard_at=now,
             has_greeted=True,
             is_live=True,
@@ -332,10 +336,25 @@ class RoundBook:
         if hello.experts is not None:
             return placement.check_experts(hello.experts, num_experts)
         count = min(num_experts, self.manifest.placement.experts_per_peer if hello.num_experts is None else hello.num_experts)
-        if len(member.experts) == count:
-            return member.experts  # sticky: optimizer state lives with the peer
+        if len(member.experts) == count or (hello.num_experts is None and len(member.experts) > count):
+            return member.experts  # sticky: optimizer state lives with the peer, and what it adopted stays with it
         present = {m.peer: m.experts for m in self.members.values() if m.is_live and m.peer != hello.peer}
         return placement.place(hello.peer, count, num_experts, present)
+
+    def _adopt_orphans(self, now: float, effects: list[Effect]) -> None:
+        """An expert whose holders are gone for ``adopt_s`` gets another one; who comes back keeps it, too."""
+        if self.stopping is not None:
+            return
+        present = {m.peer: m for m in self.members.values() if m.is_live and m.has_greeted and m.role is Role.TRAINER}
+        held = {e for m in present.values() for e in m.experts}
+        self.orphaned_at = {e: self.orphaned_at.get(e, now) for e in range(self.manifest.model.num_experts) if e not in held}
+        due = [e for e, since in self.orphaned_at.items() if now >= since + self.manifest.placement.adopt_s]
+        willing = {p: m.experts for p, m in present.items() if not m.insists}
+        for peer, experts in placement.adopted(due, willing).items():
+            self.members[peer] = replace(self.members[peer], experts=experts)
+            effects.append(Write(ledger.Placed(peer, experts)))
+            self._swarm_changed(effects)
+            effects.extend(ViewChanged(f) for f in sorted(self.fragments) if expert_of(module_of_fragment(f)) in due)
 
     def _hold(self, holding: Holding, effects: list[Effect]) -> None:
         book = self.fragments.get(holding.fragment)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from protocol_world import PEERS, attestation, digest, manifest, offer, receipt
 
-from decentra.config import AdmissionSpec, StopSpec
+from decentra.config import AdmissionSpec, PlacementSpec, StopSpec
 from decentra.errors import ConfigError, IntegrityError, Refused
 from decentra.ids import FragmentId, PeerId, RunId
 from decentra.protocol import ledger
@@ -21,6 +21,7 @@ from decentra.protocol.rounds import Detached, Effect, Revoke, RoundBook, Stop, 
 A, B, C, D, E = PEERS
 TRUNK, EXPERT_0 = FragmentId("trunk/0"), FragmentId("expert.0/0")
 TOKEN = "token-1"
+GENESIS_OF_FOUR = ("expert.0/0", "expert.1/0", "expert.2/0", "expert.3/0", "trunk/0")
 
 
 class House:
@@ -234,6 +235,51 @@ def test_placement_spreads_sticks_and_gives_way_to_wishes() -> None:
     assert house.book.members[A].experts == (0, 1)
     assert dict(house.book.coverage()) in ({0: 2, 1: 1}, {0: 1, 1: 2})
     assert house.restored().members[A].experts == (0, 1)
+
+
+def stay(house: House, *peers: PeerId, seconds: float) -> list[Effect]:
+    """Time passes while these peers speak and the others do not."""
+    effects: list[Effect] = []
+    for _ in range(int(seconds / 2)):
+        for peer in peers:
+            house.handle(Heartbeat(peer, 1, Counters()))
+        effects += house.handle(Tick(0.0), wait_s=2)
+    return effects
+
+
+def test_an_expert_whose_holders_are_gone_gets_another_one_and_its_old_holder_keeps_it() -> None:
+    house = House(placement=PlacementSpec(holders=2, experts_per_peer=1, adopt_s=30))
+    house.enter(A)
+    house.enter(B)
+    (orphan,), (mine,) = house.book.members[A].experts, house.book.members[B].experts
+    house.handle(Goodbye(A, "off"))
+    stay(house, B, seconds=28)
+    assert house.book.members[B].experts == (mine,), "it may come back"
+    effects = stay(house, B, seconds=6)
+    assert house.book.members[B].experts == (0, 1)
+    assert SwarmChanged() in effects
+    assert ledger.Placed(B, (0, 1)) in house.records
+    assert house.restored().members[B].experts == (0, 1)
+    house.enter(A)
+    assert house.book.members[A].experts == (orphan,)
+    house.enter(B)
+    assert house.book.members[B].experts == (0, 1), "a new stream of the adopter changes nothing"
+
+
+def test_orphans_are_spread_and_wishes_are_respected() -> None:
+    house = House(num_experts=4, placement=PlacementSpec(holders=1, experts_per_peer=1, adopt_s=10), genesis=GENESIS_OF_FOUR)
+    house.enter(A, experts=(0,))
+    house.enter(B)
+    house.enter(C)
+    stay(house, A, B, C, seconds=20)
+    assert house.book.members[A].experts == (0,), "it asked for this one"
+    assert sorted(house.book.members[B].experts + house.book.members[C].experts) == [1, 2, 3]
+    assert all(house.book.coverage()[e] == 1 for e in range(4))
+    house.handle(Stop("over"))
+    house.handle(Goodbye(B, "off"))
+    before = house.book.members[C].experts
+    stay(house, A, C, seconds=20)
+    assert house.book.members[C].experts == before, "a run that ends adopts nothing"
 
 
 def test_a_trainer_follows_what_it_does_not_train() -> None:
