@@ -41,15 +41,12 @@ class RateControl:
 
     def __post_init__(self) -> None:
         self.rungs = allowed(self.spec.name, self.spec.sparsest or self.spec.name)
+        if self.has_choice:  # nobody knows the link yet, and what an earlier process left in residuals must come out slowly
+            self.pace = Pace(len(self.rungs) - 1, why="begins sparse")
 
     @property
     def has_choice(self) -> bool:
         return len(self.rungs) > 1
-
-    def resumed(self) -> None:
-        """The process is new but residuals are not: what they hold must come out slowly, so start at the sparse end."""
-        if self.has_choice:
-            self.pace = Pace(len(self.rungs) - 1, why="the peer was started again")
 
     def codec(self, fragment: FragmentId, now: float) -> str:
         """The codec of this fragment's next packet; called once per encode."""

@@ -126,10 +126,6 @@ class Replica:
         return None if self.account is None else self.account.anchor_digest
 
     @property
-    def has_residual(self) -> bool:
-        return self.account is not None and bool(self.account.residual_N.any())
-
-    @property
     def place(self) -> tuple[str, int] | None:
         """Where this fragment stands: (anchor digest, round of the pending packet or 0)."""
         if self.account is None:

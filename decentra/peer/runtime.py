@@ -172,8 +172,6 @@ class PeerRuntime:
                 codec=functools.partial(self._codec, fragment.id),
             )  # fmt: skip
             await replica.load()
-            if replica.has_residual:
-                self.rate.resumed()
             self.replicas[fragment.id] = replica
             if self._restored.get(fragment.id) == (place := replica.place) and place is not None:
                 pass  # the checkpoint's live weights belong to this very anchor and packet: nothing trained since is lost

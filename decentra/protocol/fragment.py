@@ -21,6 +21,8 @@ NUM_HISTORY = 256
 NUM_ARRIVALS = 20
 NUM_REDUCERS = 2
 NUM_MERGES_MISSED = 2  # in a row: then the residual is given up, since nobody seems to have it
+MAX_PATIENCE = 6
+CUT_SHORT = 1.5  # a round that its cut-off ended would have taken so many times as long
 IDLE_PATIENCE = 5  # times the roll-back time while nobody present trains the fragment
 
 
@@ -68,6 +70,7 @@ class FragmentBook:
     history: tuple[tuple[Digest, int], ...] = ()  # (anchor, height), oldest first
     recent: tuple[Outcome, ...] = ()
     arrivals_s: tuple[float, ...] = ()
+    patience: int = 0  # how often the gathering time is doubled: somebody present was not ready when it was over
     idle_since: float = 0.0
     orphan_since: float | None = None
     version: int = 0
@@ -144,7 +147,8 @@ def tick(book: FragmentBook, present: Present, now: float, rules: Rules, timing:
         book = replace(book, orphan_since=None)
     if not may_open or not ready.holders or not _is_gathered(book, ready, present, now, timing):
         return book, ()
-    return _open(book, ready, now, timing)
+    patience = _patience(book, ready, present, now, timing)
+    return _open(replace(book, patience=patience), ready, now, timing)
 
 
 def next_deadline(book: FragmentBook, present: Present, rules: Rules, timing: Timing) -> float | None:
@@ -154,7 +158,7 @@ def next_deadline(book: FragmentBook, present: Present, rules: Rules, timing: Ti
     if book.orphan_since is not None:
         return book.orphan_since + timing.rollback_s
     if book.ready(present).holders:
-        return book.idle_since + timing.gather_s
+        return book.idle_since + _gather_s(book, timing)
     return None
 
 
@@ -234,8 +238,8 @@ def _advance(book: FragmentBook, event: rounds.RoundEvent, now: float, rules: Ru
             case rounds.DidSettle(settlement):
                 out.append(Write(ledger.Settled(settlement)))
                 if was_open:
-                    arrived = (*book.arrivals_s, now - after.opened_at)[-NUM_ARRIVALS:]
-                    book = replace(book, arrivals_s=arrived)
+                    took_s = (now - after.opened_at) * (CUT_SHORT if after.due - {e.peer for e in settlement.entries} else 1.0)
+                    book = replace(book, arrivals_s=(*book.arrivals_s, took_s)[-NUM_ARRIVALS:])
             case rounds.DidConfirm(anchor, attestations, thin, why):
                 attesters, proofs = tuple(a.peer for a in attestations), tuple(a.proof for a in attestations)
                 height = after.height + 1
@@ -313,7 +317,21 @@ def _expected(book: FragmentBook, present: Present) -> frozenset[PeerId]:
 
 
 def _is_gathered(book: FragmentBook, ready: Present, present: Present, now: float, timing: Timing) -> bool:
-    return _expected(book, present) <= ready.roster or now >= book.idle_since + timing.gather_s
+    return _expected(book, present) <= ready.roster or now >= book.idle_since + _gather_s(book, timing)
+
+
+def _gather_s(book: FragmentBook, timing: Timing) -> float:
+    """How long the next opening waits for who is expected: longer each time it was too short, at most as long as a round."""
+    return max(timing.gather_s, min(timing.gather_s * (1 << book.patience), timing.cut_off_s))
+
+
+def _patience(book: FragmentBook, ready: Present, present: Present, now: float, timing: Timing) -> int:
+    if book.round is None:
+        return book.patience  # who comes to the first round has no anchor to be late with
+    if _expected(book, present) - ready.roster:
+        return min(MAX_PATIENCE, book.patience + 1)
+    was_quick = now - book.idle_since < _gather_s(book, timing) / 4
+    return max(0, book.patience - was_quick)
 
 
 def _open(book: FragmentBook, ready: Present, now: float, timing: Timing) -> Step:

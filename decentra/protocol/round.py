@@ -84,6 +84,11 @@ class Round:
         return 1 if len(self.holders) == 1 else max(2, (len(self.holders) + 1) // 2)
 
     @property
+    def due(self) -> frozenset[PeerId]:
+        """Holders whose offers the round waits for."""
+        return self.holders - self.suspects - self.abstained
+
+    @property
     def live_reducers(self) -> tuple[PeerId, ...]:
         """The reducers while all of them are here: one alone proves nothing."""
         return () if self.suspects & set(self.reducers) else self.reducers
@@ -182,7 +187,7 @@ def next_deadline(round_: Round, rules: Rules) -> float | None:
 def waits_for(round_: Round) -> str:
     """Why the round is not further, in words."""
     if round_.phase is Phase.OPEN:
-        due = _due(round_)
+        due = round_.due
         if missing := due - {o.peer for o in round_.offers}:
             return f"waits for offers of {_names(missing)} ({len(round_.offers)} of {len(due)} in)"
         sound = {o.peer for o in round_.sound_offers()}
@@ -198,10 +203,6 @@ def waits_for(round_: Round) -> str:
 
 def _names(peers: Iterable[PeerId]) -> str:
     return ", ".join(sorted(short(p) for p in peers))
-
-
-def _due(round_: Round) -> frozenset[PeerId]:
-    return round_.holders - round_.suspects - round_.abstained
 
 
 def _take(round_: Round, event: RoundEvent) -> tuple[Round, tuple[RoundEffect, ...]]:
@@ -287,7 +288,7 @@ def _decide(round_: Round, now: float, rules: Rules) -> tuple[Round, tuple[Round
 
 
 def _decide_open(round_: Round, now: float, rules: Rules) -> tuple[Round, tuple[RoundEffect, ...]]:
-    due, sound = _due(round_), round_.sound_offers()
+    due, sound = round_.due, round_.sound_offers()
     if sound and due <= {o.peer for o in sound}:
         return _settle(round_, now, rules, sound, f"all {len(sound)} due offers are in")
     present = round_.roster - round_.suspects

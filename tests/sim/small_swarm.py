@@ -112,7 +112,7 @@ def _plain_book(book: FragmentBook) -> FragmentBook:
     )  # fmt: skip
     orphan = None if book.orphan_since is None else 0.0
     return replace(
-        book, round=_plain_round(book.round), recent=recent, arrivals_s=(), idle_since=0.0, orphan_since=orphan, version=0, tally=Tally()
+        book, round=_plain_round(book.round), recent=recent, arrivals_s=(), patience=0, idle_since=0.0, orphan_since=orphan, version=0, tally=Tally()
     )  # fmt: skip
 
 

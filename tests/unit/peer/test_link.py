@@ -36,6 +36,13 @@ def offer(number: int, fragment: FragmentId = TRUNK) -> Offer:
     return Offer(fragment, number, ME, Digest("0" * 64), PACKET, 1000, 10, 1, ONE_BITS)
 
 
+def at_ease() -> RateControl:
+    """After enough calm rounds: at the dense end."""
+    rate = control()
+    assert rounds(rate, [1.0] * 8, first=-7) == ["topk16", "topk32", "topk64", "topk128", "topk256", "int4", "int8", "int8"]
+    return rate
+
+
 def rounds(rate: RateControl, takes_s: list[float], first: int = 1) -> list[str]:
     """Rounds of 20 s; a majority of the others has the packet after ``takes_s``."""
     codecs = []
@@ -50,7 +57,7 @@ def rounds(rate: RateControl, takes_s: list[float], first: int = 1) -> list[str]
 
 
 def test_a_fast_link_stays_dense_a_slow_one_gets_sparse_and_finds_back() -> None:
-    rate = control()
+    rate = at_ease()
     assert rounds(rate, [1.0] * 6) == ["int8"] * 6
     assert rounds(rate, [15.0] * 8, first=7)[1:] == ["int4", "topk256", "topk128", "topk64", "topk32", "topk16", "topk16"]
     assert rounds(rate, [0.5] * 8, first=15)[-1] == "int8"
@@ -58,13 +65,13 @@ def test_a_fast_link_stays_dense_a_slow_one_gets_sparse_and_finds_back() -> None
 
 
 def test_two_seconds_of_latency_are_no_slow_link() -> None:
-    rate = control()
+    rate = at_ease()
     rounds(rate, [15.0], first=1)
     assert rounds(rate, [2.0] * 6, first=2)[-1] == "int8"
 
 
 def test_one_member_without_a_receipt_proves_nothing() -> None:
-    rate = control()
+    rate = at_ease()
     for number in range(1, 8):
         rate.codec(TRUNK, ROUND_S * number)
         rate.encoded(offer(number), ROUND_S * number)
@@ -74,7 +81,7 @@ def test_one_member_without_a_receipt_proves_nothing() -> None:
 
 
 def test_a_missed_round_counts_and_an_outage_does_not() -> None:
-    rate = control()
+    rate = at_ease()
     rounds(rate, [1.0] * 3)
     rate.encoded(offer(4), 80.0)
     rate.saw(view(4, phase=Phase.SETTLED, settled=(A,)), 99.0)
@@ -88,7 +95,7 @@ def test_a_missed_round_counts_and_an_outage_does_not() -> None:
 
 
 def test_a_round_that_went_by_unseen_is_closed() -> None:
-    rate = control()
+    rate = at_ease()
     rate.codec(TRUNK, 0.0)
     rate.encoded(offer(1), 0.0)
     rate.saw(view(2), 30.0)
@@ -98,7 +105,7 @@ def test_a_round_that_went_by_unseen_is_closed() -> None:
 
 
 def test_fragments_in_flight_together_are_judged_one_by_one() -> None:
-    rate = control()
+    rate = at_ease()
     rounds(rate, [1.0, 1.0])
     for fragment in (TRUNK, EXPERT):
         rate.codec(fragment, 60.0)
@@ -108,20 +115,13 @@ def test_fragments_in_flight_together_are_judged_one_by_one() -> None:
     assert rate.codec(TRUNK, 80.0) == "int4"
 
 
-def test_after_a_restart_residuals_come_out_slowly() -> None:
-    rate = control()
-    rate.resumed()
-    assert rounds(rate, [0.5] * 8) == ["topk16", "topk32", "topk64", "topk128", "topk256", "int4", "int8", "int8"]
-
-
 def test_one_codec_needs_no_choice_and_no_words() -> None:
     rate = control(sparsest=None)
-    rate.resumed()
     assert rounds(rate, [19.0] * 5) == ["int8"] * 5
     assert rate.why == ""
 
 
 def test_the_owners_limit_is_obeyed_from_the_first_packet() -> None:
     rate = control(up="10kbit")
-    assert rounds(rate, [0.1] * 3) == ["topk16", "topk256", "topk256"]
+    assert rounds(rate, [0.1] * 8) == ["topk16", "topk32", "topk64", "topk128", *["topk256"] * 4]
     assert "limit of 0.01 Mbit/s" in rate.why

@@ -102,6 +102,29 @@ def test_the_first_round_waits_for_all_then_for_the_gathering_time() -> None:
     assert (d.book.active.holders, d.book.active.keepers) == ({A, B}, {C})
 
 
+def test_who_is_late_is_waited_for_longer_the_next_time() -> None:
+    """A slow line that needs more than the gathering time must not be left behind for ever."""
+    d = desk((A, B))
+    d.hold(A, B)
+    waits = []
+    for number in range(1, 5):
+        assert d.book.active is not None
+        for peer, other in ((A, B), (B, A)):
+            d.hear(offer(peer, number, base=d.book.anchor), receipt(other, peer, number))
+        d.book = replace(d.book, holdings={A: d.book.anchor, B: d.book.anchor})
+        anchor = digest(f"anchor {number}")
+        d.present = Present(frozenset((A, B)), frozenset((C,)))
+        d.hear(attestation(A, anchor, number))
+        d.take(books.hear(d.book, attestation(B, anchor, number), d.now, RULES))
+        d.book = replace(d.book, holdings={A: anchor, B: BASE if number == 1 else d.book.history[-1][0]})  # B is still at it
+        start = d.now
+        while d.book.active is None:
+            d.tick(0.5)
+        waits.append(d.now - start)
+        d.book = replace(d.book, round=replace(d.book.round, holders=frozenset((A, B))))
+    assert waits == [2.0, 4.0, 8.0, 10.0], "up to the time of a round"
+
+
 def test_a_follower_is_in_no_roster_and_nobody_waits_for_it() -> None:
     d = desk((A,), (C,), (D,))
     d.hold(A, C)
