@@ -100,7 +100,7 @@ class HivemindExchange:
         await asyncio.to_thread(self._store.put, digest, data)
 
     async def read(self, digest: Digest) -> bytes | None:
-        return await asyncio.to_thread(self._store.read, digest)
+        return await asyncio.to_thread(self._store.read, digest) if self._store.has(digest) else None
 
     async def has(self, digest: Digest) -> bool:
         return self._store.has(digest)
@@ -236,7 +236,7 @@ class HivemindExchange:
 
     async def _upload(self, remote: PeerId, request: Request, writer: asyncio.StreamWriter) -> None:
         try:
-            blob = await asyncio.to_thread(self._store.open, request.digest)
+            blob, block = await asyncio.to_thread(self._begin, request)
         except OSError as error:
             await self._answer(writer, Reply(Status.FAILED, reason=f"the disk of {short(self._node.peer_id)} fails: {error.strerror}"))
             return
@@ -247,22 +247,29 @@ class HivemindExchange:
             if request.offset > blob.num_bytes:
                 await self._answer(writer, Reply(Status.OFFSET, reason=f"offset {request.offset} is past its end at {blob.num_bytes}"))
                 return
-            writer.write(pack_reply(Reply(Status.OK, blob.num_bytes)))
-            await self._send(remote, blob, request.offset, writer)
+            await self._send(remote, blob, request.offset, block, writer)
 
-    async def _send(self, remote: PeerId, blob: BlobReader, offset: int, writer: asyncio.StreamWriter) -> None:
-        traffic = self._traffic(remote)
-        while block := await asyncio.to_thread(blob.read_at, offset, READ_AHEAD_BYTES):
+    def _begin(self, request: Request) -> tuple[BlobReader | None, bytes]:
+        """The blob and its first block from the offset on, in one visit to a thread."""
+        blob = self._store.open(request.digest)
+        return blob, b"" if blob is None else blob.read_at(request.offset, READ_AHEAD_BYTES)
+
+    async def _send(self, remote: PeerId, blob: BlobReader, offset: int, block: bytes, writer: asyncio.StreamWriter) -> None:
+        """The reply and the blob from ``offset``; the reply travels with the first bytes."""
+        traffic, head, step = self._traffic(remote), pack_reply(Reply(Status.OK, blob.num_bytes)), self._pacer.chunk_bytes
+        while block:
             offset += len(block)
-            step = self._pacer.chunk_bytes
             for start in range(0, len(block), step):
                 chunk = block[start : start + step]
                 await self._pacer.take(len(chunk))
-                writer.write(chunk)
+                writer.write(head + chunk)
+                head = b""
                 async with asyncio.timeout(self._limits.idle_s):
                     await writer.drain()
                 traffic.tx_bytes += len(chunk)
                 await asyncio.sleep(0)  # a fast stream must not starve heartbeats
+            block = await asyncio.to_thread(blob.read_at, offset, READ_AHEAD_BYTES) if offset < blob.num_bytes else b""
+        writer.write(head)
         async with asyncio.timeout(self._limits.idle_s):
             await writer.drain()
 

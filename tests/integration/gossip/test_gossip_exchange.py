@@ -183,7 +183,7 @@ def test_an_unreachable_peer_is_remembered_until_it_comes_back(tmp_path: Path) -
             quiet = await w.node("quiet", listen=(), initial_peers=asking_node.addresses)
             serving = await w.exchange(quiet)
             await serving.put(DIGEST, DATA)
-            asking._unreachable_until[quiet.peer_id] = time.monotonic() + 1000
+            asking._dialer._unreachable_until[quiet.peer_id] = time.monotonic() + 1000
             assert await fetch(asking, quiet, DIGEST) == DATA
 
     asyncio.run(main())

@@ -106,7 +106,7 @@ def test_a_killed_daemon_comes_back_with_its_port_handlers_and_records(tmp_path:
                 try:
                     return await fetch(asking, first, digest) == data
                 except Unreachable:
-                    asking._unreachable_until.clear()
+                    asking._dialer._unreachable_until.clear()
                     return False
 
             await eventually(is_served, 20, "the blob is served again")
