@@ -274,7 +274,9 @@ class PeerConfig(_Frozen):
 
     @model_validator(mode="after")
     def _check(self) -> PeerConfig:
-        _ = self.up_bytes_per_s, self.cap_bytes_per_day  # they raise
+        _ = self.cap_bytes_per_day  # it raises
+        if self.up_bytes_per_s is not None and self.up_bytes_per_s < MIN_UP_BYTES_PER_S:
+            raise ValueError(f"up: expected at least {MIN_UP_BYTES_PER_S * 8 / 1e3:g}kbit; with less no transfer ends in time")
         return self
 
     @property
@@ -286,6 +288,7 @@ class PeerConfig(_Frozen):
         return None if self.cap is None else _measure(self.cap, _BYTES_PER_DAY, "cap", "20GB/day")
 
 
+MIN_UP_BYTES_PER_S = 1_000
 _BITS_PER_S = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
 _BYTES_PER_DAY = {"mb/day": 1e6, "gb/day": 1e9, "tb/day": 1e12, "mb/hour": 24e6, "gb/hour": 24e9}
 

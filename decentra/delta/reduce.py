@@ -10,13 +10,19 @@ import torch
 from torch import Tensor
 
 from decentra.bits import Buffer
-from decentra.delta.anchor import AnchorState, decode_anchor, encode_anchor
+from decentra.delta.anchor import AnchorState, decode_anchor, encode_anchor, max_anchor_bytes
 from decentra.delta.packet import decode_packet, encode_packet
-from decentra.errors import IntegrityError, RejectedPayload
+from decentra.delta.raw import FLOAT_BYTES
+from decentra.errors import IntegrityError, RejectedPayload, TrainingError
 from decentra.ids import MERGED
 from decentra.modules import Fragment
 
 # N elements of a fragment
+
+
+def max_residual_bytes(fragment: Fragment) -> int:
+    """Size of a residual's blob: an anchor without momentum."""
+    return max_anchor_bytes(fragment) - FLOAT_BYTES * fragment.num_elements
 
 
 def reduce_packets(fragment: Fragment, merged_N: Tensor, residual: Buffer | None, codec_name: str, round: int) -> tuple[bytes, bytes]:
@@ -31,5 +37,5 @@ def reduce_packets(fragment: Fragment, merged_N: Tensor, residual: Buffer | None
         packet = encode_packet(fragment, raw_N, codec_name, peer=MERGED, round=round)
         left_N = decode_packet(packet, fragment, peer="self").subtracted_from(raw_N)
         return packet, encode_anchor(fragment, AnchorState(left_N))
-    except RejectedPayload as error:
-        raise IntegrityError(f"the packets of {fragment.id} cannot be merged: {error.detail}") from None
+    except (RejectedPayload, TrainingError) as error:
+        raise IntegrityError(f"the packets of {fragment.id} cannot be merged: {getattr(error, 'detail', error)}") from None

@@ -43,6 +43,7 @@ class Dialer:
         self._kept: dict[PeerId, list[tuple[float, Stream]]] = {}
         self._unreachable_until: dict[PeerId, float] = {}
         self._reached_until: dict[PeerId, float] = {}
+        self._is_closed = False
 
     async def open(self, peer: PeerId, addresses: Sequence[str]) -> Stream:
         """A kept stream, else a new one. Raises Unreachable."""
@@ -63,13 +64,14 @@ class Dialer:
         """The stream is in step with the other end and free."""
         self._sweep()
         kept = self._kept.setdefault(peer, [])
-        if len(kept) >= self._num_kept or stream.writer.is_closing() or stream.reader.at_eof():
+        if self._is_closed or len(kept) >= self._num_kept or stream.writer.is_closing() or stream.reader.at_eof():
             stream.abort()
             return
         kept.append((time.monotonic() + self._times.keep_s, Stream(stream.reader, stream.writer, was_kept=True)))
 
     def close(self) -> None:
-        """End the streams that wait; those in use are their users'."""
+        """End the streams that wait, and those in use when they are given back."""
+        self._is_closed = True
         for kept in self._kept.values():
             for _, stream in kept:
                 stream.abort()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ class ExchangeLimits:
 
     num_uploads: int = 8
     num_uploads_per_peer: int = 4
+    num_streams_per_peer: int = 32
     num_waiting: int = 64  # requests that wait for a slot, all peers together
     slot_s: float = 10.0  # they wait this long
     idle_s: float = 20.0  # longest silence on an open stream
@@ -76,6 +78,7 @@ class HivemindExchange:
         self._slots = asyncio.Semaphore(limits.num_uploads)
         self._peer_slots: dict[PeerId, tuple[asyncio.Semaphore, int]] = {}  # with the number of those who hold or want one
         self._num_waiting = 0
+        self._num_streams: Counter[PeerId] = Counter()
         times = DialTimes(limits.connect_s, limits.reached_s, limits.unreachable_s, limits.keep_s)
         self._dialer = Dialer(node, self._protocol, times, num_kept=limits.num_uploads_per_peer)
 
@@ -209,8 +212,17 @@ class HivemindExchange:
 
     async def _serve(self, remote: PeerId, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """One request after another on the same stream, until the asker closes it or is silent."""
-        while await self._serve_one(remote, reader, writer):
-            pass
+        self._num_streams[remote] += 1
+        try:
+            if self._num_streams[remote] > self._limits.num_streams_per_peer:
+                await self._answer(writer, Reply(Status.BUSY, reason=f"more than {self._limits.num_streams_per_peer} streams are open"))
+                return
+            while await self._serve_one(remote, reader, writer):
+                pass
+        finally:
+            self._num_streams[remote] -= 1
+            if not self._num_streams[remote]:
+                del self._num_streams[remote]
 
     async def _serve_one(self, remote: PeerId, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
         """True when another request may follow."""
@@ -247,15 +259,16 @@ class HivemindExchange:
             if request.offset > blob.num_bytes:
                 await self._answer(writer, Reply(Status.OFFSET, reason=f"offset {request.offset} is past its end at {blob.num_bytes}"))
                 return
-            await self._send(remote, blob, request.offset, block, writer)
+            if not await self._send(remote, blob, request.offset, block, writer):
+                writer.transport.abort()  # the file is shorter than it was: nothing more comes, and the other end must not wait for it
 
     def _begin(self, request: Request) -> tuple[BlobReader | None, bytes]:
         """The blob and its first block from the offset on, in one visit to a thread."""
         blob = self._store.open(request.digest)
         return blob, b"" if blob is None else blob.read_at(request.offset, READ_AHEAD_BYTES)
 
-    async def _send(self, remote: PeerId, blob: BlobReader, offset: int, block: bytes, writer: asyncio.StreamWriter) -> None:
-        """The reply and the blob from ``offset``; the reply travels with the first bytes."""
+    async def _send(self, remote: PeerId, blob: BlobReader, offset: int, block: bytes, writer: asyncio.StreamWriter) -> bool:
+        """The reply and the blob from ``offset``; the reply travels with the first bytes. False when it ended early."""
         traffic, head, step = self._traffic(remote), pack_reply(Reply(Status.OK, blob.num_bytes)), self._pacer.chunk_bytes
         while block:
             offset += len(block)
@@ -272,6 +285,7 @@ class HivemindExchange:
         writer.write(head)
         async with asyncio.timeout(self._limits.idle_s):
             await writer.drain()
+        return offset == blob.num_bytes
 
     async def _answer(self, writer: asyncio.StreamWriter, reply: Reply) -> None:
         writer.write(pack_reply(reply))

@@ -68,7 +68,7 @@ class IntList(_message.Message):
     def __init__(self, items: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Hello(_message.Message):
-    __slots__ = ("peer", "role", "name", "nonce", "addresses", "experts", "num_experts", "holdings")
+    __slots__ = ("peer", "role", "name", "nonce", "addresses", "experts", "num_experts", "holdings", "may_reduce")
     PEER_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
@@ -77,6 +77,7 @@ class Hello(_message.Message):
     EXPERTS_FIELD_NUMBER: _ClassVar[int]
     NUM_EXPERTS_FIELD_NUMBER: _ClassVar[int]
     HOLDINGS_FIELD_NUMBER: _ClassVar[int]
+    MAY_REDUCE_FIELD_NUMBER: _ClassVar[int]
     peer: str
     role: Role
     name: str
@@ -85,7 +86,8 @@ class Hello(_message.Message):
     experts: IntList
     num_experts: int
     holdings: _containers.RepeatedCompositeFieldContainer[Holding]
-    def __init__(self, peer: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., name: _Optional[str] = ..., nonce: _Optional[str] = ..., addresses: _Optional[_Iterable[str]] = ..., experts: _Optional[_Union[IntList, _Mapping]] = ..., num_experts: _Optional[int] = ..., holdings: _Optional[_Iterable[_Union[Holding, _Mapping]]] = ...) -> None: ...
+    may_reduce: bool
+    def __init__(self, peer: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., name: _Optional[str] = ..., nonce: _Optional[str] = ..., addresses: _Optional[_Iterable[str]] = ..., experts: _Optional[_Union[IntList, _Mapping]] = ..., num_experts: _Optional[int] = ..., holdings: _Optional[_Iterable[_Union[Holding, _Mapping]]] = ..., may_reduce: bool = ...) -> None: ...
 
 class Offer(_message.Message):
     __slots__ = ("fragment", "round", "peer", "base", "packet", "num_bytes", "num_tokens", "num_steps", "norm_bits", "proof")
@@ -126,20 +128,22 @@ class Receipt(_message.Message):
     def __init__(self, fragment: _Optional[str] = ..., round: _Optional[int] = ..., peer: _Optional[str] = ..., sender: _Optional[str] = ..., packet: _Optional[bytes] = ...) -> None: ...
 
 class Merge(_message.Message):
-    __slots__ = ("fragment", "round", "peer", "packet", "num_bytes", "residual")
+    __slots__ = ("fragment", "round", "peer", "packet", "num_bytes", "residual", "proof")
     FRAGMENT_FIELD_NUMBER: _ClassVar[int]
     ROUND_FIELD_NUMBER: _ClassVar[int]
     PEER_FIELD_NUMBER: _ClassVar[int]
     PACKET_FIELD_NUMBER: _ClassVar[int]
     NUM_BYTES_FIELD_NUMBER: _ClassVar[int]
     RESIDUAL_FIELD_NUMBER: _ClassVar[int]
+    PROOF_FIELD_NUMBER: _ClassVar[int]
     fragment: str
     round: int
     peer: str
     packet: bytes
     num_bytes: int
     residual: bytes
-    def __init__(self, fragment: _Optional[str] = ..., round: _Optional[int] = ..., peer: _Optional[str] = ..., packet: _Optional[bytes] = ..., num_bytes: _Optional[int] = ..., residual: _Optional[bytes] = ...) -> None: ...
+    proof: bytes
+    def __init__(self, fragment: _Optional[str] = ..., round: _Optional[int] = ..., peer: _Optional[str] = ..., packet: _Optional[bytes] = ..., num_bytes: _Optional[int] = ..., residual: _Optional[bytes] = ..., proof: _Optional[bytes] = ...) -> None: ...
 
 class Abstention(_message.Message):
     __slots__ = ("fragment", "round", "peer", "why")
@@ -266,7 +270,7 @@ class Merged(_message.Message):
     def __init__(self, packet: _Optional[bytes] = ..., num_bytes: _Optional[int] = ..., residual: _Optional[bytes] = ...) -> None: ...
 
 class Settlement(_message.Message):
-    __slots__ = ("fragment", "round", "height", "base", "entries", "lr_bits", "momentum_bits", "why", "reducers", "residual", "merged")
+    __slots__ = ("fragment", "round", "height", "base", "entries", "lr_bits", "momentum_bits", "why", "reducers", "residual", "merged", "failed")
     FRAGMENT_FIELD_NUMBER: _ClassVar[int]
     ROUND_FIELD_NUMBER: _ClassVar[int]
     HEIGHT_FIELD_NUMBER: _ClassVar[int]
@@ -278,6 +282,7 @@ class Settlement(_message.Message):
     REDUCERS_FIELD_NUMBER: _ClassVar[int]
     RESIDUAL_FIELD_NUMBER: _ClassVar[int]
     MERGED_FIELD_NUMBER: _ClassVar[int]
+    FAILED_FIELD_NUMBER: _ClassVar[int]
     fragment: str
     round: int
     height: int
@@ -289,7 +294,8 @@ class Settlement(_message.Message):
     reducers: _containers.RepeatedScalarFieldContainer[str]
     residual: bytes
     merged: Merged
-    def __init__(self, fragment: _Optional[str] = ..., round: _Optional[int] = ..., height: _Optional[int] = ..., base: _Optional[bytes] = ..., entries: _Optional[_Iterable[_Union[Entry, _Mapping]]] = ..., lr_bits: _Optional[int] = ..., momentum_bits: _Optional[int] = ..., why: _Optional[str] = ..., reducers: _Optional[_Iterable[str]] = ..., residual: _Optional[bytes] = ..., merged: _Optional[_Union[Merged, _Mapping]] = ...) -> None: ...
+    failed: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, fragment: _Optional[str] = ..., round: _Optional[int] = ..., height: _Optional[int] = ..., base: _Optional[bytes] = ..., entries: _Optional[_Iterable[_Union[Entry, _Mapping]]] = ..., lr_bits: _Optional[int] = ..., momentum_bits: _Optional[int] = ..., why: _Optional[str] = ..., reducers: _Optional[_Iterable[str]] = ..., residual: _Optional[bytes] = ..., merged: _Optional[_Union[Merged, _Mapping]] = ..., failed: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Outcome(_message.Message):
     __slots__ = ("round", "phase", "why", "settlement", "anchor", "thin")
@@ -330,7 +336,7 @@ class Tally(_message.Message):
     def __init__(self, num_confirmed: _Optional[int] = ..., num_thin: _Optional[int] = ..., num_abandoned: _Optional[int] = ..., num_void: _Optional[int] = ..., num_tokens: _Optional[int] = ...) -> None: ...
 
 class FragmentView(_message.Message):
-    __slots__ = ("fragment", "version", "height", "anchor", "round", "phase", "why", "holders", "keepers", "quorum", "cut_off_in_s", "offers", "receipts", "settlement", "attesters", "ready", "recent", "tally", "reducers")
+    __slots__ = ("fragment", "version", "height", "anchor", "round", "phase", "why", "holders", "keepers", "quorum", "cut_off_in_s", "offers", "receipts", "settlement", "attesters", "ready", "recent", "tally", "reducers", "residual")
     FRAGMENT_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     HEIGHT_FIELD_NUMBER: _ClassVar[int]
@@ -350,6 +356,7 @@ class FragmentView(_message.Message):
     RECENT_FIELD_NUMBER: _ClassVar[int]
     TALLY_FIELD_NUMBER: _ClassVar[int]
     REDUCERS_FIELD_NUMBER: _ClassVar[int]
+    RESIDUAL_FIELD_NUMBER: _ClassVar[int]
     fragment: str
     version: int
     height: int
@@ -369,7 +376,8 @@ class FragmentView(_message.Message):
     recent: _containers.RepeatedCompositeFieldContainer[Outcome]
     tally: Tally
     reducers: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, fragment: _Optional[str] = ..., version: _Optional[int] = ..., height: _Optional[int] = ..., anchor: _Optional[bytes] = ..., round: _Optional[int] = ..., phase: _Optional[_Union[Phase, str]] = ..., why: _Optional[str] = ..., holders: _Optional[_Iterable[str]] = ..., keepers: _Optional[_Iterable[str]] = ..., quorum: _Optional[int] = ..., cut_off_in_s: _Optional[float] = ..., offers: _Optional[_Iterable[_Union[Offer, _Mapping]]] = ..., receipts: _Optional[_Union[Receipts, _Mapping]] = ..., settlement: _Optional[_Union[Settlement, _Mapping]] = ..., attesters: _Optional[_Iterable[str]] = ..., ready: _Optional[_Iterable[str]] = ..., recent: _Optional[_Iterable[_Union[Outcome, _Mapping]]] = ..., tally: _Optional[_Union[Tally, _Mapping]] = ..., reducers: _Optional[_Iterable[str]] = ...) -> None: ...
+    residual: bytes
+    def __init__(self, fragment: _Optional[str] = ..., version: _Optional[int] = ..., height: _Optional[int] = ..., anchor: _Optional[bytes] = ..., round: _Optional[int] = ..., phase: _Optional[_Union[Phase, str]] = ..., why: _Optional[str] = ..., holders: _Optional[_Iterable[str]] = ..., keepers: _Optional[_Iterable[str]] = ..., quorum: _Optional[int] = ..., cut_off_in_s: _Optional[float] = ..., offers: _Optional[_Iterable[_Union[Offer, _Mapping]]] = ..., receipts: _Optional[_Union[Receipts, _Mapping]] = ..., settlement: _Optional[_Union[Settlement, _Mapping]] = ..., attesters: _Optional[_Iterable[str]] = ..., ready: _Optional[_Iterable[str]] = ..., recent: _Optional[_Iterable[_Union[Outcome, _Mapping]]] = ..., tally: _Optional[_Union[Tally, _Mapping]] = ..., reducers: _Optional[_Iterable[str]] = ..., residual: _Optional[bytes] = ...) -> None: ...
 
 class MemberView(_message.Message):
     __slots__ = ("peer", "name", "role", "is_live", "addresses", "experts", "counters")

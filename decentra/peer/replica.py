@@ -17,7 +17,7 @@ from torch import Tensor
 from decentra.bits import ONE_BITS, bits_float
 from decentra.config import Manifest
 from decentra.delta.account import Account, Pending, account_from_record, anchor_of_record, record_parts
-from decentra.delta.aggregate import aggregate
+from decentra.delta.aggregate import aggregate, checked_clip
 from decentra.delta.anchor import AnchorState, anchor_digest, decode_anchor, encode_anchor
 from decentra.delta.decoded import Decoded
 from decentra.delta.merge import merge
@@ -75,6 +75,7 @@ class Note:
     seq: int
     clip_bits: int = ONE_BITS  # applied: float32 bits of what the packet was multiplied with
     kept: tuple[tuple[int, tuple[Digest, ...]], ...] = ()  # (round, blobs)
+    residuals: tuple[Digest, ...] = ()  # a reducer's
 
 
 @dataclass
@@ -97,7 +98,7 @@ class Replica:
     _tokens_at_encode: int = 0
     _tokens_before: int = 0
     _screened: dict[Digest, Decoded] = field(default_factory=dict)  # sparse ones of the current round
-    _merge_residuals: tuple[Digest, ...] = ()  # of the newest merge: what it began with and what it left
+    _merge_residuals: tuple[Digest, ...] = ()  # of the newest merge: what it began with and what it left; pinned
     _usual_norm: float | None = None  # of the packets sent since the start
     _kept: dict[int, tuple[Digest, ...]] = field(default_factory=dict)
 
@@ -111,6 +112,7 @@ class Replica:
         self._seq = record_seq if note is None else max(record_seq, note.seq)
         if note is not None:
             self._kept = dict(note.kept)
+            self._hold_residuals(note.residuals)
         if record is not None and (note is None or record_seq > note.seq):
             self.account = record
         elif note is not None:
@@ -209,15 +211,23 @@ class Replica:
             self._screened[digest] = delta  # small: kept until its round is applied, so that it is decoded once
         await self._hold_packet(number, digest, data)
 
-    async def reduce(self, settlement: Settlement, residual: bytes | None) -> Merge:
-        """Make one packet of the settled ones and of what earlier merges left out, and keep it for the others. ``residual``: its blob."""
+    async def keep_residual(self, digest: Digest, blob: bytes) -> None:
+        """Hold what earlier merges left out, verified by its digest. Raises RejectedPayload when it is no residual of this fragment."""
+        await self.compute.run(decode_anchor, self.fragment, blob)
+        await self.exchange.put(digest, blob)
+        self._hold_residuals((*self._merge_residuals[-1:], digest))
+
+    async def reduce(self, settlement: Settlement) -> Merge:
+        """Make one packet of the settled ones and of what earlier merges left out, and keep it for the others."""
         deltas = await self._deltas(settlement)
+        residual = None if settlement.residual is None else await self.exchange.read(settlement.residual)
+        if settlement.residual is not None and residual is None:
+            raise IntegrityError(f"residual {settlement.residual[:12]} of {self.fragment.id} is gone from this peer's store")
         packet, left = await self.compute.run(self._reduce, settlement, deltas, residual)
         digest, left_digest = await self.compute.run(digest_of, packet), await self.compute.run(digest_of, left)
         await self.exchange.put(left_digest, left)
         await self._hold_packet(settlement.round, digest, packet)
-        self._keep(settlement.round, (left_digest,))
-        self._merge_residuals = (*(() if settlement.residual is None else (settlement.residual,)), left_digest)
+        self._hold_residuals((*(() if settlement.residual is None else (settlement.residual,)), left_digest))
         return Merge(self.fragment.id, settlement.round, self.me, digest, len(packet), left_digest)
 
     async def apply(self, settlement: Settlement) -> Digest:
@@ -231,6 +241,7 @@ class Replica:
 
     async def commit(self, number: int, anchor: Digest, ending: Ending, clip_bits: int = ONE_BITS) -> None:
         """The tentative anchor is confirmed: close the account's pending packet, what was clipped off it comes home, and move live."""
+        checked_clip(self.me, clip_bits)  # before it is on disk
         account, state = self._account(), self._computed(anchor)
         self._keep(number, (*self._kept.get(number, ()), account.anchor_digest))
         self._seq += 1
@@ -333,10 +344,11 @@ class Replica:
         if settlement.base != account.anchor_digest:
             raise IntegrityError(f"settlement of {settlement.base[:12]}, this peer is at {account.anchor_digest[:12]}")
         outer = self.manifest.outer_of(self.fragment.id)
+        weights, clips = _scalars(settlement)
         if settlement.merged is not None:
             merged_N = aggregate(deltas, dict.fromkeys(deltas, ONE_BITS))
         else:
-            merged_N = merge(self.fragment, deltas, *_scalars(settlement), rule=outer.merge)
+            merged_N = merge(self.fragment, deltas, weights, clips, rule=outer.merge)
         state = outer_step(
             account.anchor_state,
             merged_N,
@@ -360,7 +372,7 @@ class Replica:
         await self.compute.run(lambda: write_atomic(self.disk, f"{self._file}.record", *record_parts(account)))
 
     async def _write_note(self, note: Note) -> None:
-        whole = replace(note, kept=tuple(sorted(self._kept.items())))
+        whole = replace(note, kept=tuple(sorted(self._kept.items())), residuals=self._merge_residuals)
         await self.compute.run(write_atomic, self.disk, f"{self._file}.note", canonical.to_bytes(whole))
 
     def _read_note(self) -> Note | None:
@@ -394,10 +406,14 @@ class Replica:
         pending = None if record is None else record.pending
         if record is None or pending is None or note.round != pending.round or note.ending not in (Ending.APPLIED, Ending.EXCLUDED):
             return Account(self.fragment, state, note.anchor)
-        if note.ending == Ending.APPLIED:
-            record.applied(state, note.anchor, note.clip_bits)
-        else:
-            record.excluded(state, note.anchor)
+        try:
+            if note.ending == Ending.APPLIED:
+                record.applied(state, note.anchor, note.clip_bits)
+            else:
+                record.excluded(state, note.anchor)
+        except RejectedPayload as error:
+            self.events.emit("damaged-file", file=f"{self._file}.note", why=str(error))
+            return None
         return record
 
     async def _stored_anchor(self, digest: Digest) -> AnchorState | None:
@@ -437,6 +453,16 @@ class Replica:
         self.exchange.pin(digest)
         self._keep(number, (*self._kept.get(number, ()), digest))
 
+    def _hold_residuals(self, digests: Sequence[Digest]) -> None:
+        """Pin these; those held before are dropped when their round is old."""
+        new = tuple(dict.fromkeys(digests))[-2:]
+        for digest in set(new) - set(self._merge_residuals):
+            self.exchange.pin(digest)
+        for digest in set(self._merge_residuals) - set(new):
+            self.exchange.unpin(digest)
+            self._keep(min(self._kept, default=0), (digest,))
+        self._merge_residuals = new
+
     def _keep(self, number: int, blobs: Sequence[Digest]) -> None:
         self._kept[number] = tuple(dict.fromkeys((*self._kept.get(number, ()), *blobs)))
 
@@ -455,7 +481,9 @@ class Replica:
 
 
 def _scalars(settlement: Settlement) -> tuple[dict[PeerId, int], dict[PeerId, int]]:
-    """(weight bits, clip bits) of every entry."""
+    """(weight bits, clip bits) of every entry. Raises RejectedPayload for a clip that is none."""
+    for entry in settlement.entries:
+        checked_clip(entry.peer, entry.clip_bits)
     return {e.peer: e.weight_bits for e in settlement.entries}, {e.peer: e.clip_bits for e in settlement.entries}
 
 

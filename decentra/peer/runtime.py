@@ -218,7 +218,8 @@ class PeerRuntime:
 
     def _hello(self) -> Hello:
         return Hello(
-            self.peer, Role(self.config.role), self.config.name, self.nonce, self.addresses(), self.config.experts, self.config.num_experts
+            self.peer, Role(self.config.role), self.config.name, self.nonce, self.addresses(), self.config.experts, self.config.num_experts,
+            may_reduce=not self.rate.limits.is_set,  # a reducer sends what it makes to everybody
         )  # fmt: skip
 
     def _resume_if_whole(self) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from decentra.delta.anchor import max_anchor_bytes
+from decentra.delta.reduce import max_residual_bytes
 from decentra.errors import DecentraError, Refused, RejectedPayload, TrainingError, Unreachable, VersionMismatch
 from decentra.ids import FragmentId, PeerId, short
 from decentra.peer.fetch import Fetcher
@@ -246,6 +247,9 @@ class PeerLoop:
             self._inbox.put_nowait(m.Encoded(offer))
 
     async def _fetch(self, effect: do.Fetch) -> None:
+        if effect.is_residual:
+            await self._fetch_residual(effect)
+            return
         try:
             self.replicas[effect.fragment].check_size(effect.num_bytes, effect.sender, effect.round)
         except RejectedPayload as error:
@@ -269,16 +273,24 @@ class PeerLoop:
         else:
             self._inbox.put_nowait(m.Fetched(effect.fragment, effect.packet))
 
+    async def _fetch_residual(self, effect: do.Fetch) -> None:
+        replica = self.replicas[effect.fragment]
+        try:
+            if not await self.exchange.has(effect.packet):
+                blob = await self.fetcher.fetch(effect.packet, max_residual_bytes(replica.fragment), effect.sources)
+                await replica.keep_residual(effect.packet, blob)
+        except (DecentraError, OSError) as error:
+            self._fetch_failed(effect, "fetch-failed", error)
+        else:
+            self._inbox.put_nowait(m.Fetched(effect.fragment, effect.packet))
+
     def _fetch_failed(self, effect: do.Fetch, event: str, error: Exception, *, is_bad: bool = False) -> None:
         self.events.emit(event, fragment=effect.fragment, round=effect.round, peer=short(effect.sender), why=str(error))
         self._inbox.put_nowait(m.FetchFailed(effect.fragment, effect.packet, is_bad))
 
     async def _reduce(self, effect: do.Reduce) -> None:
-        settlement, residual = effect.settlement, None
-        replica = self.replicas[settlement.fragment]
-        if settlement.residual is not None:
-            residual = await self.fetcher.fetch(settlement.residual, max_anchor_bytes(replica.fragment), effect.sources)
-        merge = await replica.reduce(settlement, residual)
+        settlement = effect.settlement
+        merge = await self.replicas[settlement.fragment].reduce(settlement)
         self.events.emit(
             "merged", fragment=merge.fragment, round=merge.round, num_offers=len(settlement.entries), num_bytes=merge.num_bytes
         )
@@ -335,7 +347,9 @@ class PeerLoop:
         hello = self.hello()
         held = {f: life.anchor for f, life in self.machine.lives.items() if life.anchor is not None}
         holdings = tuple(Holding(self.me.peer, f, a) for f, a in sorted(held.items()))
-        return Hello(hello.peer, hello.role, hello.name, hello.nonce, hello.addresses, hello.experts, hello.num_experts, holdings)
+        return Hello(
+            hello.peer, hello.role, hello.name, hello.nonce, hello.addresses, hello.experts, hello.num_experts, holdings, hello.may_reduce
+        )
 
     def _addresses(self, peer: PeerId) -> Sequence[str]:
         member = self.members.get(peer)

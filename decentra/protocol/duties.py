@@ -63,14 +63,14 @@ class Fetch:
     num_bytes: int
     sources: tuple[PeerId, ...]
     norm_bits: int | None  # that it has to have; None: nobody said
+    is_residual: bool = False  # what earlier merges left out, no packet
 
 
 @dataclass(frozen=True, slots=True)
 class Reduce:
-    """Make one packet of the settled ones; ``sources`` may have the residual it starts with, if there is one."""
+    """Make one packet of the settled ones and of the residual, if there is one; all of them are here."""
 
     settlement: Settlement
-    sources: tuple[PeerId, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,10 +271,13 @@ def _take_part(life: FragmentLife, view: FragmentView, me: Self, num_steps: int,
     elif me.peer in view.holders and view.round == life.sat_out:
         abstention = Abstention(life.fragment, view.round, me.peer, life.why_sat_out)
         life, effects = _say(life, ("abstain", str(view.round)), abstention)
+    if me.peer in view.reducers:
+        life, more = _fetch_residual(life, view, me, view.residual, now)
+        effects += more
     for offer in view.offers:
         if offer.base != life.anchor:
             continue
-        if me.peer in (view.reducers or (*view.holders, *view.keepers)):
+        if _fetches(view, me, offer):
             life, more = _fetch_from(life, view, me, offer.packet, offer.num_bytes, offer.norm_bits, view.round, offer.peer, (), now)
             effects += more
             is_vouched = offer.packet in life.packets and (offer.packet, offer.norm_bits) in life.norms
@@ -283,6 +286,17 @@ def _take_part(life: FragmentLife, view: FragmentView, me: Self, num_steps: int,
                 life, more = _say(life, ("receipt", f"{view.round} {offer.packet}"), receipt)
                 effects += more
     return life, effects
+
+
+def _fetches(view: FragmentView, me: Self, offer: Offer) -> bool:
+    """Reducers, if there are some, fetch all packets; a witness holds theirs, since they may not reach each other."""
+    if not view.reducers:
+        return me.peer in view.holders or me.peer in view.keepers
+    if me.peer in view.reducers:
+        return True
+    others = [p for p in (view.keepers or view.holders) if p not in view.reducers]
+    witness = min(others, key=lambda p: rendezvous(view.fragment, p), default=None)
+    return offer.peer in view.reducers and me.peer == witness
 
 
 def _offer(life: FragmentLife, view: FragmentView, me: Self, num_steps: int, now: float) -> Result:
@@ -321,10 +335,21 @@ def _merge(life: FragmentLife, view: FragmentView, settlement: Settlement, me: S
     if life.merge is not None and life.merge.round == settlement.round:
         return _say(life, ("merge", str(settlement.round)), life.merge)
     life, effects = _fetch_settled(life, view, settlement, me, now)
-    if not life.busy and settlement.base == life.anchor and life.packets.issuperset(settlement.packets):
-        sources = tuple(p for p in (*settlement.reducers, *_ordered(me, view.ready, life.fragment, settlement.base)) if p != me.peer)
-        return replace(life, busy="merge"), (*effects, Reduce(settlement, tuple(dict.fromkeys(sources))))
+    life, more = _fetch_residual(life, view, me, settlement.residual, now)
+    effects += more
+    needed = {*settlement.packets, *(() if settlement.residual is None else (settlement.residual,))}
+    if not life.busy and settlement.base == life.anchor and life.packets >= needed:
+        return replace(life, busy="merge"), (*effects, Reduce(settlement))
     return life, effects
+
+
+def _fetch_residual(life: FragmentLife, view: FragmentView, me: Self, residual: Digest | None, now: float) -> Result:
+    """A reducer gets it from whoever reduced before, while the round is still open."""
+    if residual is None or now < life.refetch_at or residual in life.packets | life.fetching | life.bad_packets:
+        return life, ()
+    sources = tuple(dict.fromkeys(p for p in (*view.reducers, *_ordered(me, view.ready, life.fragment, residual)) if p != me.peer))
+    fetch = Fetch(life.fragment, view.round, MERGED, residual, 0, sources, None, is_residual=True)
+    return replace(life, fetching=life.fetching | {residual}), (fetch,)
 
 
 def _fetch_settled(life: FragmentLife, view: FragmentView, settlement: Settlement, me: Self, now: float) -> Result:

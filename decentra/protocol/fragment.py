@@ -46,6 +46,7 @@ class Present:
     holders: frozenset[PeerId] = frozenset()
     keepers: frozenset[PeerId] = frozenset()
     followers: frozenset[PeerId] = frozenset()
+    limited: frozenset[PeerId] = frozenset()  # of these: not asked to reduce
 
     @property
     def roster(self) -> frozenset[PeerId]:
@@ -83,7 +84,7 @@ class FragmentBook:
     def ready(self, present: Present) -> Present:
         """Those present who hold the confirmed anchor."""
         has = frozenset(p for p, digest in self.holdings.items() if digest == self.anchor)
-        return Present(present.holders & has, present.keepers & has, present.followers & has)
+        return Present(present.holders & has, present.keepers & has, present.followers & has, present.limited)
 
     @property
     def active(self) -> Round | None:
@@ -187,7 +188,8 @@ def view(book: FragmentBook, present: Present, now: float, *, may_open: bool = T
     if active is None:
         return base
     return replace(
-        base, holders=tuple(sorted(active.holders)), keepers=tuple(sorted(active.keepers)), reducers=active.live_reducers, quorum=active.quorum,
+        base, holders=tuple(sorted(active.holders)), keepers=tuple(sorted(active.keepers)), reducers=active.live_reducers, residual=active.residual,
+        quorum=active.quorum,
         cut_off_in_s=round(active.cut_off_at - now, 3), offers=active.offers, receipts=tuple(sorted(active.receipts)),
         settlement=active.settlement, attesters=tuple(a.peer for a in active.attestations),
     )  # fmt: skip
@@ -235,8 +237,8 @@ def _advance(book: FragmentBook, event: rounds.RoundEvent, now: float, rules: Ru
         match effect:
             case Reject():
                 out.append(effect)
-            case rounds.DidSettle(settlement):
-                out.append(Write(ledger.Settled(settlement)))
+            case rounds.DidSettle(settlement, proofs):
+                out.append(Write(ledger.Settled(settlement, proofs)))
                 if was_open:
                     took_s = (now - after.opened_at) * (CUT_SHORT if after.due - {e.peer for e in settlement.entries} else 1.0)
                     book = replace(book, arrivals_s=(*book.arrivals_s, took_s)[-NUM_ARRIVALS:])
@@ -258,7 +260,7 @@ def _close(book: FragmentBook, now: float, anchor: Digest, height: int) -> Fragm
     assert over is not None
     is_confirmed = over.phase is Phase.CONFIRMED
     outcome = Outcome(over.number, over.phase, over.why, over.settlement if is_confirmed else None, over.anchor, over.thin)
-    book = _noted_merge(book, over) if is_confirmed and over.reducers else book
+    book = _noted_merge(book, over) if over.reducers else book
     return replace(
         book,
         anchor=anchor,
@@ -272,22 +274,33 @@ def _close(book: FragmentBook, now: float, anchor: Digest, height: int) -> Fragm
 
 
 def _noted_merge(book: FragmentBook, over: Round) -> FragmentBook:
-    """What a confirmed round with reducers means for the next one."""
-    assert over.settlement is not None
-    if (merged := over.settlement.merged) is not None:
-        return replace(book, residual=merged.residual, failed_reducers=frozenset(), num_merges_missed=0)
-    missed = book.num_merges_missed + 1
-    said = {m.peer for m in over.merges}
-    failed = frozenset(over.reducers) - said or frozenset(over.reducers)  # all of them where they disagreed
-    return replace(book, residual=None if missed >= NUM_MERGES_MISSED else book.residual, failed_reducers=failed, num_merges_missed=missed)
+    """What a round with reducers means for the next one; from what the ledger holds, so that a restarted service judges alike."""
+    settlement = over.settlement
+    if settlement is None:  # nobody got what it takes to settle
+        return replace(book, failed_reducers=frozenset(over.reducers))
+    if settlement.merged is None:
+        failed = frozenset(settlement.failed)
+        missed = book.num_merges_missed + (failed >= set(over.reducers))  # one of them merged: it has the residual
+        return replace(
+            book, residual=None if missed >= NUM_MERGES_MISSED else book.residual, failed_reducers=failed, num_merges_missed=missed
+        )  # fmt: skip
+    if over.phase is not Phase.CONFIRMED:
+        return book
+    return replace(book, residual=settlement.merged.residual, failed_reducers=frozenset(), num_merges_missed=0)
 
 
 def _pair(book: FragmentBook, ready: Present, timing: Timing) -> tuple[PeerId, ...]:
-    """Who merges the next round: the pair of the last one, as far as it is here and did its part; none where everybody may fetch everything."""
+    """Who merges the next round: the pair of the last one, as far as it is here and did its part; none where everybody may fetch everything.
+
+    Keepers come first: they can be reached, which two trainers behind routers cannot.
+    """
     if timing.reduce_from is None or len(ready.holders) < timing.reduce_from:
         return ()
-    kept = [p for p in book.reducers if p in ready.roster and p not in book.failed_reducers]
-    others = sorted(ready.roster - set(kept), key=lambda p: (p in book.failed_reducers, rendezvous(book.fragment, p)))
+    able = ready.roster - ready.limited
+    kept = [p for p in book.reducers if p in able and p not in book.failed_reducers]
+    if len(kept) == NUM_REDUCERS and able & ready.keepers and not ready.keepers & set(kept):
+        kept = kept[:1]  # a keeper has come
+    others = sorted(able - set(kept), key=lambda p: (p in book.failed_reducers, p not in ready.keepers, rendezvous(book.fragment, p)))
     pair = tuple(sorted([*kept, *others][:NUM_REDUCERS]))
     return pair if len(pair) == NUM_REDUCERS else ()
 

@@ -59,9 +59,10 @@ class Opened:
 
 @dataclass(frozen=True, slots=True)
 class Settled:
-    """Twice for a round with reducers; the second one stands."""
+    """Twice for a round with reducers; the second one stands. ``proofs``: their signed merges."""
 
     settlement: Settlement
+    proofs: tuple[bytes, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

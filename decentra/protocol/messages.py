@@ -53,6 +53,7 @@ class Hello:
     experts: tuple[int, ...] | None = None  # experts the peer insists on
     num_experts: int | None = None  # how many it can hold
     holdings: tuple[Holding, ...] = ()
+    may_reduce: bool = True  # false where its owner limits the uplink
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +93,7 @@ class Merge:
     packet: Digest
     num_bytes: int
     residual: Digest  # of what the packet left out, for the next merge
+    proof: bytes = field(default=b"", compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,6 +196,7 @@ class Settlement:
     reducers: tuple[PeerId, ...] = ()
     residual: Digest | None = None  # what earlier merges left out, which this one starts with; None: nothing
     merged: Merged | None = None
+    failed: tuple[PeerId, ...] = ()  # reducers that did not do their part: the reason for its second writing without them
 
     @property
     def is_final(self) -> bool:
@@ -252,6 +255,7 @@ class FragmentView:
     recent: tuple[Outcome, ...] = ()  # newest last
     tally: Tally = field(default_factory=Tally)
     reducers: tuple[PeerId, ...] = ()  # of the roster: they alone fetch the offered packets; none: everybody does
+    residual: Digest | None = None  # which their merge starts with
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,8 @@ The law of this file:
 
 - Only an offer for which another member of the roster has a receipt can be settled (a roster of one needs none).
 - A settlement is frozen and carries every scalar; nothing after it screens, clips or weighs. With reducers it is written twice: once for them, and
-  once with the packet both of them made of it, or without them (one died, was late, or they disagree): only the second is applied.
+  once with the packet both of them made of it, or without them (one died, was late, or they disagree): only the second is applied. A round that
+  lacks receipts at its cut-off goes on without reducers, too: everybody fetches then.
 - Confirmed: min(2, size of the roster at open) members attested the same digest. One attester is *thin*.
 - Suspicion removes a member from those waited for and never adds one; giving up is allowed at any time before settling (abandon) or confirming
   (void). Safety rests on every replica keeping its last confirmed anchor beside the tentative one.
@@ -67,6 +68,7 @@ class Round:
     reducers: tuple[PeerId, ...] = ()  # sorted; as the round opened
     residual: Digest | None = None  # which their merge starts with
     merges: tuple[Merge, ...] = ()
+    is_plain: bool = False  # the reducers are not counted on any more
     settlement: Settlement | None = None
     settled_at: float = 0.0
     attestations: tuple[Attestation, ...] = ()  # sorted by peer
@@ -91,7 +93,7 @@ class Round:
     @property
     def live_reducers(self) -> tuple[PeerId, ...]:
         """The reducers while all of them are here: one alone proves nothing."""
-        return () if self.suspects & set(self.reducers) else self.reducers
+        return () if self.is_plain or self.suspects & set(self.reducers) else self.reducers
 
     @property
     def is_merging(self) -> bool:
@@ -144,9 +146,10 @@ class Reject:
 
 @dataclass(frozen=True, slots=True)
 class DidSettle:
-    """Also once more, when its reducers have merged it or will not."""
+    """Also once more, when its reducers have merged it (``proofs``: their signed words) or will not."""
 
     settlement: Settlement
+    proofs: tuple[bytes, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +184,13 @@ def next_deadline(round_: Round, rules: Rules) -> float | None:
         return round_.cut_off_at
     if round_.is_merging:
         return round_.settled_at + rules.merge_s
-    return round_.settled_at + rules.attest_s if round_.is_active else None
+    return round_.settled_at + attest_s(round_, rules) if round_.is_active else None
+
+
+def attest_s(round_: Round, rules: Rules) -> float:
+    """How long a settled round waits for attestations: longer where everybody has to fetch first what only reducers have."""
+    has_to_fetch = bool(round_.reducers) and round_.settlement is not None and round_.settlement.merged is None
+    return rules.attest_s + (round_.cut_off_at - round_.opened_at if has_to_fetch else 0.0)
 
 
 def waits_for(round_: Round) -> str:
@@ -241,8 +250,6 @@ def _take_offer(round_: Round, offer: Offer) -> tuple[Round, tuple[RoundEffect, 
         return round_, (Reject(offer.peer, "malformed", what),)
     if not 0 <= offer.norm_bits < INFINITE_BITS:
         return round_, (Reject(offer.peer, "malformed", f"{offer.norm_bits:#x} are not the float32 bits of a norm"),)
-    if twin := next((o for o in round_.offers if o.packet == offer.packet), None):
-        return round_, (Reject(offer.peer, "copied", f"{short(twin.peer)} offered this very packet; a packet counts once"),)
     offers = tuple(sorted((*round_.offers, offer), key=lambda o: o.peer))
     return replace(round_, offers=offers, abstained=round_.abstained - {offer.peer}), ()
 
@@ -298,6 +305,10 @@ def _decide_open(round_: Round, now: float, rules: Rules) -> tuple[Round, tuple[
         return _give_up(round_, Phase.ABANDONED, "one member is left of the roster: nobody else can hold its packet")
     if now >= round_.cut_off_at and len(sound) >= round_.quorum:
         return _settle(round_, now, rules, sound, f"cut-off: {len(sound)} of {len(round_.holders)} offers, quorum {round_.quorum}")
+    if now >= round_.cut_off_at and round_.live_reducers:
+        return replace(
+            round_, is_plain=True
+        ), ()  # whoever is to hold the packets does not: everybody fetches them in the time that is left
     if now >= round_.cut_off_at + rules.grace_s:
         return _give_up(round_, Phase.ABANDONED, f"{len(sound)} offers at the deadline, quorum is {round_.quorum}")
     return round_, ()
@@ -337,18 +348,23 @@ def _decide_merging(round_: Round, now: float, rules: Rules) -> tuple[Round, tup
         return round_, ()
     said = {Merged(m.packet, m.num_bytes, m.residual) for m in round_.merges}
     silent = set(settlement.reducers) - {m.peer for m in round_.merges}
-    if gone := silent & round_.suspects:
-        why = f"reducer {_names(gone)} is gone"
+    failed = silent
+    if gone := {p for p in silent if p in round_.suspects}:
+        failed, why = gone, f"reducer {_names(gone)} is gone"
     elif len(said) > 1:
+        failed = set(settlement.reducers)
         why = f"reducers {_names(settlement.reducers)} made different packets"
     elif not silent:
         final = replace(settlement, merged=said.pop(), why=f"{settlement.why}; merged by {_names(settlement.reducers)}")
-        return replace(round_, settlement=final, settled_at=now), (DidSettle(final),)
+        proofs = tuple(m.proof for m in round_.merges)
+        return replace(round_, settlement=final, settled_at=now), (DidSettle(final, proofs),)
     elif now >= round_.settled_at + rules.merge_s:
         why = f"reducer {_names(silent)} merged nothing in {rules.merge_s:g} s"
     else:
         return round_, ()
-    final = replace(settlement, reducers=(), residual=None, why=f"{settlement.why}; {why}: everybody fetches every packet")
+    final = replace(
+        settlement, reducers=(), residual=None, failed=tuple(sorted(failed)), why=f"{settlement.why}; {why}: everybody fetches every packet"
+    )
     return replace(round_, settlement=final, settled_at=now), (DidSettle(final),)
 
 
@@ -356,7 +372,7 @@ def _decide_attesting(round_: Round, now: float, rules: Rules) -> tuple[Round, t
     needed = round_.num_attesters_needed
     votes = Counter(a.anchor for a in round_.attestations)
     for anchor, count in sorted(votes.items()):
-        if count >= needed:
+        if count >= needed and _is_witnessed(round_, anchor):
             agreeing = tuple(a for a in round_.attestations if a.anchor == anchor)
             why = f"{count} attested {anchor[:12]}"
             confirmed = replace(round_, phase=Phase.CONFIRMED, anchor=anchor, thin=count == 1, why=why)
@@ -366,9 +382,17 @@ def _decide_attesting(round_: Round, now: float, rules: Rules) -> tuple[Round, t
     if best + len(silent) < needed:
         why = "attesters disagree" if len(votes) > 1 else "too few members are left to attest"
         return _give_up(round_, Phase.VOID, f"{why}: {best} of {needed}")
-    if not round_.is_merging and now >= round_.settled_at + rules.attest_s:
-        return _give_up(round_, Phase.VOID, f"{best} of {needed} attested in {rules.attest_s:g} s")
+    if not round_.is_merging and now >= round_.settled_at + attest_s(round_, rules):
+        return _give_up(round_, Phase.VOID, f"{best} of {needed} attested in {attest_s(round_, rules):g} s")
     return round_, ()
+
+
+def _is_witnessed(round_: Round, anchor: Digest) -> bool:
+    """What two reducers made is confirmed with somebody else's word, as long as somebody else is here: they alone neither decide nor keep it."""
+    if round_.settlement is None or round_.settlement.merged is None:
+        return True
+    others = round_.roster - set(round_.reducers)
+    return any(a.anchor == anchor and a.peer in others for a in round_.attestations) or others <= round_.suspects
 
 
 def _give_up(round_: Round, phase: Phase, why: str) -> tuple[Round, tuple[RoundEffect, ...]]:

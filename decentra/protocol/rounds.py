@@ -48,6 +48,7 @@ class Member:
     name: str
     experts: tuple[int, ...] = ()
     insists: bool = False  # on its experts or their number: it is given no others
+    may_reduce: bool = True
     addresses: tuple[str, ...] = ()
     nonce: str = ""
     heard_at: float = 0.0
@@ -274,7 +275,8 @@ class RoundBook:
         live = [m for m in self.members.values() if m.is_live and m.has_greeted]
         trainers = frozenset(m.peer for m in live if m.role is Role.TRAINER)
         holders = frozenset(m.peer for m in live if m.peer in trainers and (expert is None or expert in m.experts))
-        return Present(holders, frozenset(m.peer for m in live if m.role is Role.KEEPER), trainers - holders)
+        limited = frozenset(m.peer for m in live if not m.may_reduce)
+        return Present(holders, frozenset(m.peer for m in live if m.role is Role.KEEPER), trainers - holders, limited)
 
     def _each(self, change: Callable[[FragmentBook], books.Step], effects: list[Effect]) -> None:
         for name in sorted(self.fragments):
@@ -317,6 +319,7 @@ class RoundBook:
             nonce=hello.nonce,
             addresses=hello.addresses,
             experts=experts,
+            may_reduce=hello.may_reduce,
             insists=hello.experts is not None or hello.num_experts is not None,
             heard_at=now,
             has_greeted=True,

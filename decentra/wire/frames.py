@@ -40,13 +40,13 @@ Fact = Hello | Offer | Receipt | Merge | Attestation
 
 def seal_fact(key: Keypair, run: RunId, fact: Fact, *, not_after_s: float = 0) -> bytes:
     """``fact`` signed by its peer. The proof field is never part of what is signed."""
-    bare = replace(fact, proof=b"") if isinstance(fact, Offer | Attestation) else fact
+    bare = replace(fact, proof=b"") if isinstance(fact, Offer | Merge | Attestation) else fact
     assert fact.peer == key.peer_id, f"a {SIGNED[type(fact)]} of {fact.peer} cannot be signed by {key.peer_id}"
     return seal(key, SIGNED[type(fact)], run, encode(bare), not_after_s=not_after_s)
 
 
 def open_fact(cls: type[Any], data: bytes, run: RunId, peer: PeerId | None, *, now_s: float | None = None) -> Any:
-    """A signed Hello, Offer, Receipt, Merge or Attestation, signed by the peer it names; Offer and Attestation keep ``data`` as proof.
+    """A signed Hello, Offer, Receipt, Merge or Attestation, signed by the peer it names; Offer, Merge and Attestation keep ``data`` as proof.
 
     ``peer``: who must have signed; None takes the signer. Raises RejectedPayload (reasons of ``open_sealed``).
     """
@@ -58,7 +58,7 @@ def open_fact(cls: type[Any], data: bytes, run: RunId, peer: PeerId | None, *, n
         raise malformed(error.detail, opened.peer) from None
     if fact.peer != opened.peer:
         raise RejectedPayload("signer", f"this {SIGNED[cls]} names {fact.peer} and is signed by {opened.peer}", peer=opened.peer)
-    return replace(fact, proof=data) if cls in (Offer, Attestation) else fact
+    return replace(fact, proof=data) if cls in (Offer, Merge, Attestation) else fact
 
 
 def member_frame(key: Keypair, run: RunId, message: MemberMessage, *, not_after_s: float = 0) -> bytes:

@@ -317,10 +317,8 @@ class Swarm:
                 if packet in me.packets or any(packet in self.members[i].packets for i in self._sources(state, sources)):
                     return m.Fetched(fragment, packet), (frozenset({packet}), nothing[1])
                 return m.FetchFailed(fragment, packet, False), nothing
-            case do.Reduce(settlement, sources):
-                residual, havers = settlement.residual, (me, *(self.members[i] for i in self._sources(state, sources)))
-                if residual is not None and not any(residual in member.packets for member in havers):
-                    return m.Failed(FRAGMENT, "nobody has the residual"), nothing
+            case do.Reduce(settlement):
+                assert settlement.residual is None or settlement.residual in me.packets
                 merge = merge_of(self.names[index], settlement)
                 return m.Reduced(merge), (frozenset({merge.packet, merge.residual}), nothing[1])
             case do.Apply(settlement):

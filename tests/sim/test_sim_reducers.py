@@ -10,6 +10,7 @@ import pytest
 from decentra.config import CodecName
 from decentra.ids import FragmentId
 from decentra.protocol import ledger
+from decentra.protocol.messages import Role
 from decentra.sim.loop import run_virtual
 from decentra.sim.scenario import Scenario
 from decentra.sim.world import World, simulate
@@ -40,6 +41,33 @@ def test_with_faults_everybody_still_agrees() -> None:
     """The checker looks at every anchor; some rounds are merged and some are not."""
     report = simulate(replace(CALM, num_faults=10, fault_s=40.0, reduce_from=3))
     assert report.num_confirmed > 10
+
+
+@pytest.mark.parametrize("has_keeper", [True, False])
+def test_trainers_that_cannot_reach_each_other_go_on(has_keeper: bool) -> None:
+    """Behind routers they exchange through the keeper; where there is none, two that reach nobody must not hold up the others for ever."""
+    world = World(replace(CALM, num_trainers=6, has_keeper=has_keeper, reduce_from=4))
+    trainers = [p for p, h in world.hosts.items() if h.role is Role.TRAINER]
+    hidden = trainers if has_keeper else trainers[:2]
+
+    async def story() -> None:
+        world.net.cut |= {frozenset({a, b}) for a in hidden for b in trainers if a != b}
+        world.start_service()
+        for host in world.hosts.values():
+            world.start(host)
+        async with asyncio.timeout(600):
+            while len(final_settlements(world)) < 8:  # noqa: ASYNC110
+                await asyncio.sleep(0.5)
+        for host in list(world.hosts.values()):
+            world._bury(host)
+        world.kill_service()
+
+    run_virtual(story())
+    assert not world.promises.broken
+    given_up = [r for r in world.promises.records if isinstance(r, ledger.GaveUp) and r.fragment == TRUNK]
+    assert len(given_up) <= (0 if has_keeper else 3)
+    if has_keeper:
+        assert any(s.settlement.merged for s in final_settlements(world).values())
 
 
 def test_a_dead_reducer_costs_a_deadline_and_no_round() -> None:

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 from protocol_world import BASE, FRAGMENT, PEERS, RULES, attestation, digest, merge, new_round, offer, packet_of, receipt
 
+from decentra.ids import PeerId
 from decentra.protocol import duties as do
 from decentra.protocol import fragment as books
 from decentra.protocol import ledger
@@ -45,39 +46,59 @@ def test_what_both_made_is_the_rounds_packet() -> None:
     assert next_deadline(round_, RULES) == 1.0 + RULES.merge_s
     early, effects = step(round_, attestation(A, ANCHOR), 1.5, RULES)
     assert [e.reason for e in effects if isinstance(e, Reject)] == ["early"]
-    round_, effects = step(early, merge(B), 2.0, RULES)
+    round_, effects = step(early, replace(merge(B), proof=b"said by B"), 2.0, RULES)
     assert effects == ()
     assert "merged packet of" in waits_for(round_)
-    round_, effects = step(round_, merge(C), 2.0, RULES)
+    round_, effects = step(round_, replace(merge(C), proof=b"said by C"), 2.0, RULES)
     final = settlement_of(round_)
-    assert effects == (DidSettle(final),)
+    assert effects == (DidSettle(final, (b"said by B", b"said by C")),)
     assert final.merged == Merged(merge(B).packet, 32, merge(B).residual)
     assert final.packets == (merge(B).packet,)
-    for peer in (A, B):
+    for peer in PAIR:
         round_, effects = step(round_, attestation(peer, ANCHOR), 3.0, RULES)
+    assert round_.phase is Phase.TENTATIVE, "the pair alone does not decide what it made"
+    lonely, _ = step(round_, Suspected(A), 3.0, RULES)
+    assert lonely.phase is Phase.CONFIRMED, "unless nobody else is here"
+    round_, effects = step(round_, attestation(A, ANCHOR), 3.0, RULES)
     assert round_.phase is Phase.CONFIRMED
 
 
 @pytest.mark.parametrize(
-    ("events", "now", "why"),
+    ("events", "now", "why", "failed"),
     [
-        ((merge(B), merge(C, variant=1)), 2.0, "different packets"),
-        ((merge(B), Suspected(C)), 2.0, "is gone"),
-        ((merge(B), Tick()), 1.0 + RULES.merge_s, "merged nothing"),
+        ((merge(B), merge(C, variant=1)), 2.0, "different packets", PAIR),
+        ((merge(B), Suspected(C)), 2.0, "is gone", (C,)),
+        ((Suspected(C),), 2.0, "is gone", (C,)),
+        ((merge(B), Tick()), 1.0 + RULES.merge_s, "merged nothing", (C,)),
+        ((Tick(),), 1.0 + RULES.merge_s, "merged nothing", PAIR),
     ],
 )
-def test_without_their_packet_everybody_fetches_all(events: tuple[object, ...], now: float, why: str) -> None:
+def test_without_their_packet_everybody_fetches_all(events: tuple[object, ...], now: float, why: str, failed: tuple[PeerId, ...]) -> None:
     round_, effects = settled(), list[object]()
     for event in events:
         round_, more = step(round_, event, now, RULES)  # type: ignore[arg-type]
         effects += more
     final = settlement_of(round_)
     assert effects == [DidSettle(final)]
-    assert (final.reducers, final.merged) == ((), None)
+    assert (final.reducers, final.merged, final.failed) == ((), None, failed)
     assert why in final.why
     assert final.packets == tuple(packet_of(p) for p in (A, B, C))
-    assert next_deadline(round_, RULES) == now + RULES.attest_s, "the time to attest begins anew"
+    assert next_deadline(round_, RULES) == now + RULES.attest_s + 10, "the time to attest begins anew, with time to fetch"
     assert step(round_, merge(C), now, RULES)[1] == (), "a late merge is no mistake"
+
+
+def test_reducers_that_give_no_receipts_lose_their_part_at_the_cut_off() -> None:
+    """They may not reach anybody: two machines behind routers."""
+    round_ = new_round(3, has_reducers=True)
+    for event in (offer(A), offer(B), offer(C)):
+        round_, _ = step(round_, event, 1.0, RULES)
+    assert round_.live_reducers == PAIR
+    round_, effects = step(round_, Tick(), 10.0, RULES)
+    assert (round_.phase, round_.live_reducers, effects) == (Phase.OPEN, (), ())
+    for event in (receipt(A, B), receipt(A, C), receipt(B, A)):
+        round_, _ = step(round_, event, 11.0, RULES)
+    assert settlement_of(round_).is_final
+    assert round_.phase is Phase.SETTLED
 
 
 def test_a_reducer_that_is_gone_at_settling_is_not_waited_for() -> None:
@@ -166,10 +187,42 @@ def test_a_reducer_that_failed_or_left_is_replaced_and_a_residual_nobody_merges_
     assert pair[1] not in third.reducers
     assert third.residual == merge(A, 1).residual, "the newcomer fetches it"
     b.finish(merged_by=())
+    assert b.open().residual == merge(A, 1).residual, "it may have been bad luck"
+    b.finish(merged_by=())
     assert b.open().residual is None, "twice in a row: nobody seems to have it"
     b.present = Present(b.present.holders - {third.reducers[0]})
     b.finish(merged_by=b.open().reducers)
     assert third.reducers[0] not in b.open().reducers
+
+
+def test_a_pair_that_nobody_hears_of_is_replaced_and_keepers_come_first() -> None:
+    b = Book()
+    first = b.open()
+    b.now = first.cut_off_at
+    for _ in range(2):
+        b.do(books.tick(b.book, b.present, b.now, RULES, TIMING, may_open=False))
+        b.now += RULES.grace_s
+    assert b.book.recent[-1].phase is Phase.ABANDONED
+    assert not set(b.open().reducers) & set(first.reducers)
+    b = Book()
+    b.finish(merged_by=b.open().reducers)
+    b.present = Present(b.present.holders, frozenset((E,)))
+    assert E in b.open().reducers, "it can be reached by all"
+    b = Book()
+    b.present = Present(b.present.holders, limited=frozenset(first.reducers))
+    assert not set(b.open().reducers) & set(first.reducers), "their owners limit the uplink"
+
+
+def test_a_restarted_service_judges_alike() -> None:
+    b = Book()
+    pair = b.open().reducers
+    b.finish(merged_by=pair)
+    b.finish(merged_by=pair[:1])
+    restored = FragmentBook(FRAGMENT, BASE)
+    for record in b.records:
+        restored = books.restore(restored, record, b.now, TIMING)
+    assert restored.failed_reducers == b.book.failed_reducers == {pair[1]}
+    assert (restored.residual, restored.num_merges_missed) == (b.book.residual, b.book.num_merges_missed)
 
 
 def test_few_holders_need_no_reducers() -> None:
@@ -189,8 +242,8 @@ def view(phase: Phase, **changes: object) -> FragmentView:
     return replace(base, **changes)  # type: ignore[arg-type]
 
 
-def machine(me: object) -> MemberMachine:
-    found = MemberMachine(Self(me, Role.TRAINER, 3), {FRAGMENT: FragmentLife(FRAGMENT, BASE, trains=True)})  # type: ignore[arg-type]
+def machine(me: PeerId) -> MemberMachine:
+    found = MemberMachine(Self(me, Role.TRAINER, 3), {FRAGMENT: FragmentLife(FRAGMENT, BASE, trains=True)})
     found.handle(m.Connected(), 0.0)
     return found
 
@@ -204,7 +257,9 @@ def in_view(round_: Round) -> FragmentView:
 
 
 def test_only_reducers_fetch_offered_packets() -> None:
-    assert of(machine(A).handle(m.Viewed(view(Phase.OPEN)), 0.0), do.Fetch) == []
+    others = [of(machine(p).handle(m.Viewed(view(Phase.OPEN)), 0.0), do.Fetch) for p in (A, D)]
+    assert sorted(map(len, others)) == [0, 2], "one witness holds the reducers' own packets: they may not reach each other"
+    assert {f.sender for fetched in others for f in fetched if isinstance(f, do.Fetch)} == set(PAIR)
     fetches = of(machine(B).handle(m.Viewed(view(Phase.OPEN)), 0.0), do.Fetch)
     assert {f.sender for f in fetches if isinstance(f, do.Fetch)} == {A, B, C, D}
     assert len(of(machine(A).handle(m.Viewed(view(Phase.OPEN, reducers=())), 0.0), do.Fetch)) == 4
@@ -217,9 +272,12 @@ def test_a_reducer_merges_says_so_and_applies_the_merged_packet() -> None:
         effects = reducer.handle(m.Fetched(FRAGMENT, packet_of(peer)), 0.0)
     assert {e.message.sender for e in of(effects, do.Say) if isinstance(e, do.Say) and isinstance(e.message, Receipt)} == {C}
     effects = reducer.handle(m.Viewed(in_view(round_)), 1.0)
-    (reduce,) = of(effects, do.Reduce)
-    assert isinstance(reduce, do.Reduce)
-    assert reduce.sources[0] == C, "the other reducer has the residual most likely"
+    assert of(effects, do.Reduce) == [], "what earlier merges left out is not here"
+    (fetch,) = of(effects, do.Fetch)
+    assert isinstance(fetch, do.Fetch)
+    assert (fetch.packet, fetch.is_residual, fetch.sources[0]) == (settlement_of(round_).residual, True, C)
+    effects = reducer.handle(m.Fetched(FRAGMENT, fetch.packet), 1.0)
+    assert of(effects, do.Reduce) == [do.Reduce(settlement_of(round_))]
     assert of(effects, do.Apply) == []
     assert do.Say(merge(B)) in reducer.handle(m.Reduced(merge(B)), 1.0)
     reducer.handle(m.Disconnected("cut"), 1.0)
@@ -228,6 +286,13 @@ def test_a_reducer_merges_says_so_and_applies_the_merged_packet() -> None:
     for event in (merge(B), merge(C)):
         round_, _ = step(round_, event, 1.0, RULES)
     assert of(reducer.handle(m.Viewed(in_view(round_)), 2.0), do.Apply) == [do.Apply(settlement_of(round_))]
+
+
+def test_a_residual_is_fetched_while_the_round_is_open_and_hinders_nothing() -> None:
+    reducer, residual = machine(B), digest("left 0 0")
+    effects = reducer.handle(m.Viewed(view(Phase.OPEN, residual=residual)), 0.0)
+    assert [f.packet for f in of(effects, do.Fetch) if isinstance(f, do.Fetch) and f.is_residual] == [residual]
+    assert reducer.lives[FRAGMENT].busy == ""
 
 
 def test_the_others_wait_for_the_merged_packet_and_fetch_nothing_else() -> None:

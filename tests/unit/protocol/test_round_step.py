@@ -112,7 +112,7 @@ def check_settlement_change(before: Round, after: Round) -> None:
         assert now == was, "a settlement is frozen"
         return
     assert now.is_final
-    assert replace(now, why=was.why, reducers=was.reducers, residual=was.residual, merged=None) == was
+    assert replace(now, why=was.why, reducers=was.reducers, residual=was.residual, merged=None, failed=()) == was
     assert now.why.startswith(was.why)
     if now.merged is not None:
         assert (now.reducers, now.residual) == (was.reducers, was.residual)
