@@ -62,8 +62,8 @@ class IntegrityError(DecentraError):
 class RejectedPayload(IntegrityError):
     """A foreign packet, record or message that was judged and refused.
 
-    ``reason`` is one short code: ``digest``, ``signature``, ``signer``, ``purpose``, ``run``, ``expired``, ``expiry``, ``size``, ``shape``,
-    ``codec``, ``not-finite``, ``norm``, ``rate`` or ``malformed``.
+    ``reason`` is one short code: ``digest``, ``signature``, ``signer``, ``purpose``, ``run``, ``expired``, ``expiry``, ``relabelled``,
+    ``replayed``, ``size``, ``shape``, ``codec``, ``not-finite``, ``norm``, ``rate`` or ``malformed``.
     """
 
     def __init__(self, reason: str, detail: str, *, peer: str = "?", round: int | None = None) -> None:
