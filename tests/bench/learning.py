@@ -118,7 +118,8 @@ def table(
         sem = statistics.stdev(losses) / len(losses) ** 0.5 if len(losses) > 1 else None
         rows.append(
             {
-                "method": method.name, "h": h, "seeds": list(seeds[: method.num_seeds]), "losses": losses, "loss_mean": statistics.fmean(losses), "loss_sem": sem,
+                "method": method.name, "h": h, "seeds": list(seeds[: method.num_seeds]), "losses": losses,
+                "loss_mean": statistics.fmean(losses), "loss_sem": sem,
                 "bytes_per_peer": statistics.fmean(f["bytes"] for f in found),
                 "bytes_ratio_to_ddp": ddp_bytes(_lab(common), found[0]["params"], steps) / b if (b := statistics.fmean(f["bytes"] for f in found)) else None,
             }
