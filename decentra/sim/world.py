@@ -6,7 +6,6 @@ Only adapters and the trainer are simulated; RoundBook, Driver, PeerLoop, Replic
 from __future__ import annotations
 
 import asyncio
-import gc
 import hashlib
 from collections.abc import Callable
 from contextlib import suppress
@@ -392,10 +391,4 @@ class World:
 def simulate(scenario: Scenario) -> Report:
     """Run one seed to its end. Raises Violation."""
     torch.set_num_threads(1)
-    was_collecting = gc.isenabled()
-    gc.disable()  # a story is short; collecting its cycles all the time costs a tenth of it
-    try:
-        return run_virtual(World(scenario).run())
-    finally:
-        if was_collecting:
-            gc.enable()
+    return run_virtual(World(scenario).run())

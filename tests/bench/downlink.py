@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import gc
 from collections.abc import Sequence
 from typing import Any
 
@@ -111,7 +110,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     args = arguments((__doc__ or "").splitlines()[0], argv, extra)
     torch.set_num_threads(1)
-    gc.disable()
     rows = [measure(int(n), layout_of_size(args.width), args.codec, args.merged) for n in args.holders.split(",")]
     ratio = rows[-1]["rx_bytes_per_peer_round"] / rows[0]["rx_bytes_per_peer_round"]
     show({"rows": rows, "ratio": ratio, "codec": args.codec, "merged": args.merged or args.codec, "machine": machine()}, args.json)
