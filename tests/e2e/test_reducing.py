@@ -26,7 +26,7 @@ def test_rounds_are_merged_and_every_peer_ends_with_the_same_anchors(tmp_path: P
         run = world.init("rounds.gather_s=30", *settings)
         host = world.host(run)
         invite = world.invite_of(host.start())
-        peers = [world.member("join", invite, f"peer-{i}", "--threads", "1", "--up", "50mbit").start() for i in range(3)]
+        peers = [world.member("join", invite, f"peer-{i}", "--threads", "1").start() for i in range(3)]
         world.wait_for("everybody trains", lambda: all(p.events("training") for p in peers))
         before = host.heights()
         world.wait_for("rounds of everything", lambda: all(h >= before.get(f, 0) + NUM_ROUNDS for f, h in host.heights().items()), 120)

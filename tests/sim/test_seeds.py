@@ -152,4 +152,6 @@ def test_a_restart_that_encodes_anew_is_found(monkeypatch: pytest.MonkeyPatch) -
             self.pending_offer = None
 
     monkeypatch.setattr(Replica, "load", load)
-    assert "two digests" in first_violation(max_delay_s=0.5, max_compute_s=1.0, num_faults=16, num_trainers=4)
+    assert "two digests" in first_violation(
+        max_delay_s=0.5, max_compute_s=1.0, num_faults=24, num_trainers=4, reduce_from=None, step_s=0.4, inner_steps=2
+    )  # many restarts, and rounds that are open for long

@@ -367,7 +367,7 @@ def test_unknown_versions(version: str, monkeypatch: pytest.MonkeyPatch) -> None
             monkeypatch.setattr(rpc, "metadata_of", lambda *_: tuple(papers if version else papers[1:]))
             attempts: list[Awaitable[Any]] = [client.status(), client.outcome(FRAGMENT, 1), client.ledger(), client.attend(hello())]
             for attempt in attempts:
-                with pytest.raises(VersionMismatch, match="protocol 1"):
+                with pytest.raises(VersionMismatch, match=f"protocol {limits.PROTOCOL_VERSION}"):
                     await attempt
             assert not w.door.mailboxes
 
