@@ -78,7 +78,7 @@ class FragmentBook:
     tally: Tally = field(default_factory=Tally)
     reducers: tuple[PeerId, ...] = ()  # of the newest round that had some
     residual: Digest | None = None  # of the newest confirmed merge
-    failed_reducers: frozenset[PeerId] = frozenset()  # of the newest round, when it was confirmed without its merge
+    failed_reducers: frozenset[PeerId] = frozenset()  # of the newest round with reducers: who did not do their part
     num_merges_missed: int = 0  # in a row
 
     def ready(self, present: Present) -> Present:

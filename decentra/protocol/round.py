@@ -306,9 +306,8 @@ def _decide_open(round_: Round, now: float, rules: Rules) -> tuple[Round, tuple[
     if now >= round_.cut_off_at and len(sound) >= round_.quorum:
         return _settle(round_, now, rules, sound, f"cut-off: {len(sound)} of {len(round_.holders)} offers, quorum {round_.quorum}")
     if now >= round_.cut_off_at and round_.live_reducers:
-        return replace(
-            round_, is_plain=True
-        ), ()  # whoever is to hold the packets does not: everybody fetches them in the time that is left
+        # whoever is to hold the packets does not: everybody fetches them in the time that is left
+        return replace(round_, is_plain=True), ()
     if now >= round_.cut_off_at + rules.grace_s:
         return _give_up(round_, Phase.ABANDONED, f"{len(sound)} offers at the deadline, quorum is {round_.quorum}")
     return round_, ()
