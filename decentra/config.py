@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from decentra.errors import ConfigError
-from decentra.ids import Digest, FragmentId, RunId, digest_of
+from decentra.ids import ROUTER, Digest, FragmentId, RunId, digest_of, module_of_fragment
 
 MAX_CONFIG_BYTES = 1 << 20
 
@@ -193,7 +193,10 @@ class PlacementSpec(_Frozen):
         gt=0,
         description="an expert without a present holder for this long is given to whoever trains fewest, beyond experts_per_peer",
     )
-    mode: Literal["mirror"] = "mirror"
+    mode: Literal["mirror", "held"] = Field(
+        "mirror",
+        description="mirror: every member has all experts in memory; held: only those it trains, unless it joins with --mode mirror",
+    )
 
 
 class AdmissionSpec(_Frozen):
@@ -244,6 +247,10 @@ class Manifest(_Frozen):
         """The outer optimizer of a fragment."""
         return self.outer_experts if self.outer_experts is not None and fragment.startswith("expert.") else self.outer
 
+    def merge_of(self, fragment: FragmentId) -> str:
+        """How a fragment's deltas become one: where members hold a part of the experts, the router is merged row by row."""
+        return "rows" if self.placement.mode == "held" and module_of_fragment(fragment) == ROUTER else self.outer_of(fragment).merge
+
     def run_id(self) -> RunId:
         return RunId(digest_of(self.canonical_bytes()))
 
@@ -258,6 +265,9 @@ class PeerConfig(_Frozen):
     threads: int = Field(1, ge=1, le=1024, description="torch threads of the trainer")
     experts: tuple[int, ...] | None = Field(None, description="experts this peer insists on; default: placed")
     num_experts: int | None = Field(None, ge=0, description="how many experts to hold; default: the manifest's")
+    mode: Literal["mirror", "held"] | None = Field(
+        None, description="mirror: all experts in memory; held: only those this peer trains; default: the run's"
+    )
     data: tuple[str, ...] = Field((), description="files or folders of text or JSONL; empty: embedded domains")
     domain: str | None = Field(None, description="embedded domain this peer trains on; default: all of them")
     shared_fraction: float | None = Field(None, ge=0, le=1, description="overrides the manifest's share of common text")

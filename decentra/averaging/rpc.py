@@ -75,6 +75,8 @@ def server_options(keepalive_s: float) -> list[tuple[str, Any]]:
         ("grpc.so_reuseport", 0),  # otherwise two services could share one port, each with half of the members
         ("grpc.max_concurrent_streams", MAX_STREAMS_PER_CONNECTION),
         ("grpc.http2.min_recv_ping_interval_without_data_ms", int(keepalive_s * 500)),
+        # A busy client's pings bunch up, those that measure bandwidth among them; the default ends its connection ("too_many_pings").
+        ("grpc.http2.max_ping_strikes", 0),
     ]
 
 

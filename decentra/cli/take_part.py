@@ -52,6 +52,9 @@ def join(
     state: DirOpt = None,
     experts: Annotated[str | None, typer.Option(help="experts to train, such as 0,3; default: placed where needed")] = None,
     num_experts: Annotated[int | None, typer.Option(min=0, help="how many experts to hold; default: the run's")] = None,
+    mode: Annotated[
+        str | None, typer.Option(help="mirror: all experts in memory; held: only those this peer trains; default: the run's")
+    ] = None,
     data: Annotated[list[Path] | None, typer.Option(help="text or JSONL file or folder; repeatable; default: embedded text")] = None,
     domain: Annotated[str | None, typer.Option(help="train on one embedded domain")] = None,
     shared_fraction: Annotated[float | None, typer.Option(help="share of common text; default: the run's")] = None,
@@ -77,8 +80,9 @@ def join(
 ) -> None:
     """Join a run and train. Ctrl-C leaves cleanly, a second Ctrl-C at once; joining again goes on where it stopped."""
     given = {
-        "name": name, "dir": state, "experts": _experts(experts), "num_experts": num_experts, "data": [str(d) for d in data or ()], "domain": domain,
-        "shared_fraction": shared_fraction, "device": device, "threads": threads, "listen": list(listen or ()), "announce": list(announce or ()),
+        "name": name, "dir": state, "experts": _experts(experts), "num_experts": num_experts, "mode": mode, "data": [str(d) for d in data or ()],
+        "domain": domain, "shared_fraction": shared_fraction, "device": device, "threads": threads,
+        "listen": list(listen or ()), "announce": list(announce or ()),
         "max_steps": max_steps, "up": up, "cap": cap, "model_code": model_code,
     }  # fmt: skip
     peer = _peer_config(config, given)

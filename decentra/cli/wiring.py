@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import os
 import time
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import platformdirs
+from torch import nn
 
 from decentra.averaging.client import AveragingClient
 from decentra.config import Manifest, PeerConfig, manifest_from_bytes
@@ -24,7 +26,8 @@ from decentra.gossip.node import GossipNode
 from decentra.identity import Keypair, load_or_create_key
 from decentra.ids import PeerId, RunId
 from decentra.invite import Invite, split_address
-from decentra.model.custom import layout_for, model_for
+from decentra.model.custom import Builder, layout_for, model_for
+from decentra.model.decoder import build_model
 from decentra.peer.compute import DeltaThread, SystemClock
 from decentra.peer.disk import RealDisk, write_atomic
 from decentra.peer.runtime import PeerRuntime, Ports
@@ -195,9 +198,14 @@ def member_runtime(door: Door, config: PeerConfig, root: Path, node: GossipNode,
     )  # fmt: skip
     if config.role == "trainer":
         build, _ = model_for(manifest, config.model_code)
-        runtime.make_model = lambda: build(manifest.model, manifest.seed)
+        runtime.make_model = functools.partial(_built, build, manifest)
         runtime.make_source = lambda: source_for(manifest, config, door.key.peer_id)
     return runtime
+
+
+def _built(build: Builder, manifest: Manifest, experts: Sequence[int] | None) -> nn.Module:
+    """The run's model with these experts, None: all; own code has no part of it before ``add_experts``."""
+    return build(manifest.model, manifest.seed) if experts is None else build_model(manifest.model, manifest.seed, experts)
 
 
 def check_local(config: PeerConfig) -> None:
@@ -220,6 +228,16 @@ def check_fit(config: PeerConfig, manifest: Manifest, peer: PeerId) -> None:
         check_experts(config.experts, num_experts)
     if config.num_experts is not None and config.num_experts > num_experts:
         raise ConfigError(f"num_experts {config.num_experts}: this run has {num_experts}")
+    mode = config.mode or manifest.placement.mode
+    if mode == "held" and manifest.placement.mode != "held":
+        raise ConfigError(
+            f"mode 'held': run '{manifest.name}' is of members that have all experts in memory (placement.mode = 'mirror'), and its router is"
+            " merged as theirs; leave out --mode, or ask the organiser for a run with placement.mode = 'held'"
+        )
+    if mode == "held" and (config.num_experts == 0 or config.experts == ()):
+        raise ConfigError("mode 'held' with no expert: a model without any cannot run; hold at least one, or join with --mode mirror")
+    if mode == "held" and manifest.model.code != "decoder":
+        raise ConfigError(f"mode 'held': the model of run '{manifest.name}' is its own code, which is held whole; join with --mode mirror")
     source_for(manifest, config, peer)
 
 

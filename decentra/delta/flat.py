@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -39,3 +39,10 @@ def scatter(flat_N: Tensor, fragment: Fragment) -> dict[str, Tensor]:
     """Views into ``flat_N`` [N], one per parameter, with the parameters' shapes. Writing to a view writes to ``flat_N``."""
     assert_fits(flat_N, fragment)
     return {slot.name: flat_N[slot.offset : slot.offset + slot.size].view(slot.shape) for slot in fragment.slots}
+
+
+def with_untouched(live_N: Tensor, anchor_N: Tensor, untouched: Sequence[slice]) -> Tensor:
+    """``live_N``, but the anchor where the peer trained nothing: what rounding left between the two there is no progress. Changes ``live_N``."""
+    for span in untouched:
+        live_N[span] = anchor_N[span]
+    return live_N

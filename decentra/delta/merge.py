@@ -37,12 +37,18 @@ def merge(fragment: Fragment, deltas: Mapping[PeerId, Decoded], weight_bits: Bit
     ``radial`` (radial-directional averaging of Decoupled DiLoCo, arXiv 2604.21428): a tensor's merged norm is the weighted mean of the peers'
     norms, its direction that of the weighted mean of their unit directions. So peers that disagree do not shorten the step, and a long delta does
     not outvote a short one; a clip shortens its peer's norm and leaves its direction. Embeddings and tensors of less than two dimensions are plain
-    means. Raises what ``aggregate`` does, and ConfigError for another rule.
+    means.
+
+    ``rows``: a row of a tensor is the mean over the peers that moved it; a row of zeros is no evidence and weighs nothing. It is the router's in
+    runs whose members hold a part of the experts: who lacks an expert leaves its row alone, and must not hold back who trains it. Where all
+    moved all rows it is the mean, bit for bit. Raises what ``aggregate`` does, and ConfigError for another rule.
     """
     if rule == "mean":
         return aggregate(deltas, weight_bits, clip_bits)
     if rule == "contributors":
         return _over_contributors(deltas, weight_bits, clip_bits)
+    if rule == "rows":
+        return _over_rows(fragment, deltas, weight_bits, clip_bits)
     if rule != "radial":
         raise ConfigError(f"outer.merge: expected 'mean', 'contributors' or 'radial', got {rule!r}")
     scalars = checked_scalars(deltas, weight_bits, clip_bits)
@@ -65,6 +71,25 @@ def _over_contributors(deltas: Mapping[PeerId, Decoded], weight_bits: Bits, clip
     for peer, (weight, _) in checked_scalars(deltas, weight_bits, clip_bits).items():
         deltas[peer].add_presence_to(share_N, weight)
     return torch.where(share_N > 0, torch.div(total_N, share_N), total_N)
+
+
+def _over_rows(fragment: Fragment, deltas: Mapping[PeerId, Decoded], weight_bits: Bits, clip_bits: Bits | None) -> Tensor:
+    """fp32 mul, add and div, and comparisons with zero, in the order of peer ids; a row nobody moved is zero."""
+    total_N = aggregate(deltas, weight_bits, clip_bits)
+    scalars = checked_scalars(deltas, weight_bits, clip_bits)
+    dense = {peer: deltas[peer].dense().numpy() for peer in scalars}
+    for slot in fragment.slots:
+        span = slice(slot.offset, slot.offset + slot.size)
+        num_rows = slot.shape[0] if len(slot.shape) >= 2 else 1
+        moved = {peer: (values_N[span].reshape(num_rows, -1) != 0).any(1) for peer, values_N in dense.items()}
+        if all(rows.all() for rows in moved.values()):
+            continue
+        share = np.zeros(num_rows, np.float32)
+        for peer, (weight, _) in scalars.items():
+            share += moved[peer] * np.float32(weight)
+        rows = total_N.numpy()[span].reshape(num_rows, -1)
+        rows[share > 0] /= share[share > 0, None]
+    return total_N
 
 
 def is_radial(slot: Slot) -> bool:

@@ -102,7 +102,8 @@ class _Body(nn.Module):
 class Decoder(nn.Module):
     """The decoder of ``spec`` with the experts in ``experts`` (None: all). Parameters are uninitialised; see ``build_model``.
 
-    Absent experts do not exist in memory; all router rows do, and the choice is made among present experts only. Raises ConfigError.
+    Absent experts do not exist in memory; all router rows do, and the choice is made among present experts only. With none it holds
+    weights but cannot run until ``add_experts``. Raises ConfigError.
     """
 
     def __init__(self, spec: ModelSpec, experts: Sequence[int] | None = None) -> None:
@@ -134,6 +135,21 @@ class Decoder(nn.Module):
     def loss(self, tokens_BT1: Tensor) -> LossOutput:
         """Training loss of int64 tokens [B, T + 1]; see ``output.loss_of``."""
         return loss_of(self, self.spec, tokens_BT1)
+
+    def add_experts(self, experts: Sequence[int]) -> list[str]:
+        """Make room for experts that are absent, on the model's device and filled with zeros. Returns the names of their parameters."""
+        new = sorted(set(_checked_experts(self.spec, experts)) - set(self.present))
+        device = self.model.embed_tokens.weight.device
+        for layer in self.model.layers:
+            assert isinstance(layer, Layer)
+            layer.mlp.add(new, device)
+        self.present = tuple(sorted({*self.present, *new}))
+        parts = tuple(f".experts.{expert}." for expert in new)
+        added = {name: parameter for name, parameter in self.named_parameters() if any(part in name for part in parts)}
+        with torch.no_grad():
+            for parameter in added.values():
+                parameter.zero_()
+        return list(added)
 
     def new_cache(self, batch_size: int, max_tokens: int) -> KeyValueCache:
         return KeyValueCache(self.spec, batch_size, max_tokens, self.lm_head.weight)
@@ -180,8 +196,8 @@ def _checked_experts(spec: ModelSpec, experts: Sequence[int] | None) -> tuple[in
     if experts is None:
         return tuple(range(spec.num_experts))
     present = tuple(sorted(set(experts)))
-    if not present or present[0] < 0 or present[-1] >= spec.num_experts:
-        raise ConfigError(f"expected at least one expert out of 0..{spec.num_experts - 1}, got {list(experts)}")
+    if present and (present[0] < 0 or present[-1] >= spec.num_experts):
+        raise ConfigError(f"expected experts out of 0..{spec.num_experts - 1}, got {list(experts)}")
     return present
 
 

@@ -56,9 +56,18 @@ class MoE(nn.Module):
         self.gate = Linear(spec.hidden_size, spec.num_experts)
         self.experts = nn.ModuleDict({str(e): Expert(spec) for e in present})
         self.present = tuple(present)
-        self.num_experts = spec.num_experts
-        self.num_chosen = min(spec.num_experts_per_token, len(present))
+        self.spec, self.num_experts = spec, spec.num_experts
         self.is_renormalised = spec.norm_topk_prob
+
+    @property
+    def num_chosen(self) -> int:
+        return min(self.spec.num_experts_per_token, len(self.present))
+
+    def add(self, experts: Sequence[int], device: torch.device) -> None:
+        """Room for experts that are absent; ``present`` and the dispatch stay in ascending order."""
+        known = {**dict(self.experts.items()), **{str(e): Expert(self.spec).to(device) for e in experts}}
+        self.present = tuple(sorted(int(e) for e in known))
+        self.experts = nn.ModuleDict({str(e): known[str(e)] for e in self.present})
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, RouterStats]:
         # router in fp32: top-k choices and the z-loss are sensitive to bf16 rounding

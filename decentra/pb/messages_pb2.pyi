@@ -68,7 +68,7 @@ class IntList(_message.Message):
     def __init__(self, items: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Hello(_message.Message):
-    __slots__ = ("peer", "role", "name", "nonce", "addresses", "experts", "num_experts", "holdings", "may_reduce")
+    __slots__ = ("peer", "role", "name", "nonce", "addresses", "experts", "num_experts", "holdings", "may_reduce", "is_partial")
     PEER_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
@@ -78,6 +78,7 @@ class Hello(_message.Message):
     NUM_EXPERTS_FIELD_NUMBER: _ClassVar[int]
     HOLDINGS_FIELD_NUMBER: _ClassVar[int]
     MAY_REDUCE_FIELD_NUMBER: _ClassVar[int]
+    IS_PARTIAL_FIELD_NUMBER: _ClassVar[int]
     peer: str
     role: Role
     name: str
@@ -87,7 +88,8 @@ class Hello(_message.Message):
     num_experts: int
     holdings: _containers.RepeatedCompositeFieldContainer[Holding]
     may_reduce: bool
-    def __init__(self, peer: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., name: _Optional[str] = ..., nonce: _Optional[str] = ..., addresses: _Optional[_Iterable[str]] = ..., experts: _Optional[_Union[IntList, _Mapping]] = ..., num_experts: _Optional[int] = ..., holdings: _Optional[_Iterable[_Union[Holding, _Mapping]]] = ..., may_reduce: bool = ...) -> None: ...
+    is_partial: bool
+    def __init__(self, peer: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., name: _Optional[str] = ..., nonce: _Optional[str] = ..., addresses: _Optional[_Iterable[str]] = ..., experts: _Optional[_Union[IntList, _Mapping]] = ..., num_experts: _Optional[int] = ..., holdings: _Optional[_Iterable[_Union[Holding, _Mapping]]] = ..., may_reduce: bool = ..., is_partial: bool = ...) -> None: ...
 
 class Offer(_message.Message):
     __slots__ = ("fragment", "round", "peer", "base", "packet", "num_bytes", "num_tokens", "num_steps", "norm_bits", "proof")
@@ -380,7 +382,7 @@ class FragmentView(_message.Message):
     def __init__(self, fragment: _Optional[str] = ..., version: _Optional[int] = ..., height: _Optional[int] = ..., anchor: _Optional[bytes] = ..., round: _Optional[int] = ..., phase: _Optional[_Union[Phase, str]] = ..., why: _Optional[str] = ..., holders: _Optional[_Iterable[str]] = ..., keepers: _Optional[_Iterable[str]] = ..., quorum: _Optional[int] = ..., cut_off_in_s: _Optional[float] = ..., offers: _Optional[_Iterable[_Union[Offer, _Mapping]]] = ..., receipts: _Optional[_Union[Receipts, _Mapping]] = ..., settlement: _Optional[_Union[Settlement, _Mapping]] = ..., attesters: _Optional[_Iterable[str]] = ..., ready: _Optional[_Iterable[str]] = ..., recent: _Optional[_Iterable[_Union[Outcome, _Mapping]]] = ..., tally: _Optional[_Union[Tally, _Mapping]] = ..., reducers: _Optional[_Iterable[str]] = ..., residual: _Optional[bytes] = ...) -> None: ...
 
 class MemberView(_message.Message):
-    __slots__ = ("peer", "name", "role", "is_live", "addresses", "experts", "counters")
+    __slots__ = ("peer", "name", "role", "is_live", "addresses", "experts", "counters", "is_partial")
     PEER_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
@@ -388,6 +390,7 @@ class MemberView(_message.Message):
     ADDRESSES_FIELD_NUMBER: _ClassVar[int]
     EXPERTS_FIELD_NUMBER: _ClassVar[int]
     COUNTERS_FIELD_NUMBER: _ClassVar[int]
+    IS_PARTIAL_FIELD_NUMBER: _ClassVar[int]
     peer: str
     name: str
     role: Role
@@ -395,7 +398,8 @@ class MemberView(_message.Message):
     addresses: _containers.RepeatedScalarFieldContainer[str]
     experts: _containers.RepeatedScalarFieldContainer[int]
     counters: Counters
-    def __init__(self, peer: _Optional[str] = ..., name: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., is_live: bool = ..., addresses: _Optional[_Iterable[str]] = ..., experts: _Optional[_Iterable[int]] = ..., counters: _Optional[_Union[Counters, _Mapping]] = ...) -> None: ...
+    is_partial: bool
+    def __init__(self, peer: _Optional[str] = ..., name: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., is_live: bool = ..., addresses: _Optional[_Iterable[str]] = ..., experts: _Optional[_Iterable[int]] = ..., counters: _Optional[_Union[Counters, _Mapping]] = ..., is_partial: bool = ...) -> None: ...
 
 class SwarmView(_message.Message):
     __slots__ = ("version", "members", "is_stopping", "is_stopped", "why", "revoked")

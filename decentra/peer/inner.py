@@ -9,6 +9,7 @@ import contextlib
 import json
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -21,9 +22,9 @@ from decentra.config import Manifest, TrainSpec
 from decentra.data.windows import WindowSource
 from decentra.delta.flat import gather, scatter
 from decentra.errors import ConfigError, DataError, IntegrityError
-from decentra.ids import FragmentId, expert_of, module_of_fragment
+from decentra.ids import ROUTER, FragmentId, expert_of, module_of_fragment
 from decentra.model.output import loss_of
-from decentra.modules import Layout
+from decentra.modules import Layout, module_of_parameter
 from decentra.peer.adamw import MOMENTS, AdamW
 from decentra.peer.muon import MUON_MOMENTS, MuonWithAdamW, moments_of
 
@@ -40,6 +41,7 @@ class Snapshot:
     num_tokens: int  # tokens that trained it; of an expert: tokens sent to it, summed over layers / num_layers
     cursor: bytes
     has_bad_steps: bool  # a loss or gradient was not finite since the last snapshot of this fragment
+    untouched: tuple[slice, ...] = ()  # parts of live_N that this peer does not train: router rows of experts it does not hold
 
 
 class Totals(NamedTuple):
@@ -97,6 +99,7 @@ class InnerLoop:
         self._optimizer = self._new_optimizer({})
         self.trained: frozenset[FragmentId] = frozenset()
         self.set_trained(trained)
+        self._absent_rows = self._rows_of_absent()
 
     @property
     def can_step(self) -> bool:
@@ -128,6 +131,7 @@ class InnerLoop:
         is_good = math.isfinite(loss.total.item())
         if is_good:
             loss.total.backward()  # type: ignore[no-untyped-call]
+            self._forget_absent_rows()
             norm = nn.utils.clip_grad_norm_(self._optimizer.parameters, train.grad_clip)
             is_good = math.isfinite(norm.item())
         if not is_good:
@@ -135,7 +139,11 @@ class InnerLoop:
             counters.num_bad_in_row += 1
             counters.bad_fragments.update(self.trained)
             return 0
+        kept = [(p, rows, p.detach()[rows]) for p, rows in self._absent_rows]  # weight decay must not move them either
         self._optimizer.step(lr)
+        with torch.no_grad():
+            for parameter, rows, values in kept:
+                parameter[rows] = values
         self._count(tokens_BT1[:, 1:].numel(), loss.cross_entropy.item(), loss.tokens_per_expert_E.tolist())
         return tokens_BT1[:, 1:].numel()
 
@@ -150,10 +158,32 @@ class InnerLoop:
             if (expert := expert_of(module_of_fragment(fragment))) is not None:
                 counters.expert_slots[expert] = counters.expert_slots.get(expert, 0) + slots_E[expert]
 
+    def _rows_of_absent(self) -> list[tuple[nn.Parameter, Tensor]]:
+        """Router parameters [E, D] and the rows of experts that are not in this process: who does not hold an expert does not train its row."""
+        present = getattr(self._model, "present", range(self._manifest.model.num_experts))
+        absent = [e for e in range(self._manifest.model.num_experts) if e not in present]
+        rows = torch.tensor(absent, dtype=torch.int64, device=self.device)
+        return [(p, rows) for name, p in self._parameters.items() if absent and module_of_parameter(name) == ROUTER]
+
+    def _forget_absent_rows(self) -> None:
+        for parameter, rows in self._absent_rows:
+            if parameter.grad is not None:
+                parameter.grad[rows] = 0.0
+
     def _expert_tokens(self, expert: int) -> int:
         return self._counters.expert_slots.get(expert, 0) // self._manifest.model.num_layers
 
     # ------------------------------------------------------------ between two steps
+
+    def hold(self, experts: Sequence[int]) -> None:
+        """Take these experts into the process, as zeros; ``load`` fills them. Raises ConfigError where the model cannot hold a part of them."""
+        add = getattr(self._model, "add_experts", None)
+        if add is None:
+            raise ConfigError("this run's own model code has no add_experts, so its model is held whole; join with --mode mirror")
+        for name in add(experts):
+            dict(self._model.named_parameters())[name].requires_grad_(False)
+        self._parameters = dict(self._model.named_parameters())
+        self._absent_rows = self._rows_of_absent()
 
     def snapshot(self, fragment: FragmentId) -> Snapshot:
         """A copy of one fragment with its counts. Raises ConfigError when the model lacks its parameters."""
@@ -162,7 +192,19 @@ class InnerLoop:
         has_bad_steps = fragment in counters.bad_fragments
         live_N = gather(self._parameters, self.layout[fragment])
         counters.bad_fragments.discard(fragment)
-        return Snapshot(live_N, counters.num_steps, num_tokens, self._source.cursor(), has_bad_steps)
+        untouched = self._untouched(fragment)
+        return Snapshot(live_N, counters.num_steps, num_tokens, self._source.cursor(), has_bad_steps, untouched)
+
+    def _untouched(self, fragment: FragmentId) -> tuple[slice, ...]:
+        absent = {id(parameter): rows.tolist() for parameter, rows in self._absent_rows}
+        spans = []
+        for slot in self.layout[fragment].slots:
+            row_size = slot.size // slot.shape[0] if slot.shape else slot.size
+            spans += [
+                slice(start := slot.offset + row * row_size, start + row_size)
+                for row in absent.get(id(self._parameters.get(slot.name)), ())
+            ]
+        return tuple(spans)
 
     @torch.no_grad()
     def shift(self, fragment: FragmentId, delta_N: Tensor) -> None:

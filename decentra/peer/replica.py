@@ -20,6 +20,7 @@ from decentra.delta.account import Account, Pending, account_from_record, anchor
 from decentra.delta.aggregate import aggregate, checked_clip
 from decentra.delta.anchor import AnchorState, anchor_digest, decode_anchor, encode_anchor
 from decentra.delta.decoded import Decoded
+from decentra.delta.flat import with_untouched
 from decentra.delta.merge import merge
 from decentra.delta.outer import outer_step
 from decentra.delta.packet import decode_packet, max_packet_bytes
@@ -53,6 +54,8 @@ class SnapshotLike(Protocol):
     def cursor(self) -> bytes: ...
     @property
     def has_bad_steps(self) -> bool: ...
+    @property
+    def untouched(self) -> Sequence[slice]: ...
 
 
 class LiveWeights(Protocol):
@@ -162,14 +165,15 @@ class Replica:
             raise TrainingError("the loss was not finite in this round's inner steps")
         num_tokens = max(0, snapshot.num_tokens - self._tokens_at_encode)
         account.extra = self._next_stamp(snapshot.cursor)
-        codec = self.manifest.codec.name if self.codec is None else self.codec()
+        live_N = with_untouched(snapshot.live_N, account.anchor_state.anchor_N, snapshot.untouched)
+        codec = self._codec()
         beta = self.manifest.codec.error_feedback
         try:
             pending = await self.compute.run(
                 functools.partial(
                     account.encode,
                     number,
-                    snapshot.live_N,
+                    live_N,
                     codec,
                     beta,
                     num_tokens,
@@ -199,7 +203,7 @@ class Replica:
     def check_size(self, num_bytes: int, sender: PeerId, number: int) -> None:
         """Refuse to fetch what cannot be a packet of this fragment. Raises RejectedPayload('size')."""
         codec = self.manifest.codec
-        most = max(max_packet_bytes(self.fragment, name) for name in (codec.name, codec.merged or codec.name))
+        most = max(max_packet_bytes(self.fragment, name) for name in (codec.name, codec.merged or codec.name, *self._dense_codec()))
         if num_bytes > most:
             detail = f"{num_bytes} bytes are offered, a packet of {self.fragment.id} has at most {most}"
             raise RejectedPayload("size", detail, peer=sender, round=number)
@@ -305,6 +309,14 @@ class Replica:
             raise IntegrityError(f"{self.fragment.id} has no anchor at this peer yet")
         return self.account
 
+    def _codec(self) -> str:
+        codec = self.manifest.codec.name if self.codec is None else self.codec()
+        return next(iter(self._dense_codec()), codec) if codec.startswith("topk") else codec
+
+    def _dense_codec(self) -> tuple[str, ...]:
+        """Merged row by row, a packet must hold every row that was trained: the codec used instead of sparse ones, if it is needed."""
+        return ("int8",) if self.manifest.merge_of(self.fragment.id) == "rows" else ()
+
     def _max_norm(self) -> float | None:
         """Where codecs change, what a sparse one left behind must not come out at once."""
         if self.manifest.codec.sparsest is None or not self._usual_norm:
@@ -335,7 +347,7 @@ class Replica:
         return deltas
 
     def _reduce(self, settlement: Settlement, deltas: dict[PeerId, Decoded], residual: bytes | None) -> tuple[bytes, bytes]:
-        codec, rule = self.manifest.codec, self.manifest.outer_of(self.fragment.id).merge
+        codec, rule = self.manifest.codec, self.manifest.merge_of(self.fragment.id)
         merged_N = merge(self.fragment, deltas, *_scalars(settlement), rule=rule)
         return reduce_packets(self.fragment, merged_N, residual, codec.merged or codec.name, settlement.round)
 
@@ -348,7 +360,7 @@ class Replica:
         if settlement.merged is not None:
             merged_N = aggregate(deltas, dict.fromkeys(deltas, ONE_BITS))
         else:
-            merged_N = merge(self.fragment, deltas, weights, clips, rule=outer.merge)
+            merged_N = merge(self.fragment, deltas, weights, clips, rule=self.manifest.merge_of(self.fragment.id))
         state = outer_step(
             account.anchor_state,
             merged_N,

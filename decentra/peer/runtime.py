@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -14,8 +14,8 @@ from decentra.config import Manifest, PeerConfig
 from decentra.data.windows import WindowSource
 from decentra.delta.golden import check_golden
 from decentra.errors import DecentraError, IntegrityError, ManifestMismatch
-from decentra.ids import FragmentId, PeerId
-from decentra.modules import Layout
+from decentra.ids import FragmentId, PeerId, expert_of, module_of_fragment
+from decentra.modules import Fragment, Layout
 from decentra.peer.disk import sweep, write_atomic
 from decentra.peer.link import RateControl, limits_of
 from decentra.peer.replica import Replica
@@ -52,6 +52,11 @@ def _unframed(data: bytes) -> tuple[Places, bytes]:
         raise IntegrityError(f"not a whole trainer checkpoint: {error}; the one before it is used") from None
 
 
+def _experts_of(fragments: frozenset[FragmentId]) -> tuple[int, ...]:
+    """The experts whose fragments these are."""
+    return tuple(sorted({e for f in fragments if (e := expert_of(module_of_fragment(f))) is not None}))
+
+
 def check_layout(manifest: Manifest, layout: Layout) -> None:
     """The model built here must have the manifest's fragments. Raises ManifestMismatch."""
     ours, theirs = {f.id for f in layout.fragments}, set(manifest.genesis)
@@ -85,7 +90,7 @@ class PeerRuntime:
     addresses: Callable[[], tuple[str, ...]] = tuple
     traffic: Callable[[], tuple[int, int]] = lambda: (0, 0)  # bytes sent, received
     on_revoked: Callable[[PeerId], None] = lambda _: None
-    make_model: Callable[[], nn.Module] | None = None  # None at a keeper
+    make_model: Callable[[Sequence[int] | None], nn.Module] | None = None  # with these experts, None: all; no function at a keeper
     make_source: Callable[[], WindowSource] | None = None
     replicas: dict[FragmentId, Replica] = field(init=False, default_factory=dict)
     trainer: Trainer | None = field(init=False, default=None)
@@ -115,6 +120,11 @@ class PeerRuntime:
             await self._stop_trainer()
 
     @property
+    def is_partial(self) -> bool:
+        """True for a trainer that holds only the experts it trains."""
+        return self.config.role == "trainer" and (self.config.mode or self.manifest.placement.mode) == "held"
+
+    @property
     def saw_the_end(self) -> bool:
         """True when the run itself is over, not only this peer's part."""
         return self.loop is not None and self.loop.machine.is_finished
@@ -129,10 +139,12 @@ class PeerRuntime:
     async def _start_trainer(self) -> None:
         if self.make_model is None or self.make_source is None:
             return
-        model, source = await asyncio.to_thread(self.make_model), await asyncio.to_thread(self.make_source)
+        trained = self._last_trained()
+        held = _experts_of(trained) if self.is_partial else None
+        model, source = await asyncio.to_thread(self.make_model, held), await asyncio.to_thread(self.make_source)
         self.trainer = Trainer(
             self.manifest, self.layout, model, source, device=self.config.device, threads=self.config.threads,
-            trained=self._last_trained(), on_steps=self._on_step, max_steps=self.config.max_steps,
+            trained=trained, on_steps=self._on_step, max_steps=self.config.max_steps,
         )  # fmt: skip
         self.trainer.start(asyncio.get_running_loop())
         await self._load_state()
@@ -165,21 +177,26 @@ class PeerRuntime:
             return
 
     async def _load_replicas(self) -> None:
-        p = self.ports
+        held = _experts_of(self.trainer.trained) if self.is_partial and self.trainer is not None else None
         for fragment in self.layout.fragments:
-            replica = Replica(
-                fragment, self.manifest, self.peer, p.exchange, p.disk, p.compute, p.events, live=self.trainer,
-                codec=functools.partial(self._codec, fragment.id),
-            )  # fmt: skip
-            await replica.load()
-            self.replicas[fragment.id] = replica
-            if self._restored.get(fragment.id) == (place := replica.place) and place is not None:
-                pass  # the checkpoint's live weights belong to this very anchor and packet: nothing trained since is lost
-            elif self.trainer is not None and (live_N := replica.initial_live()) is not None:
-                now_N = (await self.trainer.snapshot(fragment.id)).live_N
-                await self.trainer.shift(fragment.id, live_N - now_N)  # a shift keeps the optimizer's moments
-            if self.trainer is not None and fragment.id in self.trainer.trained:
-                await replica.begin_training()
+            if held is None or (expert := expert_of(fragment.module)) is None or expert in held:
+                await self._load_replica(fragment)
+
+    async def _load_replica(self, fragment: Fragment) -> None:
+        p = self.ports
+        replica = Replica(
+            fragment, self.manifest, self.peer, p.exchange, p.disk, p.compute, p.events, live=self.trainer,
+            codec=functools.partial(self._codec, fragment.id),
+        )  # fmt: skip
+        await replica.load()
+        if self._restored.get(fragment.id) == (place := replica.place) and place is not None:
+            pass  # the checkpoint's live weights belong to this very anchor and packet: nothing trained since is lost
+        elif self.trainer is not None and (live_N := replica.initial_live()) is not None:
+            now_N = (await self.trainer.snapshot(fragment.id)).live_N
+            await self.trainer.shift(fragment.id, live_N - now_N)  # a shift keeps the optimizer's moments
+        if self.trainer is not None and fragment.id in self.trainer.trained:
+            await replica.begin_training()
+        self.replicas[fragment.id] = replica
 
     def _codec(self, fragment: FragmentId) -> str:
         before, codec = self.rate.codec_now, self.rate.codec(fragment, self.ports.clock.now())
@@ -197,6 +214,7 @@ class PeerRuntime:
             self.ports.exchange, self.replicas, self.ports.clock, self.ports.events, counters=self.counters, on_trained=self._on_trained,
             on_recovered=self._resume_if_whole, on_revoked=self.on_revoked, rate=self.rate, num_steps=num_steps,
             head_start=self.manifest.rounds.inner_steps if self.manifest.rounds.stagger else 0,
+            fragments=tuple(f.id for f in self.layout.fragments) if self.is_partial else (),
             on_limit=self.trainer.step_to if self.trainer is not None and not self.manifest.rounds.overlap else None,
         )  # fmt: skip
         self._resume_if_whole()
@@ -220,22 +238,37 @@ class PeerRuntime:
         return Hello(
             self.peer, Role(self.config.role), self.config.name, self.nonce, self.addresses(), self.config.experts, self.config.num_experts,
             may_reduce=not self.rate.limits.is_set,  # a reducer sends what it makes to everybody
+            is_partial=self.is_partial,
         )  # fmt: skip
 
     def _resume_if_whole(self) -> None:
         """Training begins when every fragment has an anchor; a peer that lacks one would train on a model nobody has."""
-        if self.trainer is not None and self.trainer.is_paused and all(r.account is not None for r in self.replicas.values()):
+        if self.trainer is None or not self.trainer.is_paused or (self.is_partial and not self.trainer.trained):
+            return
+        if all(r.account is not None for r in self.replicas.values()):
             self.trainer.resume()
             self.ports.events.emit("training", experts=self._experts())
 
     def _experts(self) -> list[int]:
-        return sorted(int(f[7:].split("/")[0]) for f in (self.trainer.trained if self.trainer else ()) if f.startswith("expert."))
+        return list(_experts_of(self.trainer.trained)) if self.trainer else []
 
     async def _on_trained(self, fragments: frozenset[FragmentId]) -> None:
         if self.trainer is not None:
+            if self.is_partial:
+                await self._hold(fragments)
             await self.trainer.set_trained(fragments)
+            self._resume_if_whole()
             await self.ports.compute.run(write_atomic, self.ports.disk, TRAINED_FILE, json.dumps(sorted(fragments)).encode())
             self.ports.events.emit("placed-here", experts=self._experts())
+
+    async def _hold(self, fragments: frozenset[FragmentId]) -> None:
+        """Make room for experts that this peer was given. Inner steps wait until their anchors are here: zeros would be in everybody's way."""
+        assert self.trainer is not None
+        if new := sorted(fragments - self.replicas.keys()):
+            self.trainer.pause()
+            await self.trainer.hold(_experts_of(frozenset(new)))
+            for fragment in new:
+                await self._load_replica(self.layout[fragment])
 
     def _on_step(self) -> None:
         assert self.trainer is not None

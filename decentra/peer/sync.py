@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from decentra.delta.anchor import max_anchor_bytes
@@ -49,7 +49,7 @@ class PeerLoop:
     heartbeat_s: float
     service: AveragingService
     exchange: Exchange
-    replicas: Mapping[FragmentId, Replica]
+    replicas: Mapping[FragmentId, Replica]  # ``on_trained`` may add some
     clock: Clock
     events: Events
     counters: Callable[[], Counters] = Counters
@@ -60,6 +60,7 @@ class PeerLoop:
     on_limit: Callable[[int | None], None] | None = None  # told how far training may go, where it waits for rounds
     num_steps: int = 0
     head_start: int = 0  # inner steps over which the fragments' first rounds are spread
+    fragments: tuple[FragmentId, ...] = ()  # all of the run, where this peer does not hold all of them
     machine: m.MemberMachine = field(init=False)
     members: dict[PeerId, MemberView] = field(init=False, default_factory=dict)
     fetcher: Fetcher = field(init=False)
@@ -76,14 +77,8 @@ class PeerLoop:
     def __post_init__(self) -> None:
         # a fragment that starts with steps to its account is due earlier, and from then on always
         ahead = {f: self.head_start * i // len(self.replicas) for i, f in enumerate(sorted(self.replicas))}
-        lives = {
-            f: do.FragmentLife(
-                f, r.anchor, pending=r.pending_offer, packets=frozenset({r.pending_offer.packet} if r.pending_offer else ()),
-                encoded_at_steps=self.num_steps - ahead[f], encoded_before_steps=self.num_steps - ahead[f],
-            )
-            for f, r in self.replicas.items()
-        }  # fmt: skip
-        self.machine = m.MemberMachine(self.me, lives, num_steps=self.num_steps)
+        lives = {f: _life(r, self.num_steps - ahead[f]) for f, r in self.replicas.items()}
+        self.machine = m.MemberMachine(self.me, lives, num_steps=self.num_steps, fragments=self.fragments)
         self.fetcher = Fetcher(self.exchange, self._addresses, self.events)
 
     # ------------------------------------------------------------ from outside
@@ -320,8 +315,11 @@ class PeerLoop:
                 self.on_recovered()
 
     async def _set_trained(self, fragments: frozenset[FragmentId]) -> None:
+        held = set(self.replicas)
         if self.on_trained is not None:
             await self.on_trained(fragments)
+        for fragment in sorted(set(self.replicas) - held):
+            self._inbox.put_nowait(m.Held(_life(self.replicas[fragment], self.num_steps)))
         for fragment in sorted(fragments - self._training):  # the others go on counting their tokens
             await self.replicas[fragment].begin_training()
         self._training = fragments
@@ -344,13 +342,18 @@ class PeerLoop:
                 await self._outbox.join()
 
     def _full_hello(self) -> Hello:
-        hello = self.hello()
         held = {f: life.anchor for f, life in self.machine.lives.items() if life.anchor is not None}
-        holdings = tuple(Holding(self.me.peer, f, a) for f, a in sorted(held.items()))
-        return Hello(
-            hello.peer, hello.role, hello.name, hello.nonce, hello.addresses, hello.experts, hello.num_experts, holdings, hello.may_reduce
-        )
+        return replace(self.hello(), holdings=tuple(Holding(self.me.peer, f, a) for f, a in sorted(held.items())))
 
     def _addresses(self, peer: PeerId) -> Sequence[str]:
         member = self.members.get(peer)
         return member.addresses if member is not None else ()
+
+
+def _life(replica: Replica, num_steps: int) -> do.FragmentLife:
+    """A fragment as its files left it; ``num_steps``: done when it was last encoded."""
+    offer = replica.pending_offer
+    packets = frozenset({offer.packet} if offer else ())
+    return do.FragmentLife(
+        replica.fragment.id, replica.anchor, pending=offer, packets=packets, encoded_at_steps=num_steps, encoded_before_steps=num_steps
+    )

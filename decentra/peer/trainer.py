@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -172,6 +172,10 @@ class Trainer:
     async def set_trained(self, trained: frozenset[FragmentId]) -> None:
         """Train exactly these fragments from now on; moments of those that stay are kept. With none the trainer waits."""
         await self._call(lambda: self._inner.set_trained(trained))
+
+    async def hold(self, experts: Sequence[int]) -> None:
+        """Take these experts into the process, as zeros. Raises ConfigError where the model cannot hold a part of its experts."""
+        await self._call(lambda: self._inner.hold(experts))
 
     async def state_record(self) -> bytes:
         """Trained live weights, moments, counters, cursor and torch's random state, as safetensors bytes."""

@@ -114,6 +114,17 @@ class Recovered:
 
 
 @dataclass(frozen=True, slots=True)
+class Held:
+    """This peer has room for a fragment now: what its files say of it. Of a peer that holds only what it trains."""
+
+    life: FragmentLife
+
+    @property
+    def fragment(self) -> FragmentId:
+        return self.life.fragment
+
+
+@dataclass(frozen=True, slots=True)
 class Failed:
     """A local operation failed; it is tried again later."""
 
@@ -123,7 +134,7 @@ class Failed:
 
 Event = (
     Connected | Disconnected | Viewed | SwarmViewed | Stepped | Tick | Encoded | Skipped | Fetched | FetchFailed | Reduced | Applied | Committed
-    | Cancelled | Recovered | Failed
+    | Cancelled | Recovered | Held | Failed
 )  # fmt: skip
 
 
@@ -132,11 +143,17 @@ Event = (
 
 @dataclass
 class MemberMachine:
-    """All fragments of one peer. ``handle(event, now) -> [effect]``; effects of one fragment never run twice at once."""
+    """All fragments of one peer. ``handle(event, now) -> [effect]``; effects of one fragment never run twice at once.
+
+    A peer that holds only what it trains begins with the fragments it trained before and takes others in when it is given them (``Held``);
+    ``fragments`` are all of the run.
+    """
 
     me: Self
     lives: dict[FragmentId, FragmentLife]
     num_steps: int = 0
+    fragments: tuple[FragmentId, ...] = ()
+    unheld: dict[FragmentId, FragmentView] = field(default_factory=dict)  # newest views of what it does not hold
     swarm: SwarmView | None = None
     is_connected: bool = False
     is_finished: bool = False
@@ -168,6 +185,7 @@ class MemberMachine:
         match event:
             case Connected():
                 self.is_connected = True
+                self.unheld.clear()
                 for name, life in self.lives.items():
                     self.lives[name] = replace(life, told=frozenset(), view=None)
             case Disconnected():
@@ -183,6 +201,10 @@ class MemberMachine:
                 return self._see(view, now)
             case Tick():
                 pass
+            case Held(life):
+                self.lives.setdefault(life.fragment, replace(life, trains=life.fragment in (self._trained or ())))
+                waiting = self.unheld.pop(life.fragment, None)
+                return (life.fragment,) if waiting is None else self._see(waiting, now)
             case Encoded(offer):
                 life = self.lives[offer.fragment]
                 self.lives[offer.fragment] = replace(life, busy="", pending=offer, packets=life.packets | {offer.packet})
@@ -192,7 +214,7 @@ class MemberMachine:
         return None
 
     def _take_result(self, event: Event, now: float) -> tuple[FragmentId, ...]:
-        assert not isinstance(event, Connected | Disconnected | Viewed | SwarmViewed | Stepped | Tick | Encoded)
+        assert not isinstance(event, Connected | Disconnected | Viewed | SwarmViewed | Stepped | Tick | Encoded | Held)
         life = self.lives[event.fragment]
         match event:
             case Skipped(_, number, why):
@@ -234,6 +256,9 @@ class MemberMachine:
     def _see(self, view: FragmentView, now: float) -> tuple[FragmentId, ...]:
         life = self.lives.get(view.fragment)
         if life is None:
+            known = self.unheld.get(view.fragment)
+            if known is None or (view.round, view.version) >= (known.round, known.version):
+                self.unheld[view.fragment] = view
             return ()
         old = life.view
         if old is not None and (view.round, view.version) < (old.round, old.version):
@@ -255,7 +280,7 @@ class MemberMachine:
         mine = next((m.experts for m in view.members if m.peer == self.me.peer), None)
         if mine is None:
             return
-        trained = frozenset(f for f in self.lives if _trains(f, mine))
+        trained = frozenset(f for f in self.fragments or self.lives if _trains(f, mine))
         if trained != self._trained:
             self._trained = trained
             for name, life in self.lives.items():

@@ -54,6 +54,7 @@ class Hello:
     num_experts: int | None = None  # how many it can hold
     holdings: tuple[Holding, ...] = ()
     may_reduce: bool = True  # false where its owner limits the uplink
+    is_partial: bool = False  # holds only the experts it trains
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,6 +270,7 @@ class MemberView:
     addresses: tuple[str, ...]
     experts: tuple[int, ...]
     counters: Counters
+    is_partial: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -49,6 +49,7 @@ class Member:
     experts: tuple[int, ...] = ()
     insists: bool = False  # on its experts or their number: it is given no others
     may_reduce: bool = True
+    is_partial: bool = False  # holds only the experts it trains
     addresses: tuple[str, ...] = ()
     nonce: str = ""
     heard_at: float = 0.0
@@ -261,7 +262,7 @@ class RoundBook:
 
     def swarm(self) -> SwarmView:
         members = tuple(
-            MemberView(m.peer, m.name, m.role, m.is_live, m.addresses, m.experts, m.counters)
+            MemberView(m.peer, m.name, m.role, m.is_live, m.addresses, m.experts, m.counters, m.is_partial)
             for _, m in sorted(self.members.items())
             if m.has_greeted or m.name
         )
@@ -320,6 +321,7 @@ class RoundBook:
             addresses=hello.addresses,
             experts=experts,
             may_reduce=hello.may_reduce,
+            is_partial=hello.is_partial,
             insists=hello.experts is not None or hello.num_experts is not None,
             heard_at=now,
             has_greeted=True,

@@ -299,6 +299,7 @@ class SimSnapshot:
     num_tokens: int
     cursor: bytes
     has_bad_steps: bool
+    untouched: tuple[slice, ...] = ()
 
 
 class SimTrainer:

@@ -31,7 +31,7 @@ from decentra.data.domains import embedded_domain
 from decentra.data.windows import source_for
 from decentra.delta.account import Account
 from decentra.delta.anchor import AnchorState, anchor_digest, encode_anchor
-from decentra.delta.flat import gather, scatter
+from decentra.delta.flat import gather, scatter, with_untouched
 from decentra.delta.merge import merge
 from decentra.delta.outer import outer_step
 from decentra.delta.packet import decode_packet
@@ -131,7 +131,8 @@ class Swarm:
                 num_tokens = snapshot.num_tokens - peer.tokens_at_encode.get(fragment, 0)
                 peer.tokens_at_encode[fragment] = snapshot.num_tokens
                 codec = self.manifest.codec
-                pending = account.encode(self.num_rounds, snapshot.live_N, codec.name, codec.error_feedback, num_tokens, snapshot.num_steps)
+                live_N = with_untouched(snapshot.live_N, account.anchor_state.anchor_N, snapshot.untouched)
+                pending = account.encode(self.num_rounds, live_N, codec.name, codec.error_feedback, num_tokens, snapshot.num_steps)
                 self.packet_bytes += len(pending.packet)
 
     def adopt(self) -> None:
@@ -144,7 +145,8 @@ class Swarm:
             for peer in self.peers:
                 account = peer.accounts.get(fragment.id)
                 shift_N = new.anchor_N - old.anchor_N if account is None else account.applied(new, digest, clips[peer.id])
-                peer.inner.shift(fragment.id, shift_N)
+                if account is not None or self.manifest.placement.mode == "mirror":
+                    peer.inner.shift(fragment.id, shift_N)
 
     def _aggregated(self, fragment: FragmentId, old: AnchorState) -> tuple[AnchorState, dict[PeerId, int]]:
         """The next anchor and every peer's clip; weights are tokens, as a settlement computes them."""
@@ -157,7 +159,7 @@ class Swarm:
         lr, momentum = outer.scalars(self.num_rounds, total)
         norms = {id: bits_float(p.norm_bits) for id, p in pendings.items() if p is not None}
         clips = dict(zip(norms, map(float_bits, outer.clips(list(norms.values()))), strict=True))
-        merged_N = merge(self.layout[fragment], deltas, weights, clips, rule=outer.merge)
+        merged_N = merge(self.layout[fragment], deltas, weights, clips, rule=self.manifest.merge_of(fragment))
         return outer_step(old, merged_N, rule=outer.rule, lr_bits=float_bits(lr), momentum_bits=float_bits(momentum)), clips
 
     def assembled(self) -> Decoder:
@@ -191,7 +193,8 @@ def build_swarm(manifest: Manifest, lab: Lab) -> Swarm:
     for index, peer in enumerate(ids):
         trained = [f for f in layout.fragments if (e := expert_of(f.module)) is None or e in placed[peer]]
         config = PeerConfig(domain=manifest.data.domains[index % len(manifest.data.domains)])
-        inner = _loop(manifest, lab, layout, config, peer, frozenset(f.id for f in trained))
+        held = placed[peer] if manifest.placement.mode == "held" else None
+        inner = inner_loop(manifest, lab, layout, config, peer, frozenset(f.id for f in trained), held)
         accounts = {f.id: Account(f, anchors[f.id], Digest(digests[f.id])) for f in trained}
         peers.append(LabPeer(peer, inner, accounts, speeds[index]))
     return Swarm(manifest, layout, peers, anchors)
@@ -231,7 +234,7 @@ def run_alone(manifest: Manifest, lab: Lab, key: str, domain: str | None, say: C
     """One model with all experts, ``lab.steps`` inner steps on one domain (None: on all), nothing exchanged."""
     layout = _layout(manifest)
     config = PeerConfig(domain=domain, shared_fraction=0.0)
-    inner = _loop(manifest, lab, layout, config, PeerId(key), frozenset(f.id for f in layout.fragments))
+    inner = inner_loop(manifest, lab, layout, config, PeerId(key), frozenset(f.id for f in layout.fragments))
     for step in range(1, lab.steps + 1):
         inner.step()
         if inner.is_diverged:
@@ -251,8 +254,16 @@ def _layout(manifest: Manifest) -> Layout:
     return build_layout(shapes, trunk_fragments=manifest.rounds.trunk_fragments)
 
 
-def _loop(manifest: Manifest, lab: Lab, layout: Layout, config: PeerConfig, peer: PeerId, trained: frozenset[FragmentId]) -> ScheduledLoop:
-    model = build_model(manifest.model, manifest.seed)
+def inner_loop(
+    manifest: Manifest,
+    lab: Lab,
+    layout: Layout,
+    config: PeerConfig,
+    peer: PeerId,
+    trained: frozenset[FragmentId],
+    held: tuple[int, ...] | None = None,
+) -> ScheduledLoop:
+    model = build_model(manifest.model, manifest.seed, held)
     inner = ScheduledLoop(manifest, layout, model, source_for(manifest, config, peer), torch.device("cpu"), trained)
     inner.lab = lab
     return inner

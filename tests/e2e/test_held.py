@@ -1,0 +1,59 @@
+"""Peers that hold only the experts they train, in real processes: what they have, who takes over from one that is killed, and a mirroring peer beside them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from processes import ctrl_c, lab, ledger_records
+
+from decentra.ids import FragmentId, expert_of, module_of_fragment
+from decentra.protocol import ledger
+
+NUM_ROUNDS = 3
+ALONE_S, ADOPT_S = 4, 20
+
+
+def experts_in(fragments: object) -> set[int]:
+    assert isinstance(fragments, dict | list)
+    return {e for f in fragments if (e := expert_of(module_of_fragment(FragmentId(f)))) is not None}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_peer_has_only_what_it_trains_and_takes_over_from_the_dead(tmp_path: Path) -> None:
+    with lab(tmp_path) as world:
+        run = world.init(
+            "placement.mode=held", "placement.experts_per_peer=2", f"placement.adopt_s={ADOPT_S}", f"rounds.gather_s={ALONE_S}"
+        )
+        host = world.host(run)
+        invite = world.invite_of(host.start())
+        first, second = (world.member("join", invite, f"peer-{i}", "--threads", "1").start() for i in range(2))
+        world.wait_for("both train", lambda: all(p.events("training") for p in (first, second)))
+        own, others = (set(p.events("placed-here")[-1]["experts"]) for p in (first, second))
+        assert (len(own), len(others), own | others) == (2, 2, {0, 1, 2, 3})
+        before = host.heights()
+        world.wait_for("rounds of all experts", lambda: all(h >= before.get(f, 0) + NUM_ROUNDS for f, h in host.heights().items()), 120)
+
+        first.kill()
+        world.wait_for("the dead peer's experts are trained by the other", lambda: set(second.events("placed-here")[-1]["experts"]) == {0, 1, 2, 3})
+        before = host.heights()
+        world.wait_for("rounds of all experts again", lambda: all(h >= before.get(f, 0) + NUM_ROUNDS for f, h in host.heights().items()), 120)
+        mirror = world.member("join", invite, "peer-2", "--threads", "1", "--mode", "mirror").start()
+        world.wait_for("a mirroring peer trains, too", lambda: bool(mirror.events("training")))
+        first.start()
+        world.wait_for("the dead peer is back", lambda: len(first.events("training")) == 2)
+        before = host.heights()
+        world.wait_for("rounds with all three", lambda: all(h >= before.get(f, 0) + NUM_ROUNDS for f, h in host.heights().items()), 120)
+
+        assert world.run("stop", str(run.root), "--json")[0] == 0
+        assert [p.exit_code(100) for p in (first, second, mirror)] == [0, 0, 0]
+        anchors = [p.last_json()["anchors"] for p in (first, second, mirror)]
+        assert [experts_in(mine) for mine in anchors] == [own, {0, 1, 2, 3}, {0, 1, 2, 3}], "nothing else is in its process"
+        code, seconds = ctrl_c(host)
+        assert (code, seconds < 5.0) == (0, True), host.tail()
+        confirmed = {r.fragment: r.anchor for r in ledger_records(run, world.root / "ledger") if isinstance(r, ledger.Confirmed)}
+        for mine in anchors:
+            assert mine == {f: confirmed[FragmentId(f)] for f in mine}, json.dumps(mine)
+        world.assert_nothing_left()
