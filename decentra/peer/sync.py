@@ -77,7 +77,7 @@ class PeerLoop:
     def __post_init__(self) -> None:
         # a fragment that starts with steps to its account is due earlier, and from then on always
         ahead = {f: self.head_start * i // len(self.replicas) for i, f in enumerate(sorted(self.replicas))}
-        lives = {f: _life(r, self.num_steps - ahead[f]) for f, r in self.replicas.items()}
+        lives = {f: _life(f, r, self.num_steps - ahead[f]) for f, r in self.replicas.items()}
         self.machine = m.MemberMachine(self.me, lives, num_steps=self.num_steps, fragments=self.fragments)
         self.fetcher = Fetcher(self.exchange, self._addresses, self.events)
 
@@ -319,7 +319,7 @@ class PeerLoop:
         if self.on_trained is not None:
             await self.on_trained(fragments)
         for fragment in sorted(set(self.replicas) - held):
-            self._inbox.put_nowait(m.Held(_life(self.replicas[fragment], self.num_steps)))
+            self._inbox.put_nowait(m.Held(_life(fragment, self.replicas[fragment], self.num_steps)))
         for fragment in sorted(fragments - self._training):  # the others go on counting their tokens
             await self.replicas[fragment].begin_training()
         self._training = fragments
@@ -350,10 +350,10 @@ class PeerLoop:
         return member.addresses if member is not None else ()
 
 
-def _life(replica: Replica, num_steps: int) -> do.FragmentLife:
+def _life(fragment: FragmentId, replica: Replica, num_steps: int) -> do.FragmentLife:
     """A fragment as its files left it; ``num_steps``: done when it was last encoded."""
     offer = replica.pending_offer
     packets = frozenset({offer.packet} if offer else ())
     return do.FragmentLife(
-        replica.fragment.id, replica.anchor, pending=offer, packets=packets, encoded_at_steps=num_steps, encoded_before_steps=num_steps
+        fragment, replica.anchor, pending=offer, packets=packets, encoded_at_steps=num_steps, encoded_before_steps=num_steps
     )

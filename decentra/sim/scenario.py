@@ -32,15 +32,16 @@ class Scenario:
     merged: CodecName | None = None
     merge: Literal["mean", "radial"] = "mean"
     clip: float | None = None
+    is_partial: bool = False  # trainers hold only what they train; there is a keeper then
 
     @staticmethod
     def from_seed(seed: int) -> Scenario:
-        """Every kind of swarm in turn: two to four trainers, with and without keeper, reducers and clips, both rules and merges, quick and slow."""
+        """Every kind of swarm in turn: two to four trainers, with and without keeper, reducers and clips, both rules, merges and modes, quick and slow."""
         rng = Random(seed * 7919 + 17)
         return Scenario(
             seed,
             num_trainers=2 + seed % 3,
-            has_keeper=seed // 3 % 4 != 3,
+            has_keeper=seed // 3 % 4 != 3 or seed % 5 == 4,
             num_faults=rng.randrange(4, 13),
             step_s=rng.choice([0.4, 0.8, 1.2]),
             inner_steps=rng.choice([2, 3, 4]),
@@ -50,6 +51,7 @@ class Scenario:
             reduce_from=2 if seed // 3 % 2 else None,
             merge="radial" if seed % 4 > 1 else "mean",
             clip=1.0 if seed % 3 else None,  # every second delta is cut
+            is_partial=seed % 5 == 4,
         )
 
 

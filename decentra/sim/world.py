@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from random import Random
@@ -19,8 +19,8 @@ from decentra.config import CodecSpec, Manifest, ModelSpec, OuterSpec, Placement
 from decentra.delta.anchor import AnchorState, anchor_digest, encode_anchor
 from decentra.errors import Refused
 from decentra.ids import Digest, FragmentId, PeerId, expert_of
-from decentra.modules import Layout, build_layout
-from decentra.peer.disk import sweep
+from decentra.modules import Fragment, Layout, build_layout
+from decentra.peer.disk import sweep, write_atomic
 from decentra.peer.sync import PeerLoop
 from decentra.protocol import ledger
 from decentra.protocol.duties import Self
@@ -48,6 +48,7 @@ __all__ = ["Report", "Scenario", "Violation", "World", "simulate"]
 RETURN_S = 60.0  # everybody is back at the service within this time of the last fault
 PROGRESS_S = 120.0  # without faults every fragment confirms two rounds within this time
 NUM_ROUNDS_AFTER = 2
+TRAINED_FILE = "trained"  # of a machine that holds only what it trains
 QUIET_S = 200.0  # an anchor that is lost and that nobody trains is rolled back within this time, too
 
 
@@ -112,7 +113,9 @@ class World:
         )
         self.manifest = Manifest(
             name="sim", model=ModelSpec(num_experts=NUM_EXPERTS), rounds=rounds, codec=CodecSpec(name=scenario.codec, merged=scenario.merged),
-            placement=PlacementSpec(holders=2, experts_per_peer=scenario.experts_per_peer),
+            placement=PlacementSpec(
+                holders=2, experts_per_peer=scenario.experts_per_peer, adopt_s=20, mode="held" if scenario.is_partial else "mirror"
+            ),
             genesis={f.id: anchor_digest(b) for f, b in zip(self.layout.fragments, blobs, strict=True)},
             outer=outer,
         )  # fmt: skip
@@ -188,27 +191,35 @@ class World:
         trainer: SimTrainer | None = None
         if host.role is Role.TRAINER:
             trainer = SimTrainer(self.layout, host.rng, scenario.step_s, lambda n: loop.stepped(n) if loop else None)
-        replicas = {
-            f.id: AuditedReplica(
-                f, self.manifest, host.peer, exchange, host.disk, compute, events, trainer, promises=self.promises, trainer=trainer
-            )
-            for f in self.layout.fragments
-        }
-        for replica in replicas.values():
-            await replica.load()
-            if trainer is not None and (live_N := replica.initial_live()) is not None:
-                await trainer.load(replica.fragment.id, live_N)
-            replica.begin_audit()
+        replicas: dict[FragmentId, AuditedReplica] = {}
+
+        async def hold(fragments: Iterable[Fragment]) -> None:
+            for f in fragments:
+                replica = AuditedReplica(
+                    f, self.manifest, host.peer, exchange, host.disk, compute, events, trainer, promises=self.promises, trainer=trainer
+                )
+                await replica.load()
+                if trainer is not None and (live_N := replica.initial_live()) is not None:
+                    await trainer.load(f.id, live_N)
+                replica.begin_audit()
+                replicas[f.id] = replica
 
         async def on_trained(fragments: frozenset[FragmentId]) -> None:
             if trainer is not None:
+                if is_partial:
+                    write_atomic(host.disk, TRAINED_FILE, " ".join(sorted(fragments)).encode())
+                    await hold(self.layout[f] for f in sorted(fragments - replicas.keys()))
                 trainer.trained = fragments
 
+        is_partial = scenario.is_partial and trainer is not None
+        last = (host.disk.read(TRAINED_FILE) or b"").decode().split()
+        await hold(f for f in self.layout.fragments if not is_partial or expert_of(f.module) is None or f.id in last)
         nonce = f"{host.peer}/{host.num_starts}"
         service = SimService(host.peer, self.net, lambda: self.driver, self.promises.on_sent, lambda: not host.disk.is_dead)
         loop = PeerLoop(
-            Self(host.peer, host.role, scenario.inner_steps), lambda: Hello(host.peer, host.role, host.peer, nonce),
+            Self(host.peer, host.role, scenario.inner_steps), lambda: Hello(host.peer, host.role, host.peer, nonce, is_partial=is_partial),
             self.manifest.rounds.heartbeat_s, service, exchange, replicas, clock, events, on_trained=on_trained,
+            fragments=tuple(f.id for f in self.layout.fragments) if is_partial else (),
         )  # fmt: skip
         host.loop = loop
         await self._admitted(host, nonce)
@@ -335,10 +346,15 @@ class World:
         assert self.driver is not None
         if any(b.active is not None for b in self.driver.book.fragments.values()):
             return False
-        return all(self._anchor_of(h, f) == b.anchor for h in self.hosts.values() for f, b in self.driver.book.fragments.items())
+        return all(self._anchor_of(h, f) == b.anchor for f, b in self.driver.book.fragments.items() for h in self._who_hold(f))
+
+    def _who_hold(self, fragment: FragmentId) -> list[_Host]:
+        """All machines but those that hold only other experts."""
+        hosts = self.hosts.values()
+        return [h for h in hosts if not self.scenario.is_partial or h.role is Role.KEEPER or (h.loop and fragment in h.loop.replicas)]
 
     def _anchor_of(self, host: _Host, fragment: FragmentId) -> Digest | None:
-        return None if host.loop is None else host.loop.replicas[fragment].anchor
+        return None if host.loop is None or fragment not in host.loop.replicas else host.loop.replicas[fragment].anchor
 
     def _heights(self) -> dict[FragmentId, int]:
         return {} if self.driver is None else {f: b.height for f, b in self.driver.book.fragments.items()}
@@ -359,7 +375,7 @@ class World:
                 num_rounds >= NUM_ROUNDS_AFTER,
                 f"{fragment} confirmed {num_rounds} rounds in {PROGRESS_S:g} s without faults, expected {NUM_ROUNDS_AFTER}: {book.round}",
             )
-            for host in self.hosts.values():
+            for host in self._who_hold(fragment):
                 mine = self._anchor_of(host, fragment)
                 self._expect(
                     mine == book.anchor, f"{host.peer} ends at another anchor of {fragment}: {mine and mine[:12]}, not {book.anchor[:12]}"

@@ -37,9 +37,13 @@ def test_a_peer_has_only_what_it_trains_and_takes_over_from_the_dead(tmp_path: P
         world.wait_for("rounds of all experts", lambda: all(h >= before.get(f, 0) + NUM_ROUNDS for f, h in host.heights().items()), 120)
 
         first.kill()
-        world.wait_for("the dead peer's experts are trained by the other", lambda: set(second.events("placed-here")[-1]["experts"]) == {0, 1, 2, 3})
+        world.wait_for(
+            "the dead peer's experts are trained by the other", lambda: set(second.events("placed-here")[-1]["experts"]) == {0, 1, 2, 3}
+        )
         before = host.heights()
-        world.wait_for("rounds of all experts again", lambda: all(h >= before.get(f, 0) + NUM_ROUNDS for f, h in host.heights().items()), 120)
+        world.wait_for(
+            "rounds of all experts again", lambda: all(h >= before.get(f, 0) + NUM_ROUNDS for f, h in host.heights().items()), 120
+        )
         mirror = world.member("join", invite, "peer-2", "--threads", "1", "--mode", "mirror").start()
         world.wait_for("a mirroring peer trains, too", lambda: bool(mirror.events("training")))
         first.start()
