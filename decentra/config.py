@@ -280,6 +280,10 @@ class PeerConfig(_Frozen):
         None, description="most that uploads may take of the uplink, such as '5mbit'; where the run lets peers choose, the codec follows it"
     )
     cap: str | None = Field(None, description="most that packets may send, such as '20GB/day'; heard where the run lets peers choose")
+    hours: str | None = Field(None, description="train at these local times only, such as '22-7'; outside the peer leaves and waits")
+    when_idle: bool = Field(False, description="give way while other work uses more than half of the processor")
+    on_battery: bool = Field(False, description="train on battery, too")
+    nice: int | None = Field(None, ge=0, le=19, description="scheduling priority; 19 gives way to everything else")
     blob_budget_bytes: int = Field(8 << 30, ge=1 << 20)
 
     @model_validator(mode="after")

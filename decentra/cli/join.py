@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import functools
 import time
+from collections.abc import Callable
 from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 from typing import Any
 
 from decentra.cli.console import LogEvents
+from decentra.cli.permit import POLL_S, Permit
 from decentra.cli.rundir import read_genesis
 from decentra.cli.running import StopRequest, locked_dir, watch_loop
 from decentra.cli.wiring import (
@@ -33,6 +35,7 @@ from decentra.peer.runtime import PeerRuntime
 from decentra.ports import Events
 
 PROGRESS_S = 10.0
+PAUSED = "paused: "  # begins why a peer left that comes back by itself
 OVER_FILE = "over"  # why the run ended, once it has
 
 
@@ -42,52 +45,97 @@ async def run_member(
     """Take part until the run is over, Ctrl-C, or the configured number of steps; returns what was contributed."""
     check_local(config)
     root: Path = state_dir(invite.run_id, config)
+    events: Events = LogEvents(run=invite.run_id[:8], peer=config.name)
+    permit = Permit(config, root)
+    tx_bytes = rx_bytes = 0
     with locked_dir(root):
         if (over := RealDisk(root).read(OVER_FILE)) is not None:
             raise Refused(f"this run is over ({over.decode(errors='replace')[:200]}); 'decentra pull' gets its result")
-        events: Events = LogEvents(run=invite.run_id[:8], peer=config.name)
-        async with AsyncExitStack() as stack:
-            opening = open_door(invite, config, root, events, patience_s=patience_s, check=functools.partial(check_fit, config))
-            door = await _or_stop(opening, stop)
-            if door is None:
-                return {"ok": True, "why": stop.why, "num_steps": 0, "num_tokens": 0}
-            stack.push_async_callback(door.client.close)
-            await asyncio.to_thread(compare_held_out, door, config, events)
-            node, exchange = await stack.enter_async_context(
-                gossip(root, invite.bootstrap, config, door.trust, lambda: door.client.credentials, events)
-            )
-            if genesis is not None:
-                await _bring_genesis(genesis, door.manifest, exchange)
-            runtime = member_runtime(door, config, root, node, exchange, events)
-            stop.on_stop(runtime.leave)
-            tasks = [
-                asyncio.create_task(watch_loop(events)),
-                asyncio.create_task(_progress(runtime, events)),
-                asyncio.create_task(join_again(door, config, root, events)),
-                asyncio.create_task(follow_service(door, node, invite.services, events)),
-            ]
+        result: dict[str, Any] = {"ok": True, "num_steps": 0, "num_tokens": 0}
+        while not stop.event.is_set():
+            if why := permit.refusal():
+                events.emit("paused", why=why)
+                await _until(lambda: not permit.refusal(), stop)
+                continue
+            result = await _one_stay(invite, config, root, permit, stop, events, patience_s, genesis)
+            tx_bytes, rx_bytes = tx_bytes + result.get("tx_bytes", 0), rx_bytes + result.get("rx_bytes", 0)
+            if not str(result["why"]).startswith(PAUSED):
+                break
+        if stop.event.is_set():
+            result["why"] = stop.why
+        return result | ({"tx_bytes": tx_bytes, "rx_bytes": rx_bytes} if "peer" in result else {})
+
+
+async def _until(holds: Callable[[], bool], stop: StopRequest) -> None:
+    """Wait until it holds, or for Ctrl-C."""
+    while not holds():
+        with suppress(TimeoutError):
+            async with asyncio.timeout(POLL_S):
+                await stop.event.wait()
+                return
+
+
+async def _one_stay(
+    invite: Invite,
+    config: PeerConfig,
+    root: Path,
+    permit: Permit,
+    stop: StopRequest,
+    events: Events,
+    patience_s: float,
+    genesis: Path | None,
+) -> dict[str, Any]:
+    """From the door until the peer leaves: the run is over, Ctrl-C, its steps are done, or its owner's rules make it pause."""
+    async with AsyncExitStack() as stack:
+        opening = open_door(invite, config, root, events, patience_s=patience_s, check=functools.partial(check_fit, config))
+        door = await _or_stop(opening, stop)
+        if door is None:
+            return {"ok": True, "why": stop.why, "num_steps": 0, "num_tokens": 0}
+        stack.push_async_callback(door.client.close)
+        await asyncio.to_thread(compare_held_out, door, config, events)
+        node, exchange = await stack.enter_async_context(
+            gossip(root, invite.bootstrap, config, door.trust, lambda: door.client.credentials, events)
+        )
+        if genesis is not None:
+            await _bring_genesis(genesis, door.manifest, exchange)
+        runtime = member_runtime(door, config, root, node, exchange, events)
+        stop.on_stop(runtime.leave)
+        tasks = [
+            asyncio.create_task(watch_loop(events)),
+            asyncio.create_task(_progress(runtime, events)),
+            asyncio.create_task(join_again(door, config, root, events)),
+            asyncio.create_task(follow_service(door, node, invite.services, events)),
+            asyncio.create_task(_leave_when_refused(permit, runtime, stop)),
+        ]
+        for task in tasks:
+            task.add_done_callback(lambda t: _report(t, runtime, events))
+        began = time.monotonic()
+        try:
+            why = await runtime.run()
+            if runtime.saw_the_end:
+                with suppress(OSError):  # a full disk: the next start asks the service instead
+                    write_atomic(RealDisk(root), OVER_FILE, why.encode())
+        finally:
+            stop.forget(runtime.leave)
             for task in tasks:
-                task.add_done_callback(lambda t: _report(t, runtime, events))
-            began = time.monotonic()
-            try:
-                why = await runtime.run()
-                if runtime.saw_the_end:
-                    with suppress(OSError):  # a full disk: the next start asks the service instead
-                        write_atomic(RealDisk(root), OVER_FILE, why.encode())
-            finally:
-                for task in tasks:
-                    task.cancel()
-                await asyncio.gather(*tasks, return_exceptions=True)
-            counters = runtime.counters()
-            events.emit("leaving", why=why)
-            failed = why.startswith("failed: ")
-            return {
-                "ok": not failed, "why": why, "exit_code": int(ExitCode.FAILED if failed else ExitCode.OK), "run": invite.run_id,
-                "peer": door.key.peer_id, "name": config.name, "num_steps": counters.num_steps, "num_tokens": counters.num_tokens,
-                "tx_bytes": counters.tx_bytes, "rx_bytes": counters.rx_bytes, "loss": counters.loss, "seconds": round(time.monotonic() - began, 1),
-                "skipped_rounds": counters.skipped_rounds, "experts": sorted(e for e, _ in counters.expert_tokens),
-                "anchors": {f: r.anchor for f, r in runtime.replicas.items()}, "state_dir": str(root),
-            }  # fmt: skip
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        counters = runtime.counters()
+        events.emit("leaving", why=why)
+        failed = why.startswith("failed: ")
+        return {
+            "ok": not failed, "why": why, "exit_code": int(ExitCode.FAILED if failed else ExitCode.OK), "run": invite.run_id,
+            "peer": door.key.peer_id, "name": config.name, "num_steps": counters.num_steps, "num_tokens": counters.num_tokens,
+            "tx_bytes": counters.tx_bytes, "rx_bytes": counters.rx_bytes, "loss": counters.loss, "seconds": round(time.monotonic() - began, 1),
+            "skipped_rounds": counters.skipped_rounds, "experts": sorted(e for e, _ in counters.expert_tokens),
+            "anchors": {f: r.anchor for f, r in runtime.replicas.items()}, "state_dir": str(root),
+        }  # fmt: skip
+
+
+async def _leave_when_refused(permit: Permit, runtime: PeerRuntime, stop: StopRequest) -> None:
+    await _until(lambda: bool(permit.refusal()), stop)
+    if why := permit.refusal():
+        runtime.leave(f"{PAUSED}{why}")
 
 
 def _report(task: asyncio.Task[None], runtime: PeerRuntime, events: Events) -> None:

@@ -35,6 +35,9 @@ class StopRequest:
         if self.event.is_set():
             callback(self.why)
 
+    def forget(self, callback: Callable[[str], object]) -> None:
+        self._callbacks = [known for known in self._callbacks if known != callback]
+
     def set(self, why: str) -> None:
         if self.event.is_set():
             os._exit(SIGINT_EXIT)  # the second time is at once; the p2p daemon ends by itself
@@ -96,6 +99,16 @@ async def watch_loop(events: Events) -> None:
         late_s = time.monotonic() - before - WATCH_S
         if late_s > STALL_S:
             events.emit("loop-stalled", late_ms=round(1000 * late_s))
+
+
+def is_locked(path: Path) -> bool:
+    """True while a process holds the state directory."""
+    with suppress(OSError), open(path / "lock") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return True
+    return False
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -71,6 +72,10 @@ def join(
     cap: Annotated[
         str | None, typer.Option(help="most that packets may send, such as 20GB/day, where the run lets peers choose their codec")
     ] = None,
+    hours: Annotated[str | None, typer.Option(help="local times to train at, such as 22-7; outside the peer leaves and waits")] = None,
+    when_idle: Annotated[bool, typer.Option("--when-idle", help="give way to other work on this machine")] = False,
+    on_battery: Annotated[bool, typer.Option("--on-battery", help="train on battery, too")] = False,
+    nice: Annotated[int | None, typer.Option(min=0, max=19, help="scheduling priority; 19 gives way to everything else")] = None,
     model_code: Annotated[Path | None, typer.Option(help="the run's own model code")] = None,
     genesis: GenesisOpt = None,
     patience_s: PatienceOpt = 300.0,
@@ -84,6 +89,7 @@ def join(
         "domain": domain, "shared_fraction": shared_fraction, "device": device, "threads": threads,
         "listen": list(listen or ()), "announce": list(announce or ()),
         "max_steps": max_steps, "up": up, "cap": cap, "model_code": model_code,
+        "hours": hours, "when_idle": when_idle or None, "on_battery": on_battery or None, "nice": nice,
     }  # fmt: skip
     peer = _peer_config(config, given)
     _take_part(invite, peer, genesis, outbound_only, patience_s, as_json, verbose, log_json)
@@ -112,6 +118,35 @@ def keep(
     _take_part(invite, _peer_config(config, given), genesis, False, patience_s, as_json, verbose, log_json)
 
 
+@app.command()
+def pause(invite: InviteArg, name: NameOpt = None, state: DirOpt = None, as_json: JsonOpt = False) -> None:
+    """Make a peer of this machine leave its run and wait: it keeps its place and its files, and frees memory and processor."""
+    _set_paused(invite, name, state, as_json, is_paused=True)
+
+
+@app.command()
+def resume(invite: InviteArg, name: NameOpt = None, state: DirOpt = None, as_json: JsonOpt = False) -> None:
+    """Let a paused peer of this machine train again."""
+    _set_paused(invite, name, state, as_json, is_paused=False)
+
+
+def _set_paused(invite: str, name: str | None, state: Path | None, as_json: bool, *, is_paused: bool) -> None:
+    from decentra.cli.console import print_json
+    from decentra.cli.permit import set_paused
+    from decentra.cli.running import is_locked
+    from decentra.cli.wiring import state_dir
+
+    config = _peer_config(None, {"name": name, "dir": state})
+    root = state_dir(invite_of(invite).run_id, config)
+    set_paused(root, is_paused)
+    is_running = is_locked(root)
+    does = "leaves its run within seconds" if is_paused else "trains again within seconds"
+    late = "is not running; it waits when it is started" if is_paused else "is not running; start it with 'decentra join'"
+    print(f"{config.name} {does if is_running else late}", file=sys.stderr)
+    if as_json:
+        print_json({"ok": True, "is_paused": is_paused, "is_running": is_running, "state_dir": str(root)})
+
+
 def _take_part(
     invite: str, config: Any, genesis: Path | None, outbound_only: bool, patience_s: float, as_json: bool, verbose: bool, log_json: bool
 ) -> None:
@@ -123,6 +158,8 @@ def _take_part(
     from decentra.cli.join import describe_peer, run_member
     from decentra.cli.running import run_main
 
+    if config.nice is not None:
+        os.setpriority(os.PRIO_PROCESS, 0, config.nice)  # before there are threads, which inherit it
     result = run_main(lambda stop: run_member(line, config, stop, patience_s=patience_s, genesis=genesis))
     print(describe_peer(result), file=sys.stderr)
     if as_json:

@@ -374,6 +374,11 @@ def test_experts(offline: RunDir, hosted: Hosted, tmp_path: Path) -> None:
     join(hosted.invite, tmp_path / "peer", "--num-experts", "99").refused(2, "99", "this run has 4")
 
 
+def test_modes(hosted: Hosted, tmp_path: Path) -> None:
+    join(hosted.invite, tmp_path / "peer", "--mode", "whole").refused(2, "mode", "'mirror' or 'held'", "whole")
+    join(hosted.invite, tmp_path / "peer", "--mode", "held").refused(2, "placement.mode = 'mirror'", "leave out --mode")
+
+
 def test_names_devices_and_domains(hosted: Hosted, tmp_path: Path) -> None:
     join(hosted.invite, tmp_path / "a", "--name", "no/slashes").refused(2, "'name'", "no/slashes")
     join(hosted.invite, tmp_path / "b", "--device", "gpu").refused(2, "'cuda:N'", "gpu")

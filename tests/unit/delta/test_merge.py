@@ -236,3 +236,33 @@ def test_incomplete_rounds_bad_weights_and_unknown_rules_are_refused() -> None:
             merge(FRAGMENT, {A: deltas[A]}, WEIGHTS, rule=rule)
         with pytest.raises(RejectedPayload):
             merge(FRAGMENT, deltas, {**WEIGHTS, B: 0x7F800000}, rule=rule)
+
+
+# ---------------------------------------------------------------- rows
+
+
+def test_a_row_is_the_mean_over_those_who_moved_it() -> None:
+    fragment = build_layout([("layers.0.mlp.gate.weight", (4, 3))])[FragmentId("router/0")]
+    deltas = {}
+    for seed, (peer, rows) in enumerate({A: (0, 1), B: (1, 2), C: (1,)}.items()):
+        values_ED = torch.zeros(4, 3)
+        values_ED[list(rows)] = vector(3 * len(rows), seed).view(len(rows), 3)
+        deltas[peer] = Decoded.of(values_ED.flatten())
+    merged_ED = merge(fragment, deltas, WEIGHTS, rule="rows").view(4, 3)
+    a, b, c = (deltas[p].dense().view(4, 3) for p in (A, B, C))
+    torch.testing.assert_close(merged_ED[0], a[0], rtol=1e-6, atol=0)
+    torch.testing.assert_close(merged_ED[1], 0.5 * a[1] + 0.3 * b[1] + 0.2 * c[1], rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(merged_ED[2], b[2], rtol=1e-6, atol=0)
+    assert not merged_ED[3].any(), "nobody moved it"
+
+
+def test_where_all_moved_all_rows_merging_them_is_the_mean() -> None:
+    assert same_bits(merge(FRAGMENT, three(), WEIGHTS, rule="rows"), merge(FRAGMENT, three(), WEIGHTS, rule="mean"))
+
+
+def test_rows_are_merged_alike_whether_packets_are_sparse_or_dense() -> None:
+    values = {peer: vector(N, seed) for seed, peer in enumerate((A, B, C))}
+    for seed, values_N in enumerate(values.values()):
+        values_N[seed * 4 : seed * 4 + 8] = 0.0
+    dense = merge(FRAGMENT, {p: Decoded.of(v) for p, v in values.items()}, WEIGHTS, rule="rows")
+    assert same_bits(dense, merge(FRAGMENT, {p: sparse(v) for p, v in values.items()}, WEIGHTS, rule="rows"))

@@ -168,3 +168,24 @@ def test_logits_and_aux_loss_equal_the_transformers_class(tmp_path: Path) -> Non
         ours, reference = model(batch), theirs(batch, output_router_logits=True)
     torch.testing.assert_close(ours.logits_BTV, reference.logits, atol=2e-6, rtol=1e-5)
     torch.testing.assert_close(ours.aux_loss, reference.aux_loss, atol=1e-6, rtol=1e-5)
+
+
+def test_a_model_that_takes_experts_in_is_the_model_built_with_them() -> None:
+    grown, built = build_model(SPEC, 0, experts=[1]), build_model(SPEC, 0, experts=[0, 1, 3])
+    names = grown.add_experts([3, 0, 1])
+    assert {name.split(".experts.")[1].split(".")[0] for name in names} == {"0", "3"}, "what it has is left alone"
+    assert not any(grown.state_dict()[name].any() for name in names)
+    grown.load_state_dict(built.state_dict())
+    assert list(grown.state_dict()) == list(built.state_dict())
+    batch = tokens(2, 9)
+    assert torch.equal(grown(batch).logits_BTV, built(batch).logits_BTV)
+    assert grown.present == (0, 1, 3)
+    with pytest.raises(ConfigError, match=r"0\.\.3"):
+        grown.add_experts([4])
+
+
+def test_a_model_without_experts_holds_weights_until_it_gets_some() -> None:
+    empty = build_model(SPEC, 0, experts=[])
+    assert not any(".experts." in name for name in empty.state_dict())
+    empty.add_experts([2])
+    assert empty(tokens(1, 5)).tokens_per_expert_E.tolist() == [0, 0, 10, 0]  # two layers, one expert per token

@@ -326,3 +326,36 @@ def test_reconciling_twice_is_reconciling_once(life: FragmentLife, num_steps: in
         if isinstance(effect, do.Encode):
             assert effect.base == life.anchor == life.view.anchor  # type: ignore[union-attr]
             assert life.pending is None
+
+
+# ---------------------------------------------------------------- a peer that holds only what it trains
+
+
+def test_a_partial_peer_takes_in_what_it_is_given_at_the_view_it_last_saw() -> None:
+    trunk, mine, others = (FragmentId(f) for f in ("trunk/0", "expert.1/0", "expert.0/0"))
+    peer = MemberMachine(SELF, {trunk: FragmentLife(trunk, BASE)}, fragments=(trunk, others, mine))
+    peer.handle(m.Connected(), 0.0)
+    for fragment in (mine, others):
+        assert peer.handle(m.Viewed(replace(view(Phase.IDLE, 0), fragment=fragment, ready=(B,))), 0.0) == []
+    placed = SwarmView(1, (MemberView(ME, "me", Role.TRAINER, True, (), (1,), Counters()),))
+    (trained,) = peer.handle(m.SwarmViewed(placed), 0.0)
+    assert trained == do.SetTrained(frozenset({trunk, mine})), "also what it has no room for yet"
+    assert mine not in peer.lives
+    (recover,) = peer.handle(m.Held(FragmentLife(mine, None)), 1.0)
+    assert isinstance(recover, do.Recover)
+    assert (recover.fragment, recover.anchor, recover.sources) == (mine, BASE, (B,))
+    assert peer.lives[mine].trains
+    assert others not in peer.lives
+    peer.handle(m.Held(FragmentLife(mine, NEXT)), 1.0)
+    assert peer.lives[mine].anchor is None, "it is held once"
+
+
+def test_a_partial_peer_forgets_views_of_the_stream_before() -> None:
+    trunk, mine = FragmentId("trunk/0"), FragmentId("expert.1/0")
+    peer = MemberMachine(SELF, {trunk: FragmentLife(trunk, BASE)}, fragments=(trunk, mine))
+    peer.handle(m.Connected(), 0.0)
+    peer.handle(m.Viewed(replace(view(Phase.IDLE, 0), fragment=mine, version=7)), 0.0)
+    peer.handle(m.Viewed(replace(view(Phase.IDLE, 0), fragment=mine, version=6)), 0.0)
+    assert peer.unheld[mine].version == 7
+    peer.handle(m.Connected(), 1.0)
+    assert not peer.unheld
