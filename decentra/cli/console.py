@@ -19,7 +19,7 @@ _INFO = frozenset(
         "operation-failed", "damaged-file", "bad-blob", "resumed", "trainer-died", "checkpoint-failed", "lost-anchor", "bootstrap-waiting",
         "bootstrap-attached", "p2p-died", "p2p-restarted", "clock-skew", "round-confirmed", "round-abandoned", "round-void", "rolled-back",
         "run-over", "run-stopping", "admitted", "placed", "service-started", "service-resumed", "rejected", "waiting", "progress",
-        "leaving", "held-out-differs", "offer-forged", "settings-ignored", "codec", "limits-not-heard",
+        "leaving", "held-out-differs", "offer-forged", "settings-ignored", "codec", "limits-not-heard", "paused",
     }
 )  # fmt: skip
 _SECRET = frozenset({"token", "invite", "credentials", "seed", "run_key", "service_key", "key"})

@@ -61,6 +61,7 @@ class GossipNode:
         self._listen: tuple[str, ...] = ()
         self._handlers: dict[str, StreamHandler] = {}
         self._handling: set[asyncio.Task[None]] = set()
+        self._ending: set[asyncio.Task[None]] = set()  # streams that this node ends itself
         self._attached = asyncio.Event()
         self._is_stale = False  # p2pd waits longer and longer between two dials of an address, up to 5 min; a new one forgets that
         self._life: asyncio.Task[None] | None = None
@@ -217,10 +218,11 @@ class GossipNode:
             raise Unreachable(f"the DHT node did not start ({str(error) or type(error).__name__}); try again") from None
 
     async def _tear_down(self) -> None:
-        for task in list(self._handling):
+        self._ending = set(self._handling)
+        for task in self._ending:
             task.cancel()
-        if self._handling:
-            await asyncio.wait(set(self._handling), timeout=5)
+        if self._ending:
+            await asyncio.wait(self._ending, timeout=5)
         if self._dht is not None:
             self._dht.is_alive = False  # its own shutdown talks to the daemon, which may be dead, and takes back what ends with it anyway
             if self._dht.cache_refresh_task is not None:
@@ -238,6 +240,10 @@ class GossipNode:
                 await handler(remote, reader, writer)
             except (OSError, asyncio.IncompleteReadError):
                 writer.transport.abort()  # the other side left
+            except asyncio.CancelledError:
+                writer.transport.abort()
+                if task not in self._ending:
+                    raise  # else this node ends it on purpose; asyncio would log every one with its traceback
             except Exception as error:  # task boundary: one stream's failure ends that stream only
                 if not writer.is_closing():  # uvloop raises RuntimeError where the other side left
                     self.events.emit("stream-failed", protocol=protocol, peer=remote, why=f"{type(error).__name__}: {error}")
