@@ -6,7 +6,7 @@ mode        full: every peer trains all experts; mirror: it has all of them and 
             2602.11543), fixed disjoint blocks of experts with one holder each, others frozen, plain means, fp32
 data        shared: all peers draw from all text; own30: a domain each and 30 % common text; own: a domain each and nothing else
 tx_bytes    of packets, one peer to all others; dense_ratio is how many times that is less than fp32 deltas of the whole model would be
-peak_bytes  most memory of one peer process above what imports take, for a model of 40 M parameters, one holding a quarter of the experts; see ``peak``
+peak_bytes  most memory of one ``decentra join`` above what imports take, a model of 40 M parameters; full: all experts, else a quarter of them
 
 All swarms of one table do the same number of inner steps in all, so they see equally many tokens. The lab (``tests/bench/lab.py``) shares accounts,
 codecs, merging and inner loop with the runtime.
@@ -15,12 +15,12 @@ codecs, merging and inner loop with the runtime.
 from __future__ import annotations
 
 import argparse
-import json
-import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,16 +28,15 @@ from typing import Any
 
 import torch
 
-from decentra.config import PeerConfig
-from decentra.delta.account import Account
-from decentra.delta.anchor import AnchorState, anchor_digest, encode_anchor
-from decentra.ids import PeerId, expert_of
-from tests.bench.deltas import bench_manifest, layout_of
-from tests.bench.lab import inner_loop, mean_loss, parse_settings, run_swarm
+from tests.bench.deltas import layout_of
+from tests.bench.lab import mean_loss, parse_settings, run_swarm
 from tests.bench.learning import Cache
 from tests.bench.measure import arguments, machine, show
+from tests.bench.round import Place, start_swarm
+from tests.bench.story import Log
 
 NUM_EXPERTS, NUM_STEPS, H = 8, 200, 10
+NUM_PEAK_ROUNDS, PEAK_S = 2, 300.0
 DATA = {
     "shared": ("data.shared_fraction=1.0",),
     "own30": ("data.shared_fraction=0.3",),
@@ -121,44 +120,48 @@ def table(arms: Sequence[Arm], seeds: Sequence[int], steps: int, cache: Cache, s
 # ---------------------------------------------------------------- memory
 
 
-def peaks() -> dict[str, int]:
-    """Peak memory above the imports of a peer with all experts and of one with a quarter of them in each mode, each in a process of its own."""
-    found = {}
-    for mode in ("full", "mirror", "held"):
-        line = [sys.executable, "-m", "tests.bench.experts", "--peak", mode]
-        done = subprocess.run(line, capture_output=True, text=True, check=True)
-        found[mode] = int(json.loads(done.stdout.splitlines()[-1])["peak_bytes"])
-    return found
+def peaks() -> dict[str, dict[str, float]]:
+    """Of one ``decentra join`` that trains all experts, and of ones with a quarter of them, after some rounds: peak memory above the imports,
+    and how many times fewer bytes a round's packets have than fp32 deltas of the whole model."""
+    return {mode: peak(mode) for mode in ("full", "mirror", "held")}
 
 
-def peak(mode: str) -> int:
-    """Bytes: this process's peak over what it had after its imports, after inner steps and a round of every fragment that it trains."""
-    torch.set_num_threads(1)
-    before = _peak_now()
-    manifest, lab = bench_manifest(**PEAK_SHAPE), parse_settings([])[1]
-    own = tuple(range(NUM_EXPERTS if mode == "full" else NUM_EXPERTS // 4))
-    layout = layout_of(manifest)
-    trained = [f for f in layout.fragments if (e := expert_of(f.module)) is None or e in own]
-    inner = inner_loop(
-        manifest, lab, layout, PeerConfig(), PeerId("peak"), frozenset(f.id for f in trained), own if mode == "held" else None
-    )
-    followed = layout.fragments if mode == "mirror" else trained
-    accounts = {}
-    for fragment in followed:
-        state = AnchorState(inner.snapshot(fragment.id).live_N)
-        accounts[fragment.id] = Account(fragment, state, anchor_digest(encode_anchor(fragment, state)))
-    for _ in range(2):
-        inner.step()
-    for fragment in trained:
-        account = accounts[fragment.id]
-        snapshot = inner.snapshot(fragment.id)
-        account.encode(1, snapshot.live_N, "topk64", 1.0, snapshot.num_tokens, snapshot.num_steps)
-        inner.shift(fragment.id, account.excluded(account.anchor_state, account.anchor_digest))
-    return _peak_now() - before
+def peak(mode: str) -> dict[str, float]:
+    """Most resident memory of the member's process (VmHWM) less that of a process with the same imports; its packets are top-k 64 of 4096."""
+    settings = [f"model.{key}={value}" for key, value in PEAK_SHAPE.items()]
+    settings += [
+        "name=bench", "data.bytes_per_domain=60000", "data.held_out_bytes=2048", "codec.name=topk64", "rounds.inner_steps=2",
+        f"placement.mode={'held' if mode == 'held' else 'mirror'}", f"placement.experts_per_peer={NUM_EXPERTS // (1 if mode == 'full' else 4)}",
+    ]  # fmt: skip
+    with tempfile.TemporaryDirectory(prefix="decentra-bench-") as name:
+        here = Place(None, Path(name))
+        try:
+            manifest, _ = start_swarm(here, settings, 1)
+            log, deadline = Log(here.folder / "p0.log", "committed", "encoded"), time.monotonic() + PEAK_S
+            while not log.read() or min(Counter(e["fragment"] for e in log.named("committed")).values(), default=0) < NUM_PEAK_ROUNDS:
+                here.check()
+                if time.monotonic() > deadline:
+                    raise SystemExit(f"a peer of mode {mode} did not commit {NUM_PEAK_ROUNDS} rounds in {PEAK_S:g} s")
+                time.sleep(0.5)
+            sent = {e["fragment"]: e["num_bytes"] for e in log.named("encoded")}  # the newest packet of every fragment
+            dense = 4.0 * layout_of(manifest).num_elements
+            return {
+                "peak_bytes": most_resident(here.processes[-1].pid) - _with_imports(), "packet_bytes": sum(sent.values()),
+                "dense_ratio": dense / sum(sent.values()),
+            }  # fmt: skip
+        finally:
+            here.close()
 
 
-def _peak_now() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def most_resident(pid: int) -> int:
+    """VmHWM of a process, bytes."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return 1024 * int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1])
+
+
+def _with_imports() -> int:
+    code = "import os, decentra.cli.join, tests.bench.experts as e; print(e.most_resident(os.getpid()))"
+    return int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -168,12 +171,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.add_argument("--only", help="rows by their names, separated by semicolons; default: all")
         parser.add_argument("--cache", type=Path, help="file of results that are not computed again")
         parser.add_argument("--no-memory", action="store_true")
-        parser.add_argument("--peak", choices=("full", "mirror", "held"), help="measure this process and nothing else")
 
     args = arguments((__doc__ or "").splitlines()[0], argv, extra)
-    if args.peak:
-        show({"mode": args.peak, "peak_bytes": peak(args.peak)}, as_json=True)
-        return 0
     torch.set_num_threads(1)
     start_s = time.monotonic()
 
@@ -186,9 +185,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     result["rows"] = table(arms, [int(s) for s in args.seeds.split(",")], args.steps, Cache(args.cache), say)
     if not args.no_memory:
         found = peaks()
-        result |= {"peak_bytes": found, "peak_share": {mode: found[mode] / found["full"] for mode in found}}
+        result |= {"process": found, "peak_share": {mode: f["peak_bytes"] / found["full"]["peak_bytes"] for mode, f in found.items()}}
         for row in result["rows"]:
-            row["peak_bytes"] = found.get(row["mode"])
+            row["peak_bytes"] = found[row["mode"]]["peak_bytes"] if row["mode"] in found else None
     show(result, args.json)
     return 0
 
