@@ -32,6 +32,8 @@ def commands(*, is_quick: bool) -> dict[str, list[str]]:
         "wan-50mbit": ["wan", *short],
         "wan-10mbit": ["wan", "--rate-mbit", "10", *short],
         "downlink": ["downlink"],
+        "join": ["join", *(["--joins", "3"] if is_quick else [])],
+        "experts": ["experts", "--cache", str(OUT / "experts.jsonl"), "--seeds", "1", *(["--steps", "10"] if is_quick else [])],
         "learning": ["learning", "--plot", str(OUT / "loss-bytes.png"), "--cache", str(OUT / "learning.jsonl"), *quick],
     }
 
@@ -90,6 +92,20 @@ def table(results: dict[str, dict[str, Any]]) -> list[tuple[str, str, str]]:
                     f" {r['inner_steps']}",
                 )
             )
+        elif name == "join":
+            times = f"admitted p95 {r['admitted_p95_s']} s, training p95 {r['ready_p95_s']} s"
+            rows.append(
+                (f"{r['num_ok']} of {r['num_joins']} cold joins, {r['mode']}", times, f"{r['bytes_over_needed']}x the bytes needed")
+            )
+        elif name == "experts":
+            for mode, share in r["peak_share"].items():
+                what = f"{r['process'][mode]['dense_ratio']}x fewer bytes than dense fp32 of the whole model"
+                rows.append((f"peak memory of a peer, {mode}", f"{100 * share:.0f} %", what))
+            for row in r["rows"]:
+                who = f"{row['num_peers']} peers, {row['experts_per_peer']} experts each, data {row['data']}"
+                rows.append(
+                    (f"experts: {row['mode']}, {who}", f"loss {row['loss_mean']}", f"{row['holders']} holders; seeds {row['seeds']}")
+                )
         else:
             for row in r["rows"]:
                 gap = "" if row["gap_closed"] is None else f"gap closed {row['gap_closed']}"

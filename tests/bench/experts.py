@@ -83,22 +83,24 @@ def _arms() -> tuple[Arm, ...]:
 ARMS = _arms()
 
 
-def run(arm: Arm, seed: int, steps: int) -> dict[str, Any]:
+def run(arm: Arm, seed: int, steps: int, common: Sequence[str]) -> dict[str, Any]:
     """Loss, bytes of one peer's packets to all others, and rounds. Peers of a swarm of four do twice the steps of those of eight."""
-    manifest, lab = parse_settings([*arm.settings, f"lab.steps={steps * 8 // arm.peers}"])
+    manifest, lab = parse_settings([*common, *arm.settings, f"lab.steps={steps * 8 // arm.peers}"])
     model, swarm = run_swarm(manifest.model_copy(update={"seed": seed}), lab, lambda _: None)
     sent = swarm.packet_bytes / lab.peers * (lab.peers - 1)
     dense = 4.0 * swarm.layout.num_elements * swarm.num_rounds * (lab.peers - 1)
     return {"loss": mean_loss(model, manifest, lab.eval_windows), "bytes": sent, "dense_ratio": dense / sent}
 
 
-def table(arms: Sequence[Arm], seeds: Sequence[int], steps: int, cache: Cache, say: Callable[[str], None]) -> list[dict[str, Any]]:
+def table(
+    arms: Sequence[Arm], seeds: Sequence[int], steps: int, cache: Cache, say: Callable[[str], None], common: Sequence[str] = ()
+) -> list[dict[str, Any]]:
     found: dict[Arm, list[dict[str, Any]]] = {arm: [] for arm in arms}
     for seed in seeds:  # the whole table for a seed, then for the next: broken off, it is a table of fewer seeds
         for arm in arms:
-            start_s, key = time.process_time(), [arm.mode, list(arm.settings), seed, steps]
+            start_s, key = time.process_time(), [arm.mode, list(arm.settings), seed, steps, *common]
             if (known := cache.find(key)) is None:
-                cache.keep(key, known := run(arm, seed, steps))
+                cache.keep(key, known := run(arm, seed, steps, common))
             found[arm].append(known)
             say(
                 f"{arm.name}, seed {seed}: loss {known['loss']:.4f}, {known['bytes'] / 1e6:.1f} MB, {time.process_time() - start_s:.0f} CPU-s"

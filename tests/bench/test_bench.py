@@ -17,6 +17,8 @@ from tests.bench import all as everything
 from tests.bench import wan
 from tests.bench.codec import measure
 from tests.bench.deltas import layout_of
+from tests.bench.experts import Arm
+from tests.bench.experts import table as experts_table
 from tests.bench.lab import Lab
 from tests.bench.learning import Cache, Method, ddp_bytes, plot, table
 from tests.bench.padded import model_code
@@ -76,6 +78,15 @@ def test_the_whole_table_says_what_failed() -> None:
         "steps_per_round": 8.0,
     }
     assert everything.table({"wan": line | {"inner_steps": 4}})[0][1] == "90 % of the time in inner steps"
+
+
+def test_the_table_of_experts_counts_tokens_and_bytes_alike() -> None:
+    full, held, spes = Arm("full", 4, 8, "own30"), Arm("held", 4, 4, "own30"), Arm("spes", 4, 2, "own30")
+    assert [arm.holders for arm in (full, held, spes)] == [4, 2, 1]
+    rows = {r["mode"]: r for r in experts_table((full, held, spes), [1], 5, Cache(None), lambda _: None, SETTINGS)}
+    assert rows["full"]["tx_bytes"] > rows["held"]["tx_bytes"]
+    assert rows["held"]["dense_ratio"] > rows["full"]["dense_ratio"] > 3.5, "int8, and half of the experts"
+    assert 1.0 < rows["spes"]["dense_ratio"] < 4.0, "fp32, a quarter of the experts"
 
 
 def test_the_wan_benchmark_has_the_published_ratio() -> None:
