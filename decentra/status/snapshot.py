@@ -32,6 +32,8 @@ def snapshot(manifest: Manifest, swarm: SwarmView, views: Sequence[FragmentView]
         "tokens_per_expert": tokens_per_expert(manifest, views),
         "members": [_member(m, m.peer in active) for m in sorted(swarm.members, key=lambda m: (m.role, m.name))],
         "modules": _modules(fragments, swarm),
+        "holders_wanted": manifest.placement.holders,
+        "experts_short": {e: n for e, n in enumerate(_num_holders(manifest, live)) if n < manifest.placement.holders},
         "rounds_confirmed_trunk": min(
             (v.tally.num_confirmed for v in views if expert_of(module_of_fragment(v.fragment)) is None), default=0
         ),
@@ -76,6 +78,11 @@ def agreement(views: Sequence[FragmentView], live: Sequence[MemberView]) -> bool
     return True
 
 
+def _num_holders(manifest: Manifest, live: Sequence[MemberView]) -> list[int]:
+    """Live trainers of each expert."""
+    return [sum(m.role is Role.TRAINER and e in m.experts for m in live) for e in range(manifest.model.num_experts)]
+
+
 def _is_expert(fragment: FragmentId) -> bool:
     return expert_of(module_of_fragment(fragment)) is not None
 
@@ -84,6 +91,7 @@ def _member(m: MemberView, is_participating: bool) -> dict[str, Any]:
     c = m.counters
     return {
         "peer": m.peer, "name": m.name, "role": str(m.role), "is_live": m.is_live, "is_participating": is_participating, "experts": list(m.experts),
+        "mode": ("held" if m.is_partial else "mirror") if m.role is Role.TRAINER else None,
         "state": c.state, "num_steps": c.num_steps, "num_tokens": c.num_tokens, "tokens_per_s": round(c.tokens_per_s, 1), "loss": c.loss,
         "tx_bytes": c.tx_bytes, "rx_bytes": c.rx_bytes, "skipped_rounds": c.skipped_rounds, "addresses": list(m.addresses),
     }  # fmt: skip

@@ -73,6 +73,9 @@ def _headline(snap: dict[str, Any]) -> Text:
         f" least expert {snap['rounds_confirmed_min_expert']}, given up {snap['rounds_abandoned']}, thin {snap['rounds_thin']}"
         f"   loss {loss}   tokens {count(snap['num_tokens'])}   up {size(snap['tx_bytes'])}   down {size(snap['rx_bytes'])}"
     )
+    if snap["experts_short"] and not snap["is_stopped"]:
+        few = ", ".join(f"{expert} ({number} of {snap['holders_wanted']})" for expert, number in snap["experts_short"].items())
+        text.append(f"\nexperts with fewer holders than wanted: {few}; the run goes on, another trainer would take them", "yellow")
     agree = ("   anchors agree", "green") if snap["anchors_equal"] else ("   anchors differ for now", "yellow")
     text.append(*agree)
     return text
@@ -89,7 +92,7 @@ def members_table(snap: dict[str, Any]) -> Table:
         is_trainer = m["role"] == "trainer"
         table.add_row(
             Text(m["name"] or m["peer"][-8:], "bold" if m["is_live"] else "dim"), m["role"], _mark(m["is_live"]),
-            _mark(m["is_participating"]) if is_trainer else "", ",".join(map(str, m["experts"])), count(m["num_steps"]) if is_trainer else "",
+            _mark(m["is_participating"]) if is_trainer else "", _experts(m), count(m["num_steps"]) if is_trainer else "",
             f"{m['tokens_per_s']:.0f}" if is_trainer else "", "-" if m["loss"] is None else f"{m['loss']:.3f}", size(m["tx_bytes"]), size(m["rx_bytes"]),
         )  # fmt: skip
     return table
@@ -119,6 +122,11 @@ def modules_table(snap: dict[str, Any], *, is_short: bool = False) -> Table:
             count(sum(f["num_tokens"] for f in fragments)), f"{min(f['round'] for f in fragments)}+", "",
         )  # fmt: skip
     return table
+
+
+def _experts(member: dict[str, Any]) -> str:
+    numbers = ",".join(map(str, member["experts"]))
+    return f"{numbers} (held)" if member["mode"] == "held" else numbers
 
 
 def _mark(is_so: bool) -> Text:

@@ -139,3 +139,16 @@ def test_plots_are_drawn(tmp_path: Path) -> None:
     text = loss_text(curves, "loss")
     assert "peer-1" in text
     assert "\x1b" not in text
+
+
+def test_experts_with_too_few_holders_and_who_holds_only_its_own_are_said() -> None:
+    manifest, book = a_swarm(1)
+    book.handle(Hello(TRAINER, Role.TRAINER, "trainer", "n", experts=(0,), is_partial=True), 6.0)
+    snap = snap_of(manifest, book)
+    assert snap["experts_short"] == {0: 1, 1: 0}
+    assert {m["name"]: m["mode"] for m in snap["members"]} == {"keeper": None, "trainer": "held"}  # type: ignore[attr-defined]
+    console = Console(file=io.StringIO(), width=120)
+    console.print(render(snap))
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "0 (1 of 2), 1 (0 of 2)" in text
+    assert "0 (held)" in text
