@@ -98,6 +98,11 @@ class GrpcSession:
             async with asyncio.timeout(self._link.rules.call_s):
                 with calling(self.address, self._call):
                     await self._call.write(frame)
+        except Unreachable as error:  # gRPC may know no more here than that it could not write; the call's own status says why
+            with suppress(TimeoutError):
+                async with asyncio.timeout(CLOSE_S):
+                    raise await ending_of(self._call, self.address) from None
+            raise error from None
         except TimeoutError:
             self._call.cancel()
             raise Unreachable(f"the averaging service at {self.address} took no message for {self._link.rules.call_s:.0f} s") from None

@@ -156,7 +156,7 @@ class Demo:
         for index in range(self.num_peers):
             name, domain = f"peer-{index + 1}", domains[index % len(domains)]
             args = ["join", str(self.root / "invite.txt"), "--name", name, "--dir", str(self.root / name), "--domain", domain]
-            child = Child(name, [*args, "--listen", "/ip4/127.0.0.1/tcp/0", "--threads", "1", "--json"], self.root / "logs")
+            child = Child(name, [*args, "--listen", "/ip4/127.0.0.1/tcp/0", "--threads", "1", "--on-battery", "--json"], self.root / "logs")
             self.peers.append(child)
             await child.start()
             self.say(f"{name}: joining, own text: {domain}, {self.manifest.data.shared_fraction:.0%} common text")

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import functools
+import gc
+import sys
 import time
 from collections.abc import Callable
 from contextlib import AsyncExitStack, suppress
@@ -57,9 +60,18 @@ async def run_member(
                 events.emit("paused", why=why)
                 await _until(lambda: not permit.refusal(), stop)
                 continue
-            result = await _one_stay(invite, config, root, permit, stop, events, patience_s, genesis)
-            tx_bytes, rx_bytes = tx_bytes + result.get("tx_bytes", 0), rx_bytes + result.get("rx_bytes", 0)
-            if not str(result["why"]).startswith(PAUSED):
+            try:
+                stay = await _one_stay(invite, config, root, permit, stop, events, patience_s, None if "peer" in result else genesis)
+            except Refused as error:
+                if "peer" not in result or "run is over" not in str(error):
+                    raise
+                result["why"] = str(error)  # it ended while this peer was paused
+                break
+            finally:
+                _give_memory_back()
+            tx_bytes, rx_bytes = tx_bytes + stay.get("tx_bytes", 0), rx_bytes + stay.get("rx_bytes", 0)
+            result = stay if "peer" in stay or "peer" not in result else result | {"why": stay["why"]}
+            if not str(stay["why"]).startswith(PAUSED):
                 break
         if stop.event.is_set():
             result["why"] = stop.why
@@ -88,9 +100,9 @@ async def _one_stay(
     """From the door until the peer leaves: the run is over, Ctrl-C, its steps are done, or its owner's rules make it pause."""
     async with AsyncExitStack() as stack:
         opening = open_door(invite, config, root, events, patience_s=patience_s, check=functools.partial(check_fit, config))
-        door = await _or_stop(opening, stop)
+        door = await _or_stop(opening, stop, permit)
         if door is None:
-            return {"ok": True, "why": stop.why, "num_steps": 0, "num_tokens": 0}
+            return {"ok": True, "why": stop.why or f"{PAUSED}{permit.refusal()}", "num_steps": 0, "num_tokens": 0}
         stack.push_async_callback(door.client.close)
         await asyncio.to_thread(compare_held_out, door, config, events)
         node, exchange = await stack.enter_async_context(
@@ -113,6 +125,9 @@ async def _one_stay(
         try:
             why = await runtime.run()
             if runtime.saw_the_end:
+                assert runtime.loop is not None
+                assert runtime.loop.machine.swarm is not None
+                why = runtime.loop.machine.swarm.why  # also when its owner said pause at the same moment
                 with suppress(OSError):  # a full disk: the next start asks the service instead
                     write_atomic(RealDisk(root), OVER_FILE, why.encode())
         finally:
@@ -133,8 +148,15 @@ async def _one_stay(
 
 
 async def _leave_when_refused(permit: Permit, runtime: PeerRuntime, stop: StopRequest) -> None:
-    await _until(lambda: bool(permit.refusal()), stop)
-    if why := permit.refusal():
+    why = ""
+
+    def is_refused() -> bool:
+        nonlocal why
+        why = permit.refusal()
+        return bool(why)
+
+    await _until(is_refused, stop)
+    if why:
         runtime.leave(f"{PAUSED}{why}")
 
 
@@ -147,6 +169,13 @@ def _report(task: asyncio.Task[None], runtime: PeerRuntime, events: Events) -> N
         runtime.leave(f"failed: {error}")
 
 
+def _give_memory_back() -> None:
+    """A paused peer waits in the same process: its model is garbage now, and glibc keeps what was freed unless it is asked."""
+    gc.collect()
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+        trim(0)
+
+
 async def _bring_genesis(folder: Path, manifest: Manifest, exchange: HivemindExchange) -> None:
     """Take the first anchors from files, so that a run can begin without a host. Raises IntegrityError."""
     for digest, blob in read_genesis(folder, manifest).items():
@@ -154,9 +183,9 @@ async def _bring_genesis(folder: Path, manifest: Manifest, exchange: HivemindExc
         exchange.pin(digest)
 
 
-async def _or_stop(job: Any, stop: StopRequest) -> Any:
-    """The job's result, or None when Ctrl-C came first."""
-    task, stopped = asyncio.ensure_future(job), asyncio.ensure_future(stop.event.wait())
+async def _or_stop(job: Any, stop: StopRequest, permit: Permit) -> Any:
+    """The job's result, or None when Ctrl-C or the owner's word came first."""
+    task, stopped = asyncio.ensure_future(job), asyncio.ensure_future(_until(lambda: bool(permit.refusal()), stop))
     try:
         await asyncio.wait([task, stopped], return_when=asyncio.FIRST_COMPLETED)
         return task.result() if task.done() else None

@@ -67,7 +67,7 @@ class OtherWork:
         elapsed_s = (now[2] - self._before[2]) * (psutil.cpu_count() or 1)
         self._before = now
         if elapsed_s > 0:
-            self._shares.append(max(0.0, all_s - own_s) / elapsed_s)
+            self._shares.append(min(1.0, max(0.0, all_s - own_s) / elapsed_s))  # a child that ended takes its seconds out of our own
         return sum(self._shares) / len(self._shares) if self._shares else 0.0
 
     def _now(self) -> tuple[float, float, float]:
@@ -102,7 +102,7 @@ class Permit:
             return "its owner said pause; 'decentra resume' goes on"
         if self._hours is not None and not self._hours.holds(self.minute()):
             return f"it is outside the hours {self._hours}"
-        if not self.config.on_battery and self.on_battery():
+        if self.config.role == "trainer" and not self.config.on_battery and self.on_battery():
             return "the machine runs on battery (--on-battery trains all the same)"
         if self.config.when_idle:
             share = self.other_share()

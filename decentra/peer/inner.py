@@ -261,6 +261,9 @@ class InnerLoop:
         """Go on from a record of an earlier process, bit for bit on the same machine. Raises IntegrityError, and then changes nothing."""
         tensors = _parsed_record(data)
         meta, counters = _parsed_meta(tensors.pop("meta", None))
+        known = {slot.name for fragment in self.layout.fragments for slot in fragment.slots}
+        for key in [k for k in tensors if (name := k.partition("/")[2]) in known and name not in self._parameters]:
+            del tensors[key]  # of an expert that this process does not hold any more
         for key, value in tensors.items():
             self._check_record_tensor(key, value)
         try:

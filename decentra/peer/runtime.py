@@ -57,6 +57,11 @@ def _experts_of(fragments: frozenset[FragmentId]) -> tuple[int, ...]:
     return tuple(sorted({e for f in fragments if (e := expert_of(module_of_fragment(f))) is not None}))
 
 
+def _is_held(fragment: FragmentId, held: tuple[int, ...]) -> bool:
+    """Does a peer with these experts have this fragment?"""
+    return (expert := expert_of(module_of_fragment(fragment))) is None or expert in held
+
+
 def check_layout(manifest: Manifest, layout: Layout) -> None:
     """The model built here must have the manifest's fragments. Raises ManifestMismatch."""
     ours, theirs = {f.id for f in layout.fragments}, set(manifest.genesis)
@@ -97,6 +102,7 @@ class PeerRuntime:
     loop: PeerLoop | None = field(init=False, default=None)
     rate: RateControl = field(init=False)
     _why_left: str | None = field(init=False, default=None)
+    _is_making_room: bool = field(init=False, default=False)
     _restored: Places = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -172,14 +178,15 @@ class PeerRuntime:
             except DecentraError as error:
                 self.ports.events.emit("damaged-file", file=name, why=str(error))
                 continue
-            self._restored = places
+            held = _experts_of(self.trainer.trained) if self.is_partial else None
+            self._restored = {f: place for f, place in places.items() if held is None or _is_held(f, held)}
             self.ports.events.emit("resumed", file=name, num_steps=self.trainer.totals().num_steps)
             return
 
     async def _load_replicas(self) -> None:
         held = _experts_of(self.trainer.trained) if self.is_partial and self.trainer is not None else None
         for fragment in self.layout.fragments:
-            if held is None or (expert := expert_of(fragment.module)) is None or expert in held:
+            if held is None or _is_held(fragment.id, held):
                 await self._load_replica(fragment)
 
     async def _load_replica(self, fragment: Fragment) -> None:
@@ -243,7 +250,7 @@ class PeerRuntime:
 
     def _resume_if_whole(self) -> None:
         """Training begins when every fragment has an anchor; a peer that lacks one would train on a model nobody has."""
-        if self.trainer is None or not self.trainer.is_paused or (self.is_partial and not self.trainer.trained):
+        if self.trainer is None or not self.trainer.is_paused or self._is_making_room or (self.is_partial and not self._experts()):
             return
         if all(r.account is not None for r in self.replicas.values()):
             self.trainer.resume()
@@ -254,11 +261,18 @@ class PeerRuntime:
 
     async def _on_trained(self, fragments: frozenset[FragmentId]) -> None:
         if self.trainer is not None:
-            if self.is_partial:
-                await self._hold(fragments)
-            await self.trainer.set_trained(fragments)
+            try:  # first, so that the next process makes room for all that the trainer's record may hold
+                await self.ports.compute.run(write_atomic, self.ports.disk, TRAINED_FILE, json.dumps(sorted(fragments)).encode())
+            except OSError as error:
+                self.ports.events.emit("checkpoint-failed", why=f"{error.strerror}; training goes on, free some space")
+            self._is_making_room = True
+            try:
+                if self.is_partial:
+                    await self._hold(fragments)
+                await self.trainer.set_trained(fragments)
+            finally:
+                self._is_making_room = False
             self._resume_if_whole()
-            await self.ports.compute.run(write_atomic, self.ports.disk, TRAINED_FILE, json.dumps(sorted(fragments)).encode())
             self.ports.events.emit("placed-here", experts=self._experts())
 
     async def _hold(self, fragments: frozenset[FragmentId]) -> None:

@@ -73,10 +73,12 @@ class PeerLoop:
     _jobs: set[asyncio.Task[None]] = field(init=False, default_factory=set)
     _seq: int = field(init=False, default=0)
     _training: frozenset[FragmentId] = field(init=False, default=frozenset())
+    _placing: asyncio.Lock = field(init=False, default_factory=asyncio.Lock)
 
     def __post_init__(self) -> None:
         # a fragment that starts with steps to its account is due earlier, and from then on always
-        ahead = {f: self.head_start * i // len(self.replicas) for i, f in enumerate(sorted(self.replicas))}
+        everywhere = sorted(self.fragments or self.replicas)
+        ahead = {f: self.head_start * i // len(everywhere) for i, f in enumerate(everywhere)}
         lives = {f: _life(f, r, self.num_steps - ahead[f]) for f, r in self.replicas.items()}
         self.machine = m.MemberMachine(self.me, lives, num_steps=self.num_steps, fragments=self.fragments)
         self.fetcher = Fetcher(self.exchange, self._addresses, self.events)
@@ -315,11 +317,15 @@ class PeerLoop:
                 self.on_recovered()
 
     async def _set_trained(self, fragments: frozenset[FragmentId]) -> None:
+        async with self._placing:  # one placement after the other, in their order
+            await self._train(fragments)
+
+    async def _train(self, fragments: frozenset[FragmentId]) -> None:
         held = set(self.replicas)
         if self.on_trained is not None:
             await self.on_trained(fragments)
         for fragment in sorted(set(self.replicas) - held):
-            self._inbox.put_nowait(m.Held(_life(fragment, self.replicas[fragment], self.num_steps)))
+            self._inbox.put_nowait(m.Held(_life(fragment, self.replicas[fragment], self.machine.num_steps)))
         for fragment in sorted(fragments - self._training):  # the others go on counting their tokens
             await self.replicas[fragment].begin_training()
         self._training = fragments

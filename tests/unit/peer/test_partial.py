@@ -92,6 +92,19 @@ def test_a_record_of_a_partial_peer_is_restored_bit_for_bit() -> None:
         assert torch.equal(inner.snapshot(fragment).live_N, again.snapshot(fragment).live_N)
 
 
+def test_a_record_that_holds_more_experts_than_the_process_gives_the_rest() -> None:
+    inner, fewer = loop_of((0, 2, 3)), loop_of(HELD)
+    for _ in range(2):
+        inner.step()
+    fewer.restore(inner.record())
+    assert fewer.totals(0.0).num_steps == 2
+    assert torch.equal(fewer.snapshot(FragmentId("expert.2/0")).live_N, inner.snapshot(FragmentId("expert.2/0")).live_N)
+    more = loop_of((0, 1, 2, 3))
+    more.restore(inner.record())
+    assert torch.equal(more.snapshot(EXPERT_3).live_N, inner.snapshot(EXPERT_3).live_N)
+    assert more.step() > 0
+
+
 def test_a_model_of_ones_own_is_held_whole() -> None:
     inner = loop_of((0, 1, 2, 3))
     inner._model = torch.nn.Linear(2, 2)
