@@ -2,9 +2,9 @@
 
     python -m tests.bench.learning --json [--quick] [--seeds 1,2,3] [--steps 500] [--only "METHOD;..."] [--plot loss-bytes.png] [--cache FILE]
 
-All methods do the same number of inner steps from the same start on the same text (all domains, every peer another order), each with the rates of
+All methods but two, which say so, do as many inner steps from the same start on the same text (all domains, every peer another order), each with the rates of
 ``METHODS``; how they were found, on seed 0, is in ``tests/bench/LOG.md``. The lab (``tests/bench/lab.py``) shares accounts, codecs, merging and inner
-loop with the runtime; only waiting is modelled. The whole table is about 80 CPU-minutes.
+loop with the runtime; only waiting is modelled. The whole table is about 110 CPU-minutes.
 
 bytes_per_peer    what one peer sends: its packets to every other peer; for the big batch 2 (P - 1) / P fp32 gradients every step (ring all-reduce)
 bytes_ratio_to_ddp  how many times less than that
@@ -39,10 +39,11 @@ class Method:
     kind: str
     settings: tuple[str, ...] = ()
     num_seeds: int | None = None  # the first so many; a point of the curve needs no error bar
+    times: int = 1  # as many inner steps as the others; then it is compared with rows of as many only
 
 
-def swarm(name: str, codec: str, h: int, *more: str, num_seeds: int | None = None) -> Method:
-    return Method(name, "swarm", (f"codec.name={codec}", f"rounds.inner_steps={h}", *more), num_seeds)
+def swarm(name: str, codec: str, h: int, *more: str, num_seeds: int | None = None, times: int = 1) -> Method:
+    return Method(name, "swarm", (f"codec.name={codec}", f"rounds.inner_steps={h}", *more), num_seeds, times)
 
 
 RATE = "train.lr=1.4e-3"
@@ -56,6 +57,8 @@ METHODS = (
     swarm("top-k 64, H 5, no error feedback", "topk64", 5, RATE, "codec.error_feedback=0", "outer.lr=2", num_seeds=1),
     swarm("int8, H 25", "int8", 25, RATE, num_seeds=1),
     swarm("top-k 64, H 25", "topk64", 25, RATE, *SPARSE, num_seeds=1),
+    swarm("int8, H 14, twice the steps", "int8", 14, RATE, num_seeds=2, times=2),
+    swarm("top-k 32, H 14, twice the steps", "topk32", 14, RATE, "codec.error_feedback=0.95", "outer.lr=3", num_seeds=2, times=2),
 )
 
 
@@ -106,27 +109,29 @@ def table(
     for method in methods:
         found = []
         for seed in seeds[: method.num_seeds]:
-            start_s, key = time.process_time(), [method.kind, list(method.settings), seed, steps, list(common)]
+            num_steps = steps * method.times
+            start_s, key = time.process_time(), [method.kind, list(method.settings), seed, num_steps, list(common)]
             if (known := cache.find(key)) is None:
-                cache.keep(key, known := run(method, seed, steps, common, say))
+                cache.keep(key, known := run(method, seed, num_steps, common, say))
             found.append(known)
             say(
                 f"{method.name}, seed {seed}: loss {found[-1]['loss']:.4f}, {found[-1]['bytes'] / 1e6:.2f} MB, {time.process_time() - start_s:.0f} CPU-s"
             )
-        losses = [f["loss"] for f in found]
+        losses, num_bytes = [f["loss"] for f in found], statistics.fmean(f["bytes"] for f in found)
         h = next((int(s.partition("=")[2]) for s in method.settings if s.startswith("rounds.inner_steps=")), None)
         sem = statistics.stdev(losses) / len(losses) ** 0.5 if len(losses) > 1 else None
         rows.append(
             {
-                "method": method.name, "h": h, "seeds": list(seeds[: method.num_seeds]), "losses": losses,
+                "method": method.name, "h": h, "steps": steps * method.times, "seeds": list(seeds[: method.num_seeds]), "losses": losses,
                 "loss_mean": statistics.fmean(losses), "loss_sem": sem,
-                "bytes_per_peer": statistics.fmean(f["bytes"] for f in found),
-                "bytes_ratio_to_ddp": ddp_bytes(_lab(common), found[0]["params"], steps) / b if (b := statistics.fmean(f["bytes"] for f in found)) else None,
+                "bytes_per_peer": num_bytes,
+                "bytes_ratio_to_ddp": ddp_bytes(_lab(common), found[0]["params"], steps * method.times) / num_bytes if num_bytes else None,
             }
         )  # fmt: skip
     alone, big = (next((r["loss_mean"] for r, m in zip(rows, methods, strict=True) if m.kind == kind), None) for kind in ("solo", "ddp"))
-    for row in rows:
-        row["gap_closed"] = None if alone is None or big is None or alone == big else (alone - row["loss_mean"]) / (alone - big)
+    for row, method in zip(rows, methods, strict=True):
+        is_comparable = alone is not None and big is not None and alone != big and method.times == 1
+        row["gap_closed"] = (alone - row["loss_mean"]) / (alone - big) if is_comparable else None
     return rows
 
 
