@@ -13,6 +13,7 @@ in mid-transfer is a test (tests/integration/gossip), not a figure here.
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import subprocess
 import sys
@@ -42,7 +43,18 @@ def measure(num_joins: int, mode: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="decentra-bench-") as name:
         here = Place(None, Path(name))
         try:
-            manifest, invite = start_swarm(here, settings, 1)
+            manifest, _ = start_swarm(here, settings, 1)
+            line = [
+                sys.executable,
+                "-m",
+                "decentra.cli.main",
+                "invite",
+                str(here.folder / "run"),
+                "--uses",
+                "4000",
+                "--json",
+            ]  # the host's is for 32
+            invite = str(json.loads(subprocess.run(line, capture_output=True, text=True, check=True).stdout.splitlines()[-1])["invite"])
             trainer = Log(here.folder / "p0.log", "training")
             _wait(lambda: bool(trainer.read()), "the trainer")
             joins = [_join(here, manifest, invite, f"n{i}") for i in range(num_joins)]
