@@ -90,10 +90,12 @@ class Permit:
     root: Path
     minute: Callable[[], int] = lambda: time.localtime().tm_hour * 60 + time.localtime().tm_min
     on_battery: Callable[[], bool] = is_on_battery
-    other_share: Callable[[], float] = field(default_factory=lambda: OtherWork().share)
+    other_share: Callable[[], float] | None = None
     _gives_way: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
+        if self.config.when_idle and self.other_share is None:
+            self.other_share = OtherWork().share
         self._hours = None if self.config.hours is None else Hours.parse(self.config.hours)
 
     def refusal(self) -> str:
@@ -104,7 +106,7 @@ class Permit:
             return f"it is outside the hours {self._hours}"
         if self.config.role == "trainer" and not self.config.on_battery and self.on_battery():
             return "the machine runs on battery (--on-battery trains all the same)"
-        if self.config.when_idle:
+        if self.other_share is not None and self.config.when_idle:
             share = self.other_share()
             self._gives_way = share > (IDLE_SHARE if self._gives_way else BUSY_SHARE)
             if self._gives_way:

@@ -100,6 +100,9 @@ async def open_door(
                 await client.close()
                 raise
             events.emit("waiting", why=f"{error}; trying again in {retry_s:g} s")
+        except asyncio.CancelledError:  # Ctrl-C, or its owner paused it; the process may stay
+            await asyncio.shield(client.close())
+            raise
         except Refused as error:
             if stored is not None and credentials and "expired" in str(error):
                 # the invite was for coming in; this peer is in, and its admission still holds. Whether it may stay is decided at the stream
@@ -204,7 +207,7 @@ def member_runtime(door: Door, config: PeerConfig, root: Path, node: GossipNode,
 
 
 def _built(build: Builder, manifest: Manifest, experts: Sequence[int] | None) -> nn.Module:
-    """The run's model with these experts, None: all; own code has no part of it before ``add_experts``."""
+    """The run's model with these experts, None: all. Own code is always built whole; ``check_fit`` has refused anything else."""
     return build(manifest.model, manifest.seed) if experts is None else build_model(manifest.model, manifest.seed, experts)
 
 

@@ -374,6 +374,12 @@ def test_experts(offline: RunDir, hosted: Hosted, tmp_path: Path) -> None:
     join(hosted.invite, tmp_path / "peer", "--num-experts", "99").refused(2, "99", "this run has 4")
 
 
+def test_hours_and_pauses(hosted: Hosted, tmp_path: Path) -> None:
+    join(hosted.invite, tmp_path / "peer", "--hours", "at night").refused(2, "such as 22-7", "at night")
+    for verb in ("pause", "resume"):
+        decentra(verb, hosted.invite, "--dir", str(tmp_path / "nobody")).refused(2, "no peer's state directory", "--name or --dir")
+
+
 def test_modes(hosted: Hosted, tmp_path: Path) -> None:
     join(hosted.invite, tmp_path / "peer", "--mode", "whole").refused(2, "mode", "'mirror' or 'held'", "whole")
     join(hosted.invite, tmp_path / "peer", "--mode", "held").refused(2, "placement.mode = 'mirror'", "leave out --mode")

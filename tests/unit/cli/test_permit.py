@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import psutil
 import pytest
 
 from decentra.cli.permit import Hours, OtherWork, Permit, set_paused
@@ -13,26 +14,28 @@ from decentra.errors import ConfigError
 
 @pytest.mark.parametrize(
     ("text", "inside", "outside"),
-    [("22-7", (22 * 60, 0, 6 * 60 + 59), (7 * 60, 12 * 60, 21 * 60 + 59)), ("9:30-17:15", (9 * 60 + 30, 17 * 60 + 14), (9 * 60 + 29, 17 * 60 + 15)),
-     ("0-24:00", (), ()), ("18-24", (18 * 60, 1439), (0, 17 * 60 + 59))],
-)  # fmt: skip
+    [
+        ("22-7", (22 * 60, 0, 6 * 60 + 59), (7 * 60, 12 * 60, 21 * 60 + 59)),
+        ("9:30-17:15", (9 * 60 + 30, 17 * 60 + 14), (9 * 60 + 29, 17 * 60 + 15)),
+        ("18-24", (18 * 60, 1439), (0, 17 * 60 + 59)),
+    ],
+)
 def test_hours(text: str, inside: tuple[int, ...], outside: tuple[int, ...]) -> None:
-    if not inside:
-        with pytest.raises(ConfigError, match="all day"):
-            Hours.parse(text)
-        return
     hours = Hours.parse(text)
     assert all(hours.holds(minute) for minute in inside)
     assert not any(hours.holds(minute) for minute in outside)
+    assert Hours.parse(str(hours)) == hours
 
 
-@pytest.mark.parametrize("text", ["", "22", "22-25", "9:75-10", "nine-five", "-1-5", "22-7 "])
+@pytest.mark.parametrize("text", ["", "22", "22-25", "9:75-10", "nine-five", "-1-5"])
 def test_hours_that_are_none(text: str) -> None:
-    if text == "22-7 ":
-        assert str(Hours.parse(text)) == "22:00-7:00"
-        return
     with pytest.raises(ConfigError, match="such as 22-7"):
         Hours.parse(text)
+
+
+def test_hours_that_end_when_they_begin() -> None:
+    with pytest.raises(ConfigError, match="all day"):
+        Hours.parse("0-24:00")
 
 
 def permit(root: Path, *, minute: int = 0, battery: bool = False, share: float = 0.0, **config: object) -> Permit:
@@ -72,8 +75,24 @@ def test_the_owners_word_is_a_file_of_the_peer(tmp_path: Path) -> None:
     assert permit(tmp_path).refusal() == ""
 
 
-def test_other_work_is_a_share_and_ones_own_is_not_in_it() -> None:
-    work = OtherWork()
-    for _ in range(3):
-        sum(i * i for i in range(200_000))
-        assert 0.0 <= work.share() <= 1.5
+class Scripted(OtherWork):
+    """What the machine's counters say at each look: (busy seconds of all cores, our own, clock)."""
+
+    def __init__(self, *looks: tuple[float, float, float]) -> None:
+        self._looks = list(looks)
+        super().__init__()
+
+    def _now(self) -> tuple[float, float, float]:
+        return self._looks.pop(0)
+
+
+def test_other_work_is_a_share_of_all_cores_and_ones_own_is_not_in_it() -> None:
+    cores = psutil.cpu_count() or 1
+    work = Scripted((0, 0, 0), (8 * cores, 8 * cores, 10), (13 * cores, 8 * cores, 20), (23 * cores, 3 * cores, 30))
+    assert work.share() == 0.0, "all of it was ours"
+    assert work.share() == pytest.approx(0.25), "a half after nothing"
+    assert work.share() == pytest.approx(0.5), "a child that ended takes seconds out of ours, and no core works more than all the time"
+
+
+def test_this_machine_has_counters() -> None:
+    assert 0.0 <= OtherWork().share() <= 1.0

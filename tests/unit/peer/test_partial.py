@@ -4,27 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
+from small_run import LAYOUT, MANIFEST
 
-from decentra.config import DataSpec, Manifest, ModelSpec, PeerConfig, TrainSpec
+from decentra.config import PeerConfig
 from decentra.data.windows import source_for
 from decentra.delta.flat import with_untouched
 from decentra.errors import ConfigError
 from decentra.ids import FragmentId, PeerId, expert_of
-from decentra.model.custom import layout_for
 from decentra.model.decoder import build_model
 from decentra.peer.inner import InnerLoop
 
 torch.set_num_threads(1)
 
-MANIFEST = Manifest(
-    name="small",
-    model=ModelSpec(
-        hidden_size=24, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=12, expert_hidden_size=16, num_experts=4, max_seq_len=32
-    ),
-    data=DataSpec(seq_len=24),
-    train=TrainSpec(batch_size=4, lr=5e-3, warmup_steps=0),
-)
-LAYOUT = layout_for(MANIFEST)
 ROUTER, EXPERT_3 = FragmentId("router/0"), FragmentId("expert.3/0")
 HELD = (0, 2)
 

@@ -8,28 +8,19 @@ from typing import Any
 
 import pytest
 import torch
+from small_run import LAYOUT, MANIFEST
 from torch import Tensor, nn
 
-from decentra.config import DataSpec, Manifest, ModelSpec, PeerConfig, TrainSpec
+from decentra.config import PeerConfig
 from decentra.data.windows import WindowSource, source_for
 from decentra.errors import ConfigError, IntegrityError, TrainingError
 from decentra.ids import FragmentId, PeerId
-from decentra.model.custom import layout_for
 from decentra.model.decoder import build_model
 from decentra.model.output import ForwardOutput
 from decentra.peer.trainer import Trainer
 
 torch.set_num_threads(1)
 
-MANIFEST = Manifest(
-    name="small",
-    model=ModelSpec(
-        hidden_size=24, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=12, expert_hidden_size=16, num_experts=4, max_seq_len=32
-    ),
-    data=DataSpec(seq_len=24),
-    train=TrainSpec(batch_size=4, lr=5e-3, warmup_steps=5),
-)
-LAYOUT = layout_for(MANIFEST)
 ALL = frozenset(f.id for f in LAYOUT.fragments)
 TRUNK, ROUTER, EXPERT_0, EXPERT_1 = (FragmentId(f) for f in ("trunk/0", "router/0", "expert.0/0", "expert.1/0"))
 DEADLINE_S = 30.0
