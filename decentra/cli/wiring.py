@@ -83,38 +83,38 @@ async def open_door(
     client = AveragingClient(invite.services, trust, events, key=key, token=invite.token, credentials=credentials)
     stored = _stored_manifest(disk, invite.run_id, events)
     deadline, retry_s = time.monotonic() + patience_s, RETRY_S
-    while True:
-        try:
-            manifest = (await client.describe()).manifest
-            if check is not None:
-                await asyncio.to_thread(check, manifest, key.peer_id)
-            await client.join(Role(config.role), nonce, config.name)
-            break
-        except Unreachable as error:
-            if stored is not None and credentials:
+    async with AsyncExitStack() as unfinished:
+        unfinished.push_async_callback(client.close)  # unless it comes to a door
+        while True:
+            try:
+                manifest = (await client.describe()).manifest
                 if check is not None:
-                    await asyncio.to_thread(check, stored, key.peer_id)
-                events.emit("waiting", why=f"{error}; going on with what this peer has, the service is asked again")
-                return Door(stored, key, trust, client, nonce, is_admitted=False)
-            if time.monotonic() + retry_s > deadline:
-                await client.close()
-                raise
-            events.emit("waiting", why=f"{error}; trying again in {retry_s:g} s")
-        except asyncio.CancelledError:  # Ctrl-C, or its owner paused it; the process may stay
-            await asyncio.shield(client.close())
-            raise
-        except Refused as error:
-            if stored is not None and credentials and "expired" in str(error):
-                # the invite was for coming in; this peer is in, and its admission still holds. Whether it may stay is decided at the stream
-                return Door(stored, key, trust, client, nonce, is_admitted=True)
-            if "is in use by" not in str(error) or time.monotonic() + retry_s > deadline:
-                await client.close()
-                raise
-            events.emit("waiting", why=f"{error}; trying again in {retry_s:g} s")
-        await asyncio.sleep(retry_s)
-        retry_s = min(MAX_RETRY_S, 1.5 * retry_s)
-    write_atomic(disk, MANIFEST_FILE, manifest.canonical_bytes())
-    write_atomic(disk, CREDENTIALS_FILE, client.credentials)
+                    await asyncio.to_thread(check, manifest, key.peer_id)
+                await client.join(Role(config.role), nonce, config.name)
+                break
+            except Unreachable as error:
+                if stored is not None and credentials:
+                    if check is not None:
+                        await asyncio.to_thread(check, stored, key.peer_id)
+                    events.emit("waiting", why=f"{error}; going on with what this peer has, the service is asked again")
+                    unfinished.pop_all()
+                    return Door(stored, key, trust, client, nonce, is_admitted=False)
+                if time.monotonic() + retry_s > deadline:
+                    raise
+                events.emit("waiting", why=f"{error}; trying again in {retry_s:g} s")
+            except Refused as error:
+                if stored is not None and credentials and "expired" in str(error):
+                    # the invite was for coming in; this peer is in, and its admission still holds. Whether it may stay is decided at the stream
+                    unfinished.pop_all()
+                    return Door(stored, key, trust, client, nonce, is_admitted=True)
+                if "is in use by" not in str(error) or time.monotonic() + retry_s > deadline:
+                    raise
+                events.emit("waiting", why=f"{error}; trying again in {retry_s:g} s")
+            await asyncio.sleep(retry_s)
+            retry_s = min(MAX_RETRY_S, 1.5 * retry_s)
+        write_atomic(disk, MANIFEST_FILE, manifest.canonical_bytes())
+        write_atomic(disk, CREDENTIALS_FILE, client.credentials)
+        unfinished.pop_all()
     return Door(manifest, key, trust, client, nonce, is_admitted=True)
 
 

@@ -30,6 +30,7 @@ from decentra.errors import DecentraError, IntegrityError, RejectedPayload, Trai
 from decentra.ids import MERGED, Digest, FragmentId, PeerId, digest_of
 from decentra.modules import Fragment
 from decentra.peer.disk import write_atomic
+from decentra.peer.kept import KeptBlobs
 from decentra.ports import Compute, Disk, Events, Exchange
 from decentra.protocol import canonical
 from decentra.protocol.duties import Ending
@@ -38,7 +39,6 @@ from decentra.protocol.messages import Merge, Offer, Settlement
 _STAMP_BYTES = 8
 MAX_SCREENED = 256  # decoded sparse packets kept of one fragment; more are decoded again
 MAX_NORM_GROWTH = 2.0  # of a packet over the usual one
-NUM_KEPT_ROUNDS = 4  # rounds whose packets are served on, for members that come back
 
 
 class SnapshotLike(Protocol):
@@ -101,9 +101,11 @@ class Replica:
     _tokens_at_encode: int = 0
     _tokens_before: int = 0
     _screened: dict[Digest, Decoded] = field(default_factory=dict)  # sparse ones of the current round
-    _merge_residuals: tuple[Digest, ...] = ()  # of the newest merge: what it began with and what it left; pinned
     _usual_norm: float | None = None  # of the packets sent since the start
-    _kept: dict[int, tuple[Digest, ...]] = field(default_factory=dict)
+    _kept: KeptBlobs = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._kept = KeptBlobs(self.exchange, self.events)
 
     # ------------------------------------------------------------ start
 
@@ -114,8 +116,7 @@ class Replica:
         record_seq = 0 if record is None else _seq_of(record)
         self._seq = record_seq if note is None else max(record_seq, note.seq)
         if note is not None:
-            self._kept = dict(note.kept)
-            self._hold_residuals(note.residuals)
+            self._kept.restore(dict(note.kept), note.residuals)
         if record is not None and (note is None or record_seq > note.seq):
             self.account = record
         elif note is not None:
@@ -124,7 +125,7 @@ class Replica:
             self.exchange.pin(self.account.anchor_digest)
         if self.account is not None and (pending := self.account.pending) is not None:
             self.pending_offer = self._offer(pending)
-            await self._hold_packet(pending.round, self.pending_offer.packet, pending.packet)
+            await self._kept.hold(pending.round, self.pending_offer.packet, pending.packet)
 
     @property
     def anchor(self) -> Digest | None:
@@ -188,7 +189,7 @@ class Replica:
         try:
             await self._write_record(account)
             offer = self._offer(pending)
-            await self._hold_packet(number, offer.packet, pending.packet)
+            await self._kept.hold(number, offer.packet, pending.packet)
         except OSError:
             account.cancelled()
             raise
@@ -213,13 +214,13 @@ class Replica:
         delta = await self.compute.run(self._screen, data, sender, number, norm_bits)
         if delta.is_sparse and len(self._screened) < MAX_SCREENED:
             self._screened[digest] = delta  # small: kept until its round is applied, so that it is decoded once
-        await self._hold_packet(number, digest, data)
+        await self._kept.hold(number, digest, data)
 
     async def keep_residual(self, digest: Digest, blob: bytes) -> None:
         """Hold what earlier merges left out, verified by its digest. Raises RejectedPayload when it is no residual of this fragment."""
         await self.compute.run(decode_anchor, self.fragment, blob)
         await self.exchange.put(digest, blob)
-        self._hold_residuals((*self._merge_residuals[-1:], digest))
+        self._kept.keep_residuals((*self._kept.residuals[-1:], digest))
 
     async def reduce(self, settlement: Settlement) -> Merge:
         """Make one packet of the settled ones and of what earlier merges left out, and keep it for the others."""
@@ -230,8 +231,8 @@ class Replica:
         packet, left = await self.compute.run(self._reduce, settlement, deltas, residual)
         digest, left_digest = await self.compute.run(digest_of, packet), await self.compute.run(digest_of, left)
         await self.exchange.put(left_digest, left)
-        await self._hold_packet(settlement.round, digest, packet)
-        self._hold_residuals((*(() if settlement.residual is None else (settlement.residual,)), left_digest))
+        await self._kept.hold(settlement.round, digest, packet)
+        self._kept.keep_residuals((*(() if settlement.residual is None else (settlement.residual,)), left_digest))
         return Merge(self.fragment.id, settlement.round, self.me, digest, len(packet), left_digest)
 
     async def apply(self, settlement: Settlement) -> Digest:
@@ -240,14 +241,14 @@ class Replica:
         state, blob, digest = await self.compute.run(self._aggregate, settlement, deltas)
         await self.exchange.put(digest, blob)
         self._set_tentative((digest, state))
-        self._keep(settlement.round, (*settlement.packets, digest))
+        self._kept.keep(settlement.round, (*settlement.packets, digest))
         return digest
 
     async def commit(self, number: int, anchor: Digest, ending: Ending, clip_bits: int = ONE_BITS) -> None:
         """The tentative anchor is confirmed: close the account's pending packet, what was clipped off it comes home, and move live."""
         checked_clip(self.me, clip_bits)  # before it is on disk
         account, state = self._account(), self._computed(anchor)
-        self._keep(number, (*self._kept.get(number, ()), account.anchor_digest))
+        self._kept.keep(number, (account.anchor_digest,))
         self._seq += 1
         note = Note(number, ending, anchor, self._seq, clip_bits)
         if ending is Ending.FOLLOWED and bool(account.residual_N.any()):
@@ -256,7 +257,7 @@ class Replica:
                 Account(self.fragment, state, anchor, residual_N=account.residual_N, extra=self._next_stamp(cursor_of(account)))
             )
         await self._write_note(note)
-        self._repin(account.anchor_digest, anchor)
+        self._kept.move_pin(account.anchor_digest, anchor)
         applied = functools.partial(account.applied, clip_bits=clip_bits)
         moves: dict[Ending, Callable[[AnchorState, Digest], Tensor]]
         moves = {Ending.APPLIED: applied, Ending.EXCLUDED: account.excluded, Ending.FOLLOWED: account.followed}
@@ -266,7 +267,7 @@ class Replica:
         self.pending_offer = None
         self._set_tentative(None)
         self._screened.clear()
-        await self._collect_garbage()
+        await self._kept.collect_garbage(self.anchor)
 
     async def cancel(self, number: int) -> None:
         """The pending packet's round gave nothing: as if it had never been encoded."""
@@ -291,7 +292,7 @@ class Replica:
         await self.exchange.put(anchor, blob)
         self._seq += 1
         await self._write_note(Note(number, "reset", anchor, self._seq))
-        self._repin(self.anchor, anchor)
+        self._kept.move_pin(self.anchor, anchor)
         if self.account is None:
             self.account = Account(self.fragment, state, anchor)
         else:
@@ -384,7 +385,7 @@ class Replica:
         await self.compute.run(lambda: write_atomic(self.disk, f"{self._file}.record", *record_parts(account)))
 
     async def _write_note(self, note: Note) -> None:
-        whole = replace(note, kept=tuple(sorted(self._kept.items())), residuals=self._merge_residuals)
+        whole = replace(note, kept=tuple(sorted(self._kept.by_round.items())), residuals=self._kept.residuals)
         await self.compute.run(write_atomic, self.disk, f"{self._file}.note", canonical.to_bytes(whole))
 
     def _read_note(self) -> Note | None:
@@ -451,45 +452,6 @@ class Replica:
             self.exchange.pin(tentative[0])
         if old is not None:
             self.exchange.unpin(old[0])
-
-    def _repin(self, old: Digest | None, new: Digest) -> None:
-        if old == new:
-            return
-        self.exchange.pin(new)
-        if old is not None:
-            self.exchange.unpin(old)
-
-    async def _hold_packet(self, number: int, digest: Digest, data: bytes) -> None:
-        """A receipt or an offer is a promise: the packet stays until its round is old, whatever else wants the space."""
-        await self.exchange.put(digest, data)
-        self.exchange.pin(digest)
-        self._keep(number, (*self._kept.get(number, ()), digest))
-
-    def _hold_residuals(self, digests: Sequence[Digest]) -> None:
-        """Pin these; those held before are dropped when their round is old."""
-        new = tuple(dict.fromkeys(digests))[-2:]
-        for digest in set(new) - set(self._merge_residuals):
-            self.exchange.pin(digest)
-        for digest in set(self._merge_residuals) - set(new):
-            self.exchange.unpin(digest)
-            self._keep(min(self._kept, default=0), (digest,))
-        self._merge_residuals = new
-
-    def _keep(self, number: int, blobs: Sequence[Digest]) -> None:
-        self._kept[number] = tuple(dict.fromkeys((*self._kept.get(number, ()), *blobs)))
-
-    async def _collect_garbage(self) -> None:
-        """Drop blobs of rounds older than the newest few; never the confirmed anchor."""
-        old = sorted(self._kept)[:-NUM_KEPT_ROUNDS]
-        still = {d for number, blobs in self._kept.items() if number not in old for d in blobs} | {self.anchor, *self._merge_residuals}
-        for number in old:
-            for digest in self._kept.pop(number):
-                if digest in still:
-                    continue
-                try:
-                    await self.exchange.drop(digest)
-                except OSError as error:  # the round is committed all the same
-                    self.events.emit("not-dropped", digest=digest[:12], why=str(error))
 
 
 def _scalars(settlement: Settlement) -> tuple[dict[PeerId, int], dict[PeerId, int]]:
