@@ -36,7 +36,7 @@ from decentra.delta.raw import float_bytes
 from decentra.errors import IntegrityError, RejectedPayload, TrainingError
 from decentra.ids import Digest, digest_of
 from decentra.modules import build_layout
-from decentra.peer.replica import NUM_KEPT_ROUNDS
+from decentra.peer.kept import NUM_KEPT_ROUNDS
 from decentra.protocol.duties import Ending
 from decentra.protocol.messages import Entry, Settlement
 from decentra.sim.adapters import SimExchange, SimNet
