@@ -6,7 +6,6 @@ import asyncio
 import struct
 import zlib
 from collections.abc import Coroutine
-from random import Random
 from typing import Any
 
 import pytest
@@ -39,7 +38,7 @@ from decentra.modules import build_layout
 from decentra.peer.kept import NUM_KEPT_ROUNDS
 from decentra.protocol.duties import Ending
 from decentra.protocol.messages import Entry, Settlement
-from decentra.sim.adapters import SimExchange, SimNet
+from decentra.sim.adapters import SimExchange
 
 
 def test_bad_packets_are_refused_by_name_and_not_stored() -> None:
@@ -224,21 +223,20 @@ def test_old_blobs_go_and_the_anchor_stays() -> None:
     run(job())
 
 
-def test_a_blob_that_cannot_be_dropped_does_not_undo_the_round() -> None:
-    class Stubborn(SimExchange):
-        async def drop(self, digest: Digest) -> None:
-            raise OSError(30, "Read-only file system")
+def test_a_blob_that_cannot_be_dropped_does_not_undo_the_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def stubborn(self: SimExchange, digest: Digest) -> None:
+        raise OSError(30, "Read-only file system")
 
     async def job() -> None:
         bench = Bench()
         await bench.recover(0)
-        bench.replica.exchange = Stubborn(ME, bench.disk, SimNet(Random(1)), bench.peers)
         for number in range(1, NUM_KEPT_ROUNDS + 3):
             await bench.encode(number)
             await bench.finish(number, Ending.APPLIED, ME)
         assert bench.account.pending is None
         assert any(event == "not-dropped" for _, _, event, _ in bench.log)
 
+    monkeypatch.setattr(SimExchange, "drop", stubborn)
     run(job())
 
 
