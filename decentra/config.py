@@ -7,6 +7,7 @@ import json
 import re
 import tomllib
 from collections.abc import Sequence
+from math import cos, pi
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal, TypeVar, get_args
@@ -77,11 +78,34 @@ class TrainSpec(_Frozen):
 
     batch_size: int = Field(8, ge=1, le=65536)
     lr: float = Field(1.4e-3, gt=0, le=10)
-    warmup_steps: int = Field(20, ge=0)
+    warmup_steps: int = Field(20, ge=0, description="of each peer's own steps")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="how lr falls to final_share over decay_tokens, counted over the whole run: confirmed tokens of all peers"
+    )
+    decay_tokens: int | None = Field(None, ge=1)
+    final_share: float = Field(0.1, ge=0, le=1)
     weight_decay: float = Field(0.1, ge=0, le=10)
     beta1: float = Field(0.9, ge=0, lt=1)
     beta2: float = Field(0.95, ge=0, lt=1)
     grad_clip: float = Field(1.0, gt=0)
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainSpec:
+        if self.schedule != "constant" and self.decay_tokens is None:
+            raise ValueError(f"schedule {self.schedule!r} needs decay_tokens, the tokens of the whole run over which lr falls")
+        return self
+
+    def lr_at(self, num_steps: int, run_tokens: int) -> float:
+        """Learning rate of a peer's own step ``num_steps`` (0: the first) once the run has ``run_tokens`` confirmed tokens.
+
+        Peers of different speeds follow one schedule: it is a function of what the swarm did, not of what one of them did.
+        """
+        warm = min(1.0, (num_steps + 1) / self.warmup_steps) if self.warmup_steps else 1.0
+        if self.schedule == "constant" or self.decay_tokens is None:
+            return self.lr * warm
+        done = min(1.0, run_tokens / self.decay_tokens)
+        left = 1.0 - done if self.schedule == "linear" else 0.5 * (1.0 + cos(pi * done))
+        return self.lr * warm * (self.final_share + (1.0 - self.final_share) * left)
 
 
 class RoundSpec(_Frozen):
@@ -280,6 +304,10 @@ class PeerConfig(_Frozen):
         None, description="most that uploads may take of the uplink, such as '5mbit'; where the run lets peers choose, the codec follows it"
     )
     cap: str | None = Field(None, description="most that packets may send, such as '20GB/day'; heard where the run lets peers choose")
+    memory: str | None = Field(
+        None, description="most memory to plan with, such as '4GiB'; default: what is free. Experts are chosen to fit it"
+    )
+    gpu_memory: str | None = Field(None, description="most memory of the GPU to use, such as '6GiB'")
     hours: str | None = Field(None, description="train at these local times only, such as '22-7'; outside the peer leaves and waits")
     when_idle: bool = Field(False, description="give way while other work uses more than half of the processor")
     on_battery: bool = Field(False, description="train on battery, too")
@@ -288,7 +316,7 @@ class PeerConfig(_Frozen):
 
     @model_validator(mode="after")
     def _check(self) -> PeerConfig:
-        _ = self.cap_bytes_per_day  # it raises
+        _ = self.cap_bytes_per_day, self.memory_bytes, self.gpu_memory_bytes  # they raise
         if self.up_bytes_per_s is not None and self.up_bytes_per_s < MIN_UP_BYTES_PER_S:
             raise ValueError(f"up: expected at least {MIN_UP_BYTES_PER_S * 8 / 1e3:g}kbit; with less no transfer ends in time")
         return self
@@ -301,9 +329,18 @@ class PeerConfig(_Frozen):
     def cap_bytes_per_day(self) -> float | None:
         return None if self.cap is None else _measure(self.cap, _BYTES_PER_DAY, "cap", "20GB/day")
 
+    @property
+    def memory_bytes(self) -> int | None:
+        return None if self.memory is None else int(_measure(self.memory, _BYTES, "memory", "4GiB"))
+
+    @property
+    def gpu_memory_bytes(self) -> int | None:
+        return None if self.gpu_memory is None else int(_measure(self.gpu_memory, _BYTES, "gpu_memory", "6GiB"))
+
 
 MIN_UP_BYTES_PER_S = 1_000
 _BITS_PER_S = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
+_BYTES = {"mib": 2.0**20, "gib": 2.0**30, "tib": 2.0**40, "mb": 1e6, "gb": 1e9, "tb": 1e12}
 _BYTES_PER_DAY = {"mb/day": 1e6, "gb/day": 1e9, "tb/day": 1e12, "mb/hour": 24e6, "gb/hour": 24e9}
 
 

@@ -220,6 +220,12 @@ class AveragingClient:
             raise RejectedPayload("malformed", "the averaging service sent a status without the swarm", peer="the averaging service")
         return swarm, tuple(view for view in views if isinstance(view, FragmentView))
 
+    async def probe(self, port: int = 0, nonce: bytes = b"", num_filler_bytes: int = 0) -> pb.ProbeReply:
+        """This machine's address as the service sees it and, with a port, whether it can connect there. Raises Refused, Unreachable."""
+        async with _Using(self) as link:
+            request = dump(pb.ProbeRequest(port=port, nonce=nonce, filler=bytes(num_filler_bytes)))
+            return parse(pb.ProbeReply, await link.call("Probe", request, **self._papers()))
+
     async def ledger(self, after_seq: int = 0, limit: int = 1000) -> list[bytes]:
         """At most ``limit`` sealed ledger records after position ``after_seq`` (0: from the first). Raises Refused, Unreachable."""
         limit = min(limit, limits.MAX_LEDGER_RECORDS)

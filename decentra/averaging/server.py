@@ -16,6 +16,7 @@ from decentra.averaging import rpc
 from decentra.averaging.door import OutboxT, ServiceDoor
 from decentra.averaging.limiter import Limiter
 from decentra.averaging.mapping import answering
+from decentra.averaging.probe import Prober
 from decentra.averaging.streams import FrameCache, Stream, StreamRules
 from decentra.averaging.tls import ServerTls
 from decentra.config import Manifest
@@ -84,6 +85,7 @@ class AveragingServer(Generic[OutboxT]):
         max_members = identity.manifest.admission.max_members
         self._limiter = Limiter(self._rules.messages_per_s, self._rules.burst_messages, 2 * max_members)
         self._frames = FrameCache()
+        self._prober = Prober()
         self._options = rpc.server_options(keepalive_s)
         self._max_calls = 64 + 2 * max_members
         self._certificate_expiry_s = 0
@@ -165,6 +167,10 @@ class AveragingServer(Generic[OutboxT]):
         self._events.emit("command", kind=command.kind, argument=command.argument, answer=answer, run=self.identity.run)
         return pb.CommandReply(answer=answer[: limits.MAX_WHY_CHARS])
 
+    async def _probe(self, data: bytes, metadata: Metadata, context: Any) -> Message:
+        self._check_reader(metadata)
+        return await self._prober.answer(parse(pb.ProbeRequest, data), str(context.peer()))
+
     async def _read_ledger(self, data: bytes, metadata: Metadata, context: Any) -> None:
         self._check_reader(metadata)
         request, most = parse(pb.LedgerRequest, data), limits.MAX_LEDGER_RECORDS
@@ -200,18 +206,20 @@ class AveragingServer(Generic[OutboxT]):
             "Join": self._unary(self._join),
             "Attend": self._stream(lambda _requests, metadata, context: self._attend(metadata, context)),
             "FindOutcome": self._unary(self._find_outcome),
+            "Probe": self._unary(self._probe, with_context=True),
             "ReadLedger": self._stream(self._read_ledger),
             "ReadStatus": self._stream(self._read_status),
             "Command": self._unary(self._command),
         }
 
-    def _unary(self, method: Callable[[bytes, Metadata], Awaitable[Message]], *, is_version_checked: bool = True) -> Any:
+    def _unary(self, method: Callable[..., Awaitable[Message]], *, is_version_checked: bool = True, with_context: bool = False) -> Any:
         async def serve(data: bytes, context: Any) -> bytes:
             reply = b""
             async with answering(context, self._on_bug):
                 try:
                     async with asyncio.timeout(rpc.CALL_S):
-                        reply = dump(await method(data, self._metadata(context, is_version_checked)))
+                        more = (context,) if with_context else ()
+                        reply = dump(await method(data, self._metadata(context, is_version_checked), *more))
                 except TimeoutError:
                     raise Unreachable(f"the averaging service took more than {rpc.CALL_S:.0f} s for this call; try again") from None
             return reply

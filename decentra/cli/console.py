@@ -19,7 +19,7 @@ _INFO = frozenset(
         "operation-failed", "damaged-file", "bad-blob", "resumed", "trainer-died", "checkpoint-failed", "lost-anchor", "bootstrap-waiting",
         "bootstrap-attached", "p2p-died", "p2p-restarted", "clock-skew", "round-confirmed", "round-abandoned", "round-void", "rolled-back",
         "run-over", "run-stopping", "admitted", "placed", "service-started", "service-resumed", "rejected", "waiting", "progress",
-        "leaving", "held-out-differs", "offer-forged", "settings-ignored", "codec", "limits-not-heard", "paused",
+        "leaving", "measuring", "capacity", "held-out-differs", "offer-forged", "settings-ignored", "codec", "limits-not-heard", "paused",
     }
 )  # fmt: skip
 _SECRET = frozenset({"token", "invite", "credentials", "seed", "run_key", "service_key", "key"})
@@ -72,3 +72,16 @@ def fail(error: DecentraError | OSError, *, as_json: bool = False) -> typer.Exit
     if as_json:
         print_json({"ok": False, "error": text, "kind": type(error).__name__, "exit_code": int(code)})
     return typer.Exit(int(code))
+
+
+def print_table(rows: dict[str, Any]) -> None:
+    """Names and values, for people."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column()
+    for key, value in rows.items():
+        table.add_row(key, str(value))
+    Console().print(table)

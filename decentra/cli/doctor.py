@@ -23,6 +23,9 @@ def doctor_command(
     ] = None,
     name: Annotated[str, typer.Option(help="the peer whose state directory is checked")] = "peer",
     state: Annotated[Path | None, typer.Option("--dir", help="state directory; default: the user state directory, by run and name")] = None,
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="at which the averaging service tries to connect to this machine; default: any")
+    ] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object as the last line of stdout")] = False,
 ) -> None:
     """Check this machine, and with an invite the way to its run. Exit code 0: all well, 3: somebody does not answer, 1: anything else."""
@@ -32,7 +35,7 @@ def doctor_command(
     from decentra.doctor.finding import exit_code
 
     line = None if invite is None else _read_invite(invite)
-    findings = asyncio.run(examine(Plan(state_dir_of(line, name, state), line)))
+    findings = asyncio.run(examine(Plan(state_dir_of(line, name, state), line, port=port)))
     if as_json:
         print_json(to_json(findings))
     else:

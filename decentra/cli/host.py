@@ -31,10 +31,19 @@ from decentra.ports import Events
 from decentra.protocol.messages import Role
 from decentra.service.driver import Driver
 from decentra.service.mailbox import Mailbox
-from decentra.wire.trust import Admission, ServiceCertificate, TrustChain, pack_credentials, seal_admission, seal_certificate, seal_manifest
+from decentra.wire.signed import purpose_of
+from decentra.wire.trust import (
+    LEDGER,
+    Admission,
+    ServiceCertificate,
+    TrustChain,
+    pack_credentials,
+    seal_admission,
+    seal_certificate,
+    seal_manifest,
+)
 
 CERTIFICATE_DAYS = 90
-LEDGER_PURPOSE = "ledger"
 BEACON_S, BEACON_TTL_S = 60.0, 300.0
 OVER_S, ADVERTISE_S = 2.0, 120.0
 
@@ -115,7 +124,7 @@ async def averaging_service(run: RunDir, manifest: Manifest, listen: str, events
     """The averaging service of a run directory, from its ledger on. Raises ManifestMismatch when the manifest was edited since."""
     check_frozen(run, manifest, events)
     identity = service_identity(run, manifest)
-    purpose = f"{LEDGER_PURPOSE}/{identity.run}"
+    purpose = purpose_of(LEDGER, identity.run)
     async with AsyncExitStack() as stack:
         compute = DeltaThread("ledger")
         stack.callback(compute.close)

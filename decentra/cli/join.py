@@ -157,7 +157,7 @@ async def _leave_when_refused(permit: Permit, runtime: PeerRuntime, stop: StopRe
 
     await _until(is_refused, stop)
     if why:
-        runtime.leave(f"{PAUSED}{why}")
+        runtime.leave(f"{PAUSED}{why}", comes_back=True)
 
 
 def _report(task: asyncio.Task[None], runtime: PeerRuntime, events: Events) -> None:

@@ -44,6 +44,9 @@ PatienceOpt = Annotated[
     typer.Option("--wait", help="seconds to try for the first contact; who has anchors trains meanwhile", min=0.0),
 ]
 
+MemoryOpt = Annotated[str | None, typer.Option(help="most memory to plan with, such as 4GiB; as many experts are held as fit")]
+GpuMemoryOpt = Annotated[str | None, typer.Option(help="most memory of the GPU to use, such as 6GiB")]
+
 
 @app.command()
 def join(
@@ -72,6 +75,8 @@ def join(
     cap: Annotated[
         str | None, typer.Option(help="most that packets may send, such as 20GB/day, where the run lets peers choose their codec")
     ] = None,
+    memory: MemoryOpt = None,
+    gpu_memory: GpuMemoryOpt = None,
     hours: Annotated[str | None, typer.Option(help="local times to train at, such as 22-7; outside the peer leaves and waits")] = None,
     when_idle: Annotated[bool, typer.Option("--when-idle", help="give way to other work on this machine")] = False,
     on_battery: Annotated[bool, typer.Option("--on-battery", help="train on battery, too")] = False,
@@ -89,7 +94,7 @@ def join(
         "domain": domain, "shared_fraction": shared_fraction, "device": device, "threads": threads,
         "listen": list(listen or ()), "announce": list(announce or ()),
         "max_steps": max_steps, "up": up, "cap": cap, "model_code": model_code,
-        "hours": hours, "when_idle": when_idle or None, "on_battery": on_battery or None, "nice": nice,
+        "memory": memory, "gpu_memory": gpu_memory, "hours": hours, "when_idle": when_idle or None, "on_battery": on_battery or None, "nice": nice,
     }  # fmt: skip
     peer = _peer_config(config, given)
     _take_part(invite, peer, genesis, outbound_only, patience_s, as_json, verbose, log_json)
@@ -116,6 +121,69 @@ def keep(
         "model_code": model_code,
     }  # fmt: skip
     _take_part(invite, _peer_config(config, given), genesis, False, patience_s, as_json, verbose, log_json)
+
+
+@app.command()
+def plan(
+    invite: InviteArg,
+    config: ConfigOpt = None,
+    name: NameOpt = None,
+    state: DirOpt = None,
+    mode: Annotated[str | None, typer.Option(help="mirror or held; default: the run's")] = None,
+    num_experts: Annotated[int | None, typer.Option(min=0, help="how many experts to hold; default: the run's, as far as they fit")] = None,
+    data: Annotated[list[Path] | None, typer.Option(help="text or JSONL file or folder; repeatable")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:N")] = None,
+    threads: Annotated[int | None, typer.Option(help="torch threads of the trainer")] = None,
+    up: Annotated[str | None, typer.Option(help="plan with an uplink of this, such as 5mbit")] = None,
+    cap: Annotated[str | None, typer.Option(help="plan with so much a day, such as 20GB/day")] = None,
+    memory: MemoryOpt = None,
+    gpu_memory: GpuMemoryOpt = None,
+    model_code: Annotated[Path | None, typer.Option(help="the run's own model code")] = None,
+    as_json: JsonOpt = False,
+    verbose: VerboseOpt = False,
+) -> None:
+    """What joining would mean here: which experts fit, step time, codec, megabytes an hour. Measures; trains nothing that counts."""
+    logging_to(verbose, False)
+    line = invite_of(invite)
+    given = {
+        "name": name, "dir": state, "mode": mode, "num_experts": num_experts, "data": [str(d) for d in data or ()], "device": device,
+        "threads": threads, "up": up, "cap": cap, "memory": memory, "gpu_memory": gpu_memory, "model_code": model_code,
+    }  # fmt: skip
+    peer = _peer_config(config, given)
+    from decentra.cli import plan as planning
+    from decentra.cli.console import LogEvents, print_json, print_table
+    from decentra.cli.running import run_main
+
+    found = run_main(lambda _stop: planning.plan(line, peer, LogEvents()))
+    if as_json:
+        print_json(found)
+    else:
+        print_table(planning.describe_plan(found))
+
+
+@app.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
+def autostart(
+    context: typer.Context,
+    invite: InviteArg,
+    name: NameOpt = None,
+    state: DirOpt = None,
+    remove: Annotated[bool, typer.Option("--remove", help="stop and remove the service")] = False,
+    as_json: JsonOpt = False,
+) -> None:
+    """Join this run whenever you log in, as a systemd user service; further options are those of 'join', such as --hours 22-7 --when-idle."""
+    from decentra.cli import autostart as starting
+    from decentra.cli.console import print_json
+
+    line, peer = invite_of(invite), _peer_config(None, {"name": name, "dir": state})
+    args = [*(("--name", name) if name else ()), *(("--dir", str(state.resolve())) if state else ()), *context.args]
+    typer.main.get_command(app).commands["join"].make_context("join", [invite, *args])  # type: ignore[attr-defined]  # an option join lacks is said now
+    found = starting.remove(peer.name, Path.home()) if remove else starting.install(line, peer, args, Path.home())
+    if as_json:
+        print_json(found)
+        return
+    print(f"{found['unit']} {'removed' if remove else 'written; it joins at every login'}", file=sys.stderr)
+    if found["left_to_do"]:
+        print(f"{found['why']}. Left to do: " + "; ".join(found["left_to_do"]), file=sys.stderr)
 
 
 @app.command()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -11,24 +11,12 @@ from decentra.cli.app import InviteArg, JsonOpt, VerboseOpt, app, invite_of, log
 from decentra.errors import ConfigError, ExitCode
 
 
-def _print_table(rows: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None, show_header=False, pad_edge=False)
-    table.add_column(style="dim", no_wrap=True)
-    table.add_column()
-    for key, value in rows.items():
-        table.add_row(key, str(value))
-    Console().print(table)
-
-
 @app.command()
 def show(invite: InviteArg, as_json: JsonOpt = False) -> None:
     """What a run is before joining it: model, data, licence, sizes, who runs it, what leaves your machine."""
     logging_to(False, False)
     from decentra.cli import look
-    from decentra.cli.console import print_json
+    from decentra.cli.console import print_json, print_table
     from decentra.cli.running import run_main
 
     line = invite_of(invite)
@@ -40,7 +28,7 @@ def show(invite: InviteArg, as_json: JsonOpt = False) -> None:
 
     model, data, num = run["model"], run["data"], run["num_parameters"]
     most = "at most" if run["codec_sparsest"] else "about"
-    _print_table(
+    print_table(
         {
             "run": f"{run['name']}  {run['run'][:12]}", "about": run["description"] or "-", "run by": run["organiser"], "licence": run["licence"],
             "model": f"{model['num_layers']} layers, {model['num_experts']} experts, {model['num_experts_per_token']} per token"
@@ -83,6 +71,25 @@ def status(
     from decentra.status.terminal import render
 
     Console().print(render(snap))
+
+
+@app.command()
+def history(
+    invite: InviteArg,
+    csv_file: Annotated[Path | None, typer.Option("--csv", help="write every confirmed round as a row")] = None,
+    plot_file: Annotated[Path | None, typer.Option("--plot", help="write a PNG of tokens per expert over rounds")] = None,
+    as_json: JsonOpt = False,
+) -> None:
+    """Fetch the run's ledger, check every signature and link of its chains, and show what it says: rounds, tokens per expert, contributors."""
+    logging_to(False, False)
+    from decentra.cli import history as told
+    from decentra.cli.console import print_json
+    from decentra.cli.running import run_main
+
+    line = invite_of(invite)
+    manifest, records = run_main(lambda _stop: told.read_ledger(line))
+    found = told.summary(manifest, records, csv_file, plot_file)
+    print_json(found) if as_json else print(told.describe_history(found))
 
 
 @app.command()
@@ -139,13 +146,13 @@ def evaluate(
 ) -> None:
     """Held-out loss of a pulled model on the embedded domains."""
     from decentra.cli import look
-    from decentra.cli.console import print_json
+    from decentra.cli.console import print_json, print_table
 
     result = look.evaluate_checkpoint(checkpoint, model_code)
     if as_json:
         print_json(result)
     else:
-        _print_table({**{k: f"{v:.4f}" for k, v in result["loss_per_domain"].items()}, "mean": f"{result['loss']:.4f} nats per byte"})
+        print_table({**{k: f"{v:.4f}" for k, v in result["loss_per_domain"].items()}, "mean": f"{result['loss']:.4f} nats per byte"})
 
 
 @app.command()

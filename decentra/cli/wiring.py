@@ -16,6 +16,7 @@ import platformdirs
 from torch import nn
 
 from decentra.averaging.client import AveragingClient
+from decentra.cli.capacity import limit_gpu, max_experts
 from decentra.config import Manifest, PeerConfig, manifest_from_bytes
 from decentra.data.windows import source_for
 from decentra.errors import ConfigError, DataError, DecentraError, Refused, Unreachable
@@ -194,10 +195,16 @@ def member_runtime(door: Door, config: PeerConfig, root: Path, node: GossipNode,
     """A trainer or keeper over the real adapters. Raises ConfigError, ManifestMismatch, DataError."""
     manifest = door.manifest
     layout = layout_for(manifest, config.model_code)
+    most = max_experts(config, manifest, layout)
+    if config.role == "trainer":
+        limit_gpu(config)
+        if most is not None and most < manifest.placement.experts_per_peer and config.num_experts is None and config.experts is None:
+            why = f"{most} of the {manifest.placement.experts_per_peer} experts that this run gives a peer fit into this machine's memory"
+            events.emit("capacity", max_experts=most, why=why)
     runtime = PeerRuntime(
         manifest, layout, config, door.key.peer_id, door.nonce,
         Ports(door.client, exchange, RealDisk(root), SystemClock(), DeltaThread(), events),
-        addresses=lambda: node.addresses, traffic=lambda: (exchange.tx_bytes, exchange.rx_bytes), on_revoked=door.trust.revoke,
+        addresses=lambda: node.addresses, traffic=lambda: (exchange.tx_bytes, exchange.rx_bytes), on_revoked=door.trust.revoke, max_experts=most,
     )  # fmt: skip
     if config.role == "trainer":
         build, _ = model_for(manifest, config.model_code)
@@ -241,6 +248,7 @@ def check_fit(config: PeerConfig, manifest: Manifest, peer: PeerId) -> None:
         raise ConfigError("mode 'held' with no expert: a model without any cannot run; hold at least one, or join with --mode mirror")
     if mode == "held" and manifest.model.code != "decoder":
         raise ConfigError(f"mode 'held': the model of run '{manifest.name}' is its own code, which is held whole; join with --mode mirror")
+    max_experts(config, manifest, layout_for(manifest, config.model_code))
     source_for(manifest, config, peer)
 
 

@@ -26,6 +26,7 @@ class Plan:
     state_dir: Path
     invite: Invite | None = None
     host_ports: Sequence[int] = HOST_PORTS
+    port: int = 0  # at which the averaging service calls back; 0: any
 
 
 async def examine(plan: Plan, on_finding: Callable[[Finding], None] = lambda finding: None) -> list[Finding]:
@@ -54,6 +55,7 @@ async def examine(plan: Plan, on_finding: Callable[[Finding], None] = lambda fin
         found, described = await network.ask_service(plan.invite)
         report(found)
         if described is not None:
+            report([await network.check_reachability(plan.invite, plan.port)])
             report(await asyncio.to_thread(_check_run, described.manifest))
     return findings
 
@@ -62,10 +64,13 @@ def _check_run(manifest: Manifest) -> list[Finding]:
     """Whether this machine's memory and embedded text fit the run."""
     from decentra.data.domains import differing_held_out
     from decentra.model.custom import layout_for
+    from decentra.peer.footprint import footprint
 
     found = []
     if manifest.model.code == "decoder":
-        found += machine.check_memory(layout_for(manifest).num_elements)
+        layout = layout_for(manifest)
+        need = footprint(manifest, layout, is_partial=manifest.placement.mode == "held")
+        found += machine.check_memory(need.total(1), need.total(min(manifest.model.num_experts, manifest.placement.experts_per_peer)))
     else:
         fix = "get its file from the organiser and join with --model-code FILE"
         found.append(Finding("model", Level.WARN, f"the run trains a model of its own, {manifest.model.code[:19]}", fix))

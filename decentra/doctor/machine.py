@@ -42,10 +42,6 @@ FEW_RAM_BYTES, GOOD_RAM_BYTES = 1 << 30, 2 << 30
 SLOW_FSYNC_S = 0.1
 NUM_FSYNCS, FSYNC_BYTES = 5, 64 << 10
 FEW_OPEN_FILES, GOOD_OPEN_FILES = 1024, 4096
-# fp32 copies of the model in one trainer: weights, gradient, two moments; anchor, residual, live at encode, residual after it, a tentative
-# anchor, and a decoded packet.
-NUM_COPIES = 10
-PROCESS_BYTES = 600 << 20  # an idle trainer: Python, torch, hivemind, grpc
 
 
 def check_versions() -> list[Finding]:
@@ -173,15 +169,14 @@ def _enough(check: str, num_bytes: int, few: int, good: int, what: str, fix: str
     return Finding(check, Level.OK, f"{gib(num_bytes)} {what}")
 
 
-def check_memory(num_elements: int | None = None) -> list[Finding]:
-    """Free memory, against the run's model where its ``num_elements`` (parameters) are known."""
+def check_memory(need_bytes: int | None = None, good_bytes: int = 0) -> list[Finding]:
+    """Free memory; with ``need_bytes`` against a run: with one expert, and (``good_bytes``) with as many as its manifest gives a peer."""
     free_bytes = psutil.virtual_memory().available
-    fix = "close other programs, or join a run with a smaller model"
-    if num_elements is None:
+    if need_bytes is None:
+        fix = "close other programs, or join a run with a smaller model"
         return [_enough("memory", free_bytes, FEW_RAM_BYTES, GOOD_RAM_BYTES, "available", fix)]
-    need_bytes = PROCESS_BYTES + 4 * NUM_COPIES * num_elements
-    what = f"available for a model of {num_elements / 1e6:.1f} M parameters"
-    return [_enough("memory for this run", free_bytes, need_bytes, need_bytes * 3 // 2, what, fix)]
+    fix = "close other programs; a peer holds as many experts as fit, and needs room for one"
+    return [_enough("memory for this run", free_bytes, need_bytes, good_bytes, "available", fix)]
 
 
 def check_open_files() -> list[Finding]:

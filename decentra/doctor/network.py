@@ -159,3 +159,49 @@ def check_clock(offset_s: float) -> Finding:
     if abs(offset_s) > MAX_CLOCK_SKEW_S:
         return Finding("clock", Level.FAIL, f"{what}, at most {MAX_CLOCK_SKEW_S:g} s are tolerated", "sudo timedatectl set-ntp true")
     return Finding("clock", Level.OK, what)
+
+
+async def check_reachability(invite: Invite, port: int) -> Finding:
+    """Whether others can connect to this machine: the averaging service sees its address and calls it back at ``port`` (0: any free one)."""
+    import ipaddress
+    import os
+
+    import psutil
+
+    from decentra.averaging.client import AveragingClient
+    from decentra.averaging.probe import NONCE_BYTES
+    from decentra.wire.trust import TrustChain
+
+    nonce = os.urandom(NONCE_BYTES)
+
+    async def show(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(nonce)
+        writer.close()
+
+    try:
+        listener = await asyncio.start_server(show, "0.0.0.0", port)
+    except OSError as error:
+        fix = "end what listens there, or check another one with --port"
+        return Finding("reachability", Level.WARN, f"cannot listen on port {port} ({error.strerror})", fix)
+    client = AveragingClient(invite.services, TrustChain(invite.run_id, invite.run_public), Silent(), token=invite.token, call_s=SERVICE_S)
+    try:
+        async with listener:
+            asked = listener.sockets[0].getsockname()[1]
+            reply = await client.probe(asked, nonce)
+    except DecentraError as error:
+        return failure("reachability", error, "ask again; an older service cannot call back")
+    finally:
+        await client.close()
+    own = {a.address.partition("%")[0] for each in psutil.net_if_addrs().values() for a in each}
+    is_loopback = ipaddress.ip_address(reply.address).is_loopback
+    place = "this machine's own address" if reply.address in own else "a router's address, this machine is behind it (NAT)"
+    if reply.is_reachable:
+        what = f"others can connect to {reply.address} port {asked}" + (
+            " (loopback: the service runs on this machine)" if is_loopback else ""
+        )
+        return Finding("reachability", Level.OK, what)
+    fix = (
+        f"nothing: 'join' needs outbound connections only, packets then pass through keepers. To be reachable forward TCP port {asked} to this"
+        f" machine and join with --listen /ip4/0.0.0.0/tcp/{asked} --announce /ip4/{reply.address}/tcp/{asked}"
+    )
+    return Finding("reachability", Level.WARN, f"seen as {reply.address}, {place}; {reply.why}", fix)

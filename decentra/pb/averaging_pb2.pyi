@@ -78,6 +78,26 @@ class StatusRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
+class ProbeRequest(_message.Message):
+    __slots__ = ("port", "nonce", "filler")
+    PORT_FIELD_NUMBER: _ClassVar[int]
+    NONCE_FIELD_NUMBER: _ClassVar[int]
+    FILLER_FIELD_NUMBER: _ClassVar[int]
+    port: int
+    nonce: bytes
+    filler: bytes
+    def __init__(self, port: _Optional[int] = ..., nonce: _Optional[bytes] = ..., filler: _Optional[bytes] = ...) -> None: ...
+
+class ProbeReply(_message.Message):
+    __slots__ = ("address", "is_reachable", "why")
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    IS_REACHABLE_FIELD_NUMBER: _ClassVar[int]
+    WHY_FIELD_NUMBER: _ClassVar[int]
+    address: str
+    is_reachable: bool
+    why: str
+    def __init__(self, address: _Optional[str] = ..., is_reachable: bool = ..., why: _Optional[str] = ...) -> None: ...
+
 class CommandReply(_message.Message):
     __slots__ = ("answer",)
     ANSWER_FIELD_NUMBER: _ClassVar[int]

@@ -68,7 +68,7 @@ class IntList(_message.Message):
     def __init__(self, items: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Hello(_message.Message):
-    __slots__ = ("peer", "role", "name", "nonce", "addresses", "experts", "num_experts", "holdings", "may_reduce", "is_partial")
+    __slots__ = ("peer", "role", "name", "nonce", "addresses", "experts", "num_experts", "holdings", "may_reduce", "is_partial", "max_experts")
     PEER_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
@@ -79,6 +79,7 @@ class Hello(_message.Message):
     HOLDINGS_FIELD_NUMBER: _ClassVar[int]
     MAY_REDUCE_FIELD_NUMBER: _ClassVar[int]
     IS_PARTIAL_FIELD_NUMBER: _ClassVar[int]
+    MAX_EXPERTS_FIELD_NUMBER: _ClassVar[int]
     peer: str
     role: Role
     name: str
@@ -89,7 +90,8 @@ class Hello(_message.Message):
     holdings: _containers.RepeatedCompositeFieldContainer[Holding]
     may_reduce: bool
     is_partial: bool
-    def __init__(self, peer: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., name: _Optional[str] = ..., nonce: _Optional[str] = ..., addresses: _Optional[_Iterable[str]] = ..., experts: _Optional[_Union[IntList, _Mapping]] = ..., num_experts: _Optional[int] = ..., holdings: _Optional[_Iterable[_Union[Holding, _Mapping]]] = ..., may_reduce: bool = ..., is_partial: bool = ...) -> None: ...
+    max_experts: int
+    def __init__(self, peer: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., name: _Optional[str] = ..., nonce: _Optional[str] = ..., addresses: _Optional[_Iterable[str]] = ..., experts: _Optional[_Union[IntList, _Mapping]] = ..., num_experts: _Optional[int] = ..., holdings: _Optional[_Iterable[_Union[Holding, _Mapping]]] = ..., may_reduce: bool = ..., is_partial: bool = ..., max_experts: _Optional[int] = ...) -> None: ...
 
 class Offer(_message.Message):
     __slots__ = ("fragment", "round", "peer", "base", "packet", "num_bytes", "num_tokens", "num_steps", "norm_bits", "proof")
@@ -214,12 +216,14 @@ class Heartbeat(_message.Message):
     def __init__(self, peer: _Optional[str] = ..., seq: _Optional[int] = ..., counters: _Optional[_Union[Counters, _Mapping]] = ...) -> None: ...
 
 class Goodbye(_message.Message):
-    __slots__ = ("peer", "why")
+    __slots__ = ("peer", "why", "comes_back")
     PEER_FIELD_NUMBER: _ClassVar[int]
     WHY_FIELD_NUMBER: _ClassVar[int]
+    COMES_BACK_FIELD_NUMBER: _ClassVar[int]
     peer: str
     why: str
-    def __init__(self, peer: _Optional[str] = ..., why: _Optional[str] = ...) -> None: ...
+    comes_back: bool
+    def __init__(self, peer: _Optional[str] = ..., why: _Optional[str] = ..., comes_back: bool = ...) -> None: ...
 
 class MemberFrame(_message.Message):
     __slots__ = ("hello", "offer", "receipt", "attestation", "holding", "heartbeat", "goodbye", "abstention", "merge")

@@ -18,7 +18,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from decentra.config import Manifest, TrainSpec
+from decentra.config import Manifest
 from decentra.data.windows import WindowSource
 from decentra.delta.flat import gather, scatter
 from decentra.errors import ConfigError, DataError, IntegrityError
@@ -62,6 +62,7 @@ class _Counters:
     num_skipped_steps: int = 0
     num_bad_in_row: int = 0
     num_tokens: int = 0
+    run_tokens: int = 0  # confirmed tokens of the whole run, as last heard: what the learning rate follows
     loss_ema: float | None = None
     expert_slots: dict[int, int] = field(default_factory=dict)  # summed over layers
     bad_fragments: set[FragmentId] = field(default_factory=set)
@@ -113,6 +114,10 @@ class InnerLoop:
     def is_diverged(self) -> bool:
         return self._counters.num_bad_in_row >= NUM_BAD_STEPS_DIVERGED
 
+    def set_run_tokens(self, run_tokens: int) -> None:
+        """The whole run has so many confirmed tokens."""
+        self._counters.run_tokens = run_tokens
+
     def totals(self, tokens_per_s: float) -> Totals:
         c = self._counters
         return Totals(c.num_steps, c.num_tokens, tokens_per_s, c.loss_ema, {e: self._expert_tokens(e) for e in sorted(c.expert_slots)})
@@ -123,7 +128,7 @@ class InnerLoop:
         """One inner step; returns the tokens trained, 0 for a step that was skipped because its numbers were not finite."""
         train, counters = self._manifest.train, self._counters
         tokens_BT1 = self._source.next_batch(train.batch_size).to(self.device)
-        lr = train.lr * _warmup(counters.num_steps, train)
+        lr = train.lr_at(counters.num_steps, counters.run_tokens)
         counters.num_steps += 1
         self._optimizer.zero_grad()
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.device.type == "cuda"):
@@ -295,11 +300,6 @@ class InnerLoop:
         shape = () if kind == "step" else tuple(parameter.shape)
         if tuple(value.shape) != shape or not value.is_floating_point():
             raise IntegrityError(f"trainer record: expected {key[:100]!r} of shape {shape}, got {tuple(value.shape)} {value.dtype}")
-
-
-def _warmup(num_steps: int, train: TrainSpec) -> float:
-    """Share of the learning rate at the peer's own step ``num_steps``, linear up to ``warmup_steps``."""
-    return min(1.0, (num_steps + 1) / train.warmup_steps) if train.warmup_steps else 1.0
 
 
 def _parsed_record(data: bytes) -> dict[str, Tensor]:

@@ -97,6 +97,7 @@ class PeerRuntime:
     on_revoked: Callable[[PeerId], None] = lambda _: None
     make_model: Callable[[Sequence[int] | None], nn.Module] | None = None  # with these experts, None: all; no function at a keeper
     make_source: Callable[[], WindowSource] | None = None
+    max_experts: int | None = None  # more do not fit into this machine; None: all do
     replicas: dict[FragmentId, Replica] = field(init=False, default_factory=dict)
     trainer: Trainer | None = field(init=False, default=None)
     loop: PeerLoop | None = field(init=False, default=None)
@@ -135,10 +136,10 @@ class PeerRuntime:
         """True when the run itself is over, not only this peer's part."""
         return self.loop is not None and self.loop.machine.is_finished
 
-    def leave(self, why: str) -> None:
+    def leave(self, why: str, *, comes_back: bool = False) -> None:
         self._why_left = why
         if self.loop is not None:
-            self.loop.leave(why)
+            self.loop.leave(why, comes_back=comes_back)
 
     # ------------------------------------------------------------ start
 
@@ -223,6 +224,7 @@ class PeerRuntime:
             head_start=self.manifest.rounds.inner_steps if self.manifest.rounds.stagger else 0,
             fragments=tuple(f.id for f in self.layout.fragments) if self.is_partial else (),
             on_limit=self.trainer.step_to if self.trainer is not None and not self.manifest.rounds.overlap else None,
+            on_run_tokens=self.trainer.set_run_tokens if self.trainer is not None and self.manifest.train.schedule != "constant" else None,
         )  # fmt: skip
         self._resume_if_whole()
         if self._why_left is not None:
@@ -245,7 +247,7 @@ class PeerRuntime:
         return Hello(
             self.peer, Role(self.config.role), self.config.name, self.nonce, self.addresses(), self.config.experts, self.config.num_experts,
             may_reduce=not self.rate.limits.is_set,  # a reducer sends what it makes to everybody
-            is_partial=self.is_partial,
+            is_partial=self.is_partial, max_experts=self.max_experts,
         )  # fmt: skip
 
     def _resume_if_whole(self) -> None:

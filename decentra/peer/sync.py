@@ -58,6 +58,7 @@ class PeerLoop:
     on_revoked: Callable[[PeerId], None] = lambda _: None
     rate: RateControl | None = None
     on_limit: Callable[[int | None], None] | None = None  # told how far training may go, where it waits for rounds
+    on_run_tokens: Callable[[int], None] | None = None  # told how many tokens the run has confirmed, where training follows it
     num_steps: int = 0
     head_start: int = 0  # inner steps over which the fragments' first rounds are spread
     fragments: tuple[FragmentId, ...] = ()  # all of the run, where this peer does not hold all of them
@@ -89,9 +90,9 @@ class PeerLoop:
         """The trainer finished an inner step."""
         self._inbox.put_nowait(m.Stepped(num_steps))
 
-    def leave(self, why: str) -> None:
+    def leave(self, why: str, *, comes_back: bool = False) -> None:
         """Say goodbye and end."""
-        self._say(Goodbye(self.me.peer, why))
+        self._say(Goodbye(self.me.peer, why, comes_back))
         self._finish(why)
 
     async def run(self) -> str:
@@ -127,6 +128,8 @@ class PeerLoop:
                 self._start(effect)
             if self.on_limit is not None:
                 self.on_limit(self.machine.step_limit)
+            if self.on_run_tokens is not None and isinstance(event, m.Viewed):
+                self.on_run_tokens(self.machine.run_tokens)
 
     async def _ticks(self) -> None:
         while True:

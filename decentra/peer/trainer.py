@@ -112,6 +112,10 @@ class Trainer:
             self._step_limit = limit
             self._wake.notify()
 
+    def set_run_tokens(self, run_tokens: int) -> None:
+        """Confirmed tokens of the whole run, which the learning rate follows from the next step on."""
+        self._inner.set_run_tokens(run_tokens)
+
     def _set(self, *, is_paused: bool | None = None, is_stopping: bool | None = None) -> None:
         with self._wake:
             self._is_paused = self._is_paused if is_paused is None else is_paused

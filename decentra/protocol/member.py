@@ -180,6 +180,11 @@ class MemberMachine:
         ]
         return min(at, default=None)
 
+    @property
+    def run_tokens(self) -> int:
+        """Tokens inside the run's confirmed rounds, by the newest views of the trunk."""
+        return min((v.tally.num_tokens for life in self.lives.values() if (v := life.view) and _is_trunk(life.fragment)), default=0)
+
     def _take(self, event: Event, now: float, effects: list[Effect]) -> tuple[FragmentId, ...] | None:
         """Take the event in; the fragments it concerns, None for all."""
         match event:
@@ -289,6 +294,10 @@ class MemberMachine:
 
     def _is_settled_down(self) -> bool:
         return all(not life.busy and life.view is not None and life.view.anchor == life.anchor for life in self.lives.values())
+
+
+def _is_trunk(fragment: FragmentId) -> bool:
+    return module_of_fragment(fragment) == TRUNK
 
 
 def _trains(fragment: FragmentId, experts: tuple[int, ...]) -> bool:

@@ -55,6 +55,7 @@ class Hello:
     holdings: tuple[Holding, ...] = ()
     may_reduce: bool = True  # false where its owner limits the uplink
     is_partial: bool = False  # holds only the experts it trains
+    max_experts: int | None = None  # more do not fit into this machine; None: all do
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,10 +143,11 @@ class Heartbeat:
 
 @dataclass(frozen=True, slots=True)
 class Goodbye:
-    """The member leaves on purpose."""
+    """The member leaves on purpose. What it alone trains is handed over at once, unless it ``comes_back``."""
 
     peer: PeerId
     why: str
+    comes_back: bool = False
 
 
 MemberMessage = Hello | Offer | Receipt | Merge | Abstention | Attestation | Holding | Heartbeat | Goodbye

@@ -43,16 +43,17 @@ def place(peer: PeerId, count: int, num_experts: int, present: Placement) -> tup
     return tuple(sorted(chosen))
 
 
-def adopted(orphans: Sequence[int], present: Placement) -> dict[PeerId, tuple[int, ...]]:
+def adopted(orphans: Sequence[int], present: Placement, most: Mapping[PeerId, int] | None = None) -> dict[PeerId, tuple[int, ...]]:
     """Who trains which experts once every orphan has one holder more: it goes to whoever trains fewest, among equals by rendezvous score.
 
-    Only the peers that change. Nothing where nobody is present.
+    ``most``: how many experts fit into a peer, where that is known. Only the peers that change; an orphan for which nobody has room stays one.
     """
     changed: dict[PeerId, tuple[int, ...]] = {}
     for expert in sorted(orphans):
         now = {**present, **changed}
-        if now:
-            peer = min(now, key=lambda p: (len(now[p]), rendezvous(p, str(expert))))
+        willing = [p for p, experts in now.items() if most is None or len(experts) < most.get(p, len(experts) + 1)]
+        if willing:
+            peer = min(willing, key=lambda p: (len(now[p]), rendezvous(p, str(expert))))
             changed[peer] = tuple(sorted({*now[peer], expert}))
     return changed
 

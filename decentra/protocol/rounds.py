@@ -50,6 +50,7 @@ class Member:
     insists: bool = False  # on its experts or their number: it is given no others
     may_reduce: bool = True
     is_partial: bool = False  # holds only the experts it trains
+    max_experts: int | None = None  # more do not fit into its machine
     addresses: tuple[str, ...] = ()
     nonce: str = ""
     heard_at: float = 0.0
@@ -217,10 +218,12 @@ class RoundBook:
                 self._adopt_orphans(now, effects)
             case Hello():
                 self._greet(event, now, effects)
-            case Goodbye(peer, why):
+            case Goodbye(peer, why, comes_back):
                 self._lose(peer, why, now, effects)
                 if member := self.members.get(peer):
                     self.members[peer] = replace(member, nonce="")
+                if not comes_back:
+                    self._adopt_orphans(now, effects, leaving=peer)
             case Heartbeat(peer, _, counters):
                 if member := self.members.get(peer):
                     self.members[peer] = replace(member, counters=counters)
@@ -322,6 +325,7 @@ class RoundBook:
             experts=experts,
             may_reduce=hello.may_reduce,
             is_partial=hello.is_partial,
+            max_experts=hello.max_experts,
             insists=hello.experts is not None or hello.num_experts is not None,
             heard_at=now,
             has_greeted=True,
@@ -340,22 +344,28 @@ class RoundBook:
         num_experts = self.manifest.model.num_experts
         if hello.experts is not None:
             return placement.check_experts(hello.experts, num_experts)
-        count = min(num_experts, self.manifest.placement.experts_per_peer if hello.num_experts is None else hello.num_experts)
-        if len(member.experts) == count or (hello.num_experts is None and len(member.experts) > count):
+        most = num_experts if hello.max_experts is None else min(num_experts, hello.max_experts)
+        count = min(most, self.manifest.placement.experts_per_peer if hello.num_experts is None else hello.num_experts)
+        if len(member.experts) == count or (hello.num_experts is None and count < len(member.experts) <= most):
             return member.experts  # sticky: optimizer state lives with the peer, and what it adopted stays with it
         present = {m.peer: m.experts for m in self.members.values() if m.is_live and m.peer != hello.peer}
         return placement.place(hello.peer, count, num_experts, present)
 
-    def _adopt_orphans(self, now: float, effects: list[Effect]) -> None:
-        """An expert whose holders are gone for ``adopt_s`` gets another one; who comes back keeps it, too."""
+    def _adopt_orphans(self, now: float, effects: list[Effect], leaving: PeerId | None = None) -> None:
+        """An expert whose holders are gone for ``adopt_s`` gets another one; who comes back keeps it, too.
+
+        Experts of who is ``leaving`` for good do not wait: nobody is expected back.
+        """
         if self.stopping is not None:
             return
         present = {m.peer: m for m in self.members.values() if m.is_live and m.has_greeted and m.role is Role.TRAINER}
         held = {e for m in present.values() for e in m.experts}
         self.orphaned_at = {e: self.orphaned_at.get(e, now) for e in range(self.manifest.model.num_experts) if e not in held}
-        due = [e for e, since in self.orphaned_at.items() if now >= since + self.manifest.placement.adopt_s]
+        left = self.members[leaving].experts if leaving is not None and leaving in self.members else ()
+        due = [e for e, since in self.orphaned_at.items() if e in left or now >= since + self.manifest.placement.adopt_s]
         willing = {p: m.experts for p, m in present.items() if not m.insists}
-        for peer, experts in placement.adopted(due, willing).items():
+        most = {p: m.max_experts for p, m in present.items() if m.max_experts is not None}
+        for peer, experts in placement.adopted(due, willing, most).items():
             self.members[peer] = replace(self.members[peer], experts=experts)
             effects.append(Write(ledger.Placed(peer, experts)))
             self._swarm_changed(effects)

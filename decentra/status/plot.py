@@ -45,3 +45,39 @@ def loss_text(curves: Mapping[str, Curve], title: str, width: int = 78, height: 
     plotext.title(title)
     plotext.xlabel("seconds")
     return str(plotext.uncolorize(plotext.build()))
+
+
+def experts_png(path: Path, curves: Sequence[Curve], title: str) -> None:
+    """Write a PNG: tokens that trained each expert over the trunk's rounds. Who lags behind, or stands still, has no holder or no tokens."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(9, 5), dpi=120)
+    for expert, curve in enumerate(curves):
+        colour = pyplot.get_cmap("viridis")(expert / max(1, len(curves) - 1))
+        axes.step([x for x, _ in curve], [y for _, y in curve], where="post", color=colour, label=f"expert {expert}", linewidth=1.2)
+    axes.set(xlabel="confirmed rounds of the trunk", ylabel="tokens", title=title)
+    axes.grid(alpha=0.25)
+    if len(curves) <= 24:
+        axes.legend(fontsize=7, ncols=2)
+    figure.tight_layout()
+    figure.savefig(path)
+    pyplot.close(figure)
+
+
+def experts_text(curves: Sequence[Curve], title: str, width: int = 78, height: int = 16) -> str:
+    """The same with text characters."""
+    import plotext
+
+    plotext.clear_figure()
+    plotext.theme("clear")
+    plotext.plotsize(width, height)
+    for expert, curve in enumerate(curves):
+        plotext.plot(
+            [x for x, _ in curve], [y for _, y in curve], label=f"expert {expert}" if len(curves) <= 12 else None, marker="braille"
+        )
+    plotext.title(title)
+    plotext.xlabel("rounds")
+    return str(plotext.uncolorize(plotext.build()))

@@ -20,6 +20,7 @@ from decentra.wire.convert import digest_bytes, dump, parse, role_from_wire, rol
 from decentra.wire.signed import Opened, open_sealed, purpose_of, seal
 
 CERTIFICATE, ADMISSION, JOIN, COMMAND, MANIFEST, TOKEN = "service-certificate", "admission", "join", "command", "manifest", "token"
+LEDGER = "ledger"
 MAX_CREDENTIALS_BYTES = 4096
 RECHECK_S, MAX_CHECKED = 60.0, 512  # signatures of shown credentials are checked again after; how many are remembered
 

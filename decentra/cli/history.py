@@ -1,0 +1,70 @@
+"""``history``: the run's ledger, fetched from its service, checked line by line, as a table and as a plot of tokens per expert."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from decentra.cli.look import watching
+from decentra.config import Manifest
+from decentra.errors import IntegrityError
+from decentra.identity import is_signed
+from decentra.ids import short
+from decentra.invite import Invite
+from decentra.protocol.ledger import Ledger, Record
+from decentra.service.driver import open_record
+from decentra.wire.signed import purpose_of
+from decentra.wire.trust import LEDGER
+
+PAGE = 2000
+
+
+async def read_ledger(invite: Invite) -> tuple[Manifest, list[Record]]:
+    """(manifest, every record). Raises IntegrityError at the first line that its chain or the service's key does not vouch for."""
+    ledger = Ledger()
+    records: list[Record] = []
+    async with watching(invite) as client:
+        described = await client.describe()
+        purpose, public = purpose_of(LEDGER, invite.run_id), described.certificate.service_public
+        while page := await client.ledger(len(records), PAGE):
+            for sealed in page:
+                signature, line = open_record(sealed)
+                if not is_signed(public, purpose, line, signature):
+                    raise IntegrityError(
+                        f"ledger record {len(records) + 1} from {described.address} is not signed by the run's service;"
+                        " ask the organiser over another channel"
+                    )
+                records.append(ledger.accept(line))
+    return described.manifest, records
+
+
+def summary(manifest: Manifest, records: list[Record], csv_file: Path | None, plot_file: Path | None) -> dict[str, Any]:
+    """Sums for people and programs; writes the files that were asked for."""
+    from decentra.status.history import expert_curves, rounds, to_csv, tokens_per_peer
+    from decentra.status.plot import experts_png
+
+    done = rounds(records)
+    curves = expert_curves(done, manifest.model.num_experts)
+    if csv_file is not None:
+        csv_file.write_text(to_csv(done))
+    if plot_file is not None:
+        experts_png(plot_file, curves, f"{manifest.name}: tokens per expert")
+    return {
+        "ok": True, "run": manifest.run_id(), "name": manifest.name, "num_records": len(records), "rounds_confirmed": len(done),
+        "rounds_thin": sum(r.is_thin for r in done), "packet_bytes": sum(r.num_bytes for r in done),
+        "tokens_per_expert": [int(curve[-1][1]) for curve in curves], "tokens_per_peer": tokens_per_peer(records),
+        "csv": None if csv_file is None else str(csv_file), "plot": None if plot_file is None else str(plot_file),
+        "curves": curves,
+    }  # fmt: skip
+
+
+def describe_history(found: dict[str, Any]) -> str:
+    """A plot in text, and sums."""
+    from decentra.status.plot import experts_text
+
+    peers = ", ".join(f"{short(peer)} {tokens}" for peer, tokens in sorted(found["tokens_per_peer"].items(), key=lambda x: -x[1])[:8])
+    return (
+        f"{experts_text(found['curves'], found['name'] + ': tokens per expert over rounds of the trunk')}\n"
+        f"{found['num_records']} ledger records checked, {found['rounds_confirmed']} rounds confirmed ({found['rounds_thin']} thin)\n"
+        f"tokens of the trunk, per peer: {peers}"
+    )
