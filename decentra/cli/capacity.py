@@ -13,16 +13,15 @@ from decentra.errors import ConfigError
 from decentra.modules import Layout
 from decentra.peer.footprint import Footprint, footprint, mib
 
-CGROUP = Path("/sys/fs/cgroup")
+CGROUPS = Path("/sys/fs/cgroup")
+GROUPS = Path("/proc/self/cgroup")
 
 
-def free_bytes(cgroup: Path = CGROUP) -> int:
+def free_bytes(groups: Path = GROUPS, cgroups: Path = CGROUPS) -> int:
     """What this process may still take, its own memory included: the machine's, its control group's and its own limits."""
     own = psutil.Process().memory_info()
     found = [psutil.virtual_memory().available + own.rss]
-    with suppress(OSError, ValueError):  # "max", or no control groups of version 2
-        limit = int((cgroup / "memory.max").read_text())
-        found.append(limit - int((cgroup / "memory.current").read_text()) + own.rss)
+    found += [left + own.rss for left in _left_in_groups(groups, cgroups)]
     data, _ = resource.getrlimit(resource.RLIMIT_DATA)
     if data != resource.RLIM_INFINITY:
         found.append(data)
@@ -30,6 +29,30 @@ def free_bytes(cgroup: Path = CGROUP) -> int:
     if space != resource.RLIM_INFINITY:
         found.append(space - own.vms + own.rss)
     return max(0, min(found))
+
+
+def _left_in_groups(groups: Path, cgroups: Path) -> list[int]:
+    """Bytes that each control group above this process leaves it, versions 1 and 2."""
+    try:
+        lines = [line.split(":", 2) for line in groups.read_text().splitlines()]
+    except OSError:
+        return []
+    found = []
+    for _, controllers, path in (line for line in lines if len(line) == 3):
+        if controllers == "":
+            root, names = cgroups, ("memory.max", "memory.current")
+        elif "memory" in controllers.split(","):
+            root, names = cgroups / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        else:
+            continue
+        here = root / path.strip("/")
+        for folder in (here, *here.parents):
+            with suppress(OSError, ValueError):  # "max", or a level that has no files here
+                limit, used = (int((folder / name).read_text()) for name in names)
+                found.append(limit - used)
+            if folder == root:
+                break
+    return found
 
 
 def is_partial(config: PeerConfig, manifest: Manifest) -> bool:

@@ -29,12 +29,13 @@ from decentra.cli.wiring import (
     state_dir,
 )
 from decentra.config import Manifest, PeerConfig
-from decentra.errors import ExitCode, Refused
+from decentra.errors import ConfigError, ExitCode, Refused
 from decentra.gossip.exchange import HivemindExchange
 from decentra.ids import short
 from decentra.invite import Invite
 from decentra.peer.disk import RealDisk, write_atomic
 from decentra.peer.runtime import PeerRuntime
+from decentra.peer.trainer import MakeInner
 from decentra.ports import Events
 
 PROGRESS_S = 10.0
@@ -43,7 +44,13 @@ OVER_FILE = "over"  # why the run ended, once it has
 
 
 async def run_member(
-    invite: Invite, config: PeerConfig, stop: StopRequest, *, patience_s: float, genesis: Path | None = None
+    invite: Invite,
+    config: PeerConfig,
+    stop: StopRequest,
+    *,
+    patience_s: float,
+    genesis: Path | None = None,
+    make_inner: MakeInner | None = None,
 ) -> dict[str, Any]:
     """Take part until the run is over, Ctrl-C, or the configured number of steps; returns what was contributed."""
     check_local(config)
@@ -61,7 +68,8 @@ async def run_member(
                 await _until(lambda: not permit.refusal(), stop)
                 continue
             try:
-                stay = await _one_stay(invite, config, root, permit, stop, events, patience_s, None if "peer" in result else genesis)
+                first_anchors = None if "peer" in result else genesis
+                stay = await _one_stay(invite, config, root, permit, stop, events, patience_s, first_anchors, make_inner)
             except Refused as error:
                 if "peer" not in result or "run is over" not in str(error):
                     raise
@@ -96,6 +104,7 @@ async def _one_stay(
     events: Events,
     patience_s: float,
     genesis: Path | None,
+    make_inner: MakeInner | None,
 ) -> dict[str, Any]:
     """From the door until the peer leaves: the run is over, Ctrl-C, its steps are done, or its owner's rules make it pause."""
     async with AsyncExitStack() as stack:
@@ -111,6 +120,12 @@ async def _one_stay(
         if genesis is not None:
             await _bring_genesis(genesis, door.manifest, exchange)
         runtime = member_runtime(door, config, root, node, exchange, events)
+        if make_inner is not None:
+            runtime.make_inner = make_inner
+            if runtime.is_partial:
+                raise ConfigError(
+                    "this run is of 'held' peers, and a peer of several processes has all experts in memory; join with --mode mirror"
+                )
         stop.on_stop(runtime.leave)
         tasks = [
             asyncio.create_task(watch_loop(events)),

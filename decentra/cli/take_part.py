@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -64,6 +65,9 @@ def join(
     shared_fraction: Annotated[float | None, typer.Option(help="share of common text; default: the run's")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:N")] = None,
     threads: Annotated[int | None, typer.Option(help="torch threads of the trainer")] = None,
+    processes: Annotated[
+        int, typer.Option(min=1, max=64, help="train in so many processes, a GPU each, that share one model (FSDP); torchrun does it, too")
+    ] = 1,
     listen: ListenOpt = None,
     announce: Annotated[list[str] | None, typer.Option(help="multiaddress to tell others, behind a forwarded port")] = None,
     outbound_only: OutboundOpt = False,
@@ -97,7 +101,7 @@ def join(
         "memory": memory, "gpu_memory": gpu_memory, "hours": hours, "when_idle": when_idle or None, "on_battery": on_battery or None, "nice": nice,
     }  # fmt: skip
     peer = _peer_config(config, given)
-    _take_part(invite, peer, genesis, outbound_only, patience_s, as_json, verbose, log_json)
+    _take_part(invite, peer, genesis, outbound_only, patience_s, as_json, verbose, log_json, processes)
 
 
 @app.command()
@@ -216,7 +220,15 @@ def _set_paused(invite: str, name: str | None, state: Path | None, as_json: bool
 
 
 def _take_part(
-    invite: str, config: Any, genesis: Path | None, outbound_only: bool, patience_s: float, as_json: bool, verbose: bool, log_json: bool
+    invite: str,
+    config: Any,
+    genesis: Path | None,
+    outbound_only: bool,
+    patience_s: float,
+    as_json: bool,
+    verbose: bool,
+    log_json: bool,
+    processes: int = 1,
 ) -> None:
     logging_to(verbose, log_json)
     line = invite_of(invite)
@@ -224,11 +236,20 @@ def _take_part(
         config = config.model_copy(update={"listen": ()})
     from decentra.cli.console import print_json
     from decentra.cli.join import describe_peer, run_member
+    from decentra.cli.ranks import helpers, leading, num_ranks, with_ranks
     from decentra.cli.running import run_main
 
     if config.nice is not None:
         os.setpriority(os.PRIO_PROCESS, 0, config.nice)  # before there are threads, which inherit it
-    result = run_main(lambda stop: run_member(line, config, stop, patience_s=patience_s, genesis=genesis))
+
+    def take_part(ranks: Any = None) -> dict[str, Any]:
+        make_inner = None if ranks is None else leading(ranks)
+        return run_main(lambda stop: run_member(line, config, stop, patience_s=patience_s, genesis=genesis, make_inner=make_inner))
+
+    with helpers(processes) if processes > 1 and num_ranks() == 1 else nullcontext():
+        result = with_ranks(config, take_part) if config.role == "trainer" and num_ranks() > 1 else take_part()
+    if result is None:
+        return  # not rank 0
     print(describe_peer(result), file=sys.stderr)
     if as_json:
         print_json(result)

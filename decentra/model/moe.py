@@ -58,6 +58,9 @@ class MoE(nn.Module):
         self.present = tuple(present)
         self.spec, self.num_experts = spec, spec.num_experts
         self.is_renormalised = spec.norm_topk_prob
+        self.gives_zeros = (
+            False  # gradients of experts without tokens: zeros instead of none, where processes have to agree which there are
+        )
 
     @property
     def num_chosen(self) -> int:
@@ -91,7 +94,7 @@ class MoE(nn.Module):
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
             x_TD, weights_TK, matrices = x_TD.to(dtype), weights_TK.to(dtype), [w.to(dtype) for w in matrices]
-        y_TD: Tensor = _ExpertMix.apply(x_TD, weights_TK, order_S, num_slots_P.tolist(), *matrices)  # type: ignore[no-untyped-call]
+        y_TD: Tensor = _ExpertMix.apply(x_TD, weights_TK, order_S, num_slots_P.tolist(), self.gives_zeros, *matrices)  # type: ignore[no-untyped-call]
         return y_TD
 
 
@@ -105,7 +108,9 @@ class _ExpertMix(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, weights_TK: Tensor, order_S: Tensor, counts: list[int], *matrices: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x_TD: Tensor, weights_TK: Tensor, order_S: Tensor, counts: list[int], gives_zeros: bool, *matrices: Tensor
+    ) -> Tensor:
         num_tokens, num_chosen = weights_TK.shape
         x_SD = x_TD.index_select(0, order_S // num_chosen)
         weight_S1 = weights_TK.flatten()[order_S].unsqueeze(-1)
@@ -120,7 +125,7 @@ class _ExpertMix(torch.autograd.Function):
             torch.mm(weighted_SI[rows], down.t(), out=y_SD[rows])
         inverse_S = torch.empty_like(order_S)
         inverse_S[order_S] = torch.arange(len(order_S), device=order_S.device)
-        ctx.counts, ctx.num_chosen = counts, num_chosen
+        ctx.counts, ctx.num_chosen, ctx.gives_zeros = counts, num_chosen, gives_zeros
         ctx.save_for_backward(x_SD, weight_S1, order_S, inverse_S, gate_SI, up_SI, sigmoid_SI, *matrices)
         return y_SD.index_select(0, inverse_S).view(num_tokens, num_chosen, -1).sum(1)
 
@@ -141,7 +146,9 @@ class _ExpertMix(torch.autograd.Function):
         dup_SI = dh_SI * silu_SI
         # silu' = sigmoid + silu - silu * sigmoid
         dgate_SI = dh_SI.mul_(up_SI).mul_((sigmoid_SI + silu_SI).addcmul_(silu_SI, sigmoid_SI, value=-1.0))
-        dmatrices = _matrix_grads(ctx.counts, matrices, needs[4:], (x_SD, h_SI.mul_(weight_S1), dy_SD, dgate_SI, dup_SI))
+        dmatrices = _matrix_grads(ctx.counts, matrices, needs[5:], (x_SD, h_SI.mul_(weight_S1), dy_SD, dgate_SI, dup_SI))
+        if ctx.gives_zeros:
+            dmatrices = [torch.zeros_like(w) if d is None and n else d for d, w, n in zip(dmatrices, matrices, needs[5:], strict=True)]
         dx_TD = None
         if needs[0]:
             dx_SD = torch.empty_like(x_SD)
@@ -149,7 +156,7 @@ class _ExpertMix(torch.autograd.Function):
                 torch.mm(dgate_SI[rows], gate, out=dx_SD[rows])
                 dx_SD[rows].addmm_(dup_SI[rows], up)
             dx_TD = dx_SD.index_select(0, inverse_S).view(-1, ctx.num_chosen, x_SD.shape[-1]).sum(1)
-        return dx_TD, dweights_TK, None, None, *dmatrices
+        return dx_TD, dweights_TK, None, None, None, *dmatrices
 
 
 def _parts(counts: list[int], matrices: Sequence[Tensor]) -> list[tuple[slice, Sequence[Tensor]]]:

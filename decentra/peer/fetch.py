@@ -31,6 +31,7 @@ class Patience:
     hedge_s: float = 1.0  # a source that sent nothing for this long gets company
     attempt_s: float = 20.0  # one source, on top of the time the bytes need at MIN_BYTES_PER_S
     again_s: tuple[float, ...] = (0.2, 0.4, 0.8)  # pauses before asking once more those who do not have it yet or broke off
+    ban_s: float = 600.0  # who sent wrong bytes is asked for nothing as long as anybody else is left
     shun_s: float = 60.0  # a source that did not answer is asked last for this long; doubles each time
     max_shun_s: float = 900.0
 
@@ -42,6 +43,7 @@ class Reachability:
         self._patience = patience
         self._answered: set[PeerId] = set()
         self._shunned: dict[PeerId, tuple[float, int]] = {}  # until when, how often in a row
+        self._banned: dict[PeerId, float] = {}  # until when
 
     def answered(self, peer: PeerId) -> None:
         self._answered.add(peer)
@@ -55,11 +57,17 @@ class Reachability:
             pause_s = min(self._patience.max_shun_s, self._patience.shun_s * 2**num_times)
             self._shunned[peer] = (now + pause_s, num_times + 1)
 
+    def lied(self, peer: PeerId, now: float) -> None:
+        """``peer`` sent bytes that are not what was asked for, from their beginning."""
+        self._banned[peer] = now + self._patience.ban_s
+
     def in_order(self, sources: Sequence[Source], now: float) -> list[Source]:
-        """``sources`` with the likely ones first: unknown or answering, then those without an address, then the silent; else as they came."""
+        """``sources`` with the likely ones first: unknown or answering, then those without an address, then the silent, then liars; else as they came."""
 
         def rank(source: Source) -> int:
             peer, addresses = source
+            if now < self._banned.get(peer, 0.0):
+                return 3
             if now < self._shunned.get(peer, (0.0, 0))[0]:
                 return 2
             return 0 if addresses or peer in self._answered else 1
@@ -185,6 +193,7 @@ class Fetcher:
                     turns.put_back([attempt.source])
                     return
                 hunt.wrong = error
+                self._reachability.lied(peer, _now())
                 self._events.emit("bad-blob", peer=short(peer), digest=hunt.digest[:12], why=error.detail)
             case Refused():
                 self._reachability.answered(peer)

@@ -23,7 +23,7 @@ from decentra.data.windows import WindowSource
 from decentra.delta.flat import gather, scatter
 from decentra.errors import ConfigError, DataError, IntegrityError
 from decentra.ids import ROUTER, FragmentId, expert_of, module_of_fragment
-from decentra.model.output import loss_of
+from decentra.model.output import LossOutput, loss_of
 from decentra.modules import Layout, module_of_parameter
 from decentra.peer.adamw import MOMENTS, AdamW
 from decentra.peer.muon import MUON_MOMENTS, MuonWithAdamW, moments_of
@@ -122,23 +122,26 @@ class InnerLoop:
         c = self._counters
         return Totals(c.num_steps, c.num_tokens, tokens_per_s, c.loss_ema, {e: self._expert_tokens(e) for e in sorted(c.expert_slots)})
 
+    def close(self) -> None:
+        """No step follows."""
+
     # ------------------------------------------------------------ one step
 
     def step(self) -> int:
         """One inner step; returns the tokens trained, 0 for a step that was skipped because its numbers were not finite."""
         train, counters = self._manifest.train, self._counters
-        tokens_BT1 = self._source.next_batch(train.batch_size).to(self.device)
+        tokens_BT1 = self._next_batch()
         lr = train.lr_at(counters.num_steps, counters.run_tokens)
         counters.num_steps += 1
         self._optimizer.zero_grad()
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.device.type == "cuda"):
-            loss = loss_of(self._model, self._manifest.model, tokens_BT1)
-        is_good = math.isfinite(loss.total.item())
+            loss = loss_of(self._model, self._manifest.model, self._mine(tokens_BT1))
+        total, cross_entropy, slots_E = self._told(loss)
+        is_good = math.isfinite(total)
         if is_good:
             loss.total.backward()  # type: ignore[no-untyped-call]
             self._forget_absent_rows()
-            norm = nn.utils.clip_grad_norm_(self._optimizer.parameters, train.grad_clip)
-            is_good = math.isfinite(norm.item())
+            is_good = math.isfinite(self._clip(train.grad_clip))
         if not is_good:
             counters.num_skipped_steps += 1
             counters.num_bad_in_row += 1
@@ -149,8 +152,38 @@ class InnerLoop:
         with torch.no_grad():
             for parameter, rows, values in kept:
                 parameter[rows] = values
-        self._count(tokens_BT1[:, 1:].numel(), loss.cross_entropy.item(), loss.tokens_per_expert_E.tolist())
+        self._count(tokens_BT1[:, 1:].numel(), cross_entropy, slots_E)
         return tokens_BT1[:, 1:].numel()
+
+    # What follows is otherwise where several processes train one model (``sharded.py``).
+
+    def _next_batch(self) -> Tensor:
+        """int64 [B, T + 1] on the device."""
+        return self._source.next_batch(self._manifest.train.batch_size).to(self.device)
+
+    def _mine(self, tokens_BT1: Tensor) -> Tensor:
+        """The rows that this process trains on."""
+        return tokens_BT1
+
+    def _told(self, loss: LossOutput) -> tuple[float, float, list[int]]:
+        """Total loss, cross entropy and tokens per expert of the whole batch."""
+        return loss.total.item(), loss.cross_entropy.item(), loss.tokens_per_expert_E.tolist()
+
+    def _clip(self, most: float) -> float:
+        """Shorten the gradient to at most ``most``; returns its norm before."""
+        return nn.utils.clip_grad_norm_(self._optimizer.parameters, most).item()
+
+    def _updated(self, name: str) -> nn.Parameter:
+        """What the optimizer updates for a parameter."""
+        return self._parameters[name]
+
+    def _whole(self, name: str, value: Tensor) -> Tensor:
+        """A parameter or a moment of its shape, whole."""
+        return value
+
+    def _part(self, name: str, value: Tensor) -> Tensor:
+        """What of a whole parameter or moment lies in this process."""
+        return value
 
     def _count(self, num_tokens: int, cross_entropy: float, slots_E: list[int]) -> None:
         counters = self._counters
@@ -195,7 +228,8 @@ class InnerLoop:
         counters, expert = self._counters, expert_of(module_of_fragment(fragment))
         num_tokens = counters.num_tokens if expert is None else self._expert_tokens(expert)
         has_bad_steps = fragment in counters.bad_fragments
-        live_N = gather(self._parameters, self.layout[fragment])
+        whole = {s.name: self._whole(s.name, p) for s in self.layout[fragment].slots if (p := self._parameters.get(s.name)) is not None}
+        live_N = gather(whole, self.layout[fragment])
         counters.bad_fragments.discard(fragment)
         untouched = self._untouched(fragment)
         return Snapshot(live_N, counters.num_steps, num_tokens, self._source.cursor(), has_bad_steps, untouched)
@@ -215,14 +249,14 @@ class InnerLoop:
     def shift(self, fragment: FragmentId, delta_N: Tensor) -> None:
         """live += delta."""
         for name, delta in scatter(delta_N, self.layout[fragment]).items():
-            self._parameters[name].add_(delta.to(self.device))
+            self._updated(name).add_(self._part(name, delta).to(self.device))
 
     @torch.no_grad()
     def load(self, fragment: FragmentId, values_N: Tensor) -> None:
         """live := values; the optimizer moments of the fragment belong to the old values and are dropped."""
         for name, values in scatter(values_N, self.layout[fragment]).items():
-            self._parameters[name].copy_(values)
-            self._optimizer.state.pop(self._parameters[name], None)
+            self._updated(name).copy_(self._part(name, values))
+            self._optimizer.state.pop(self._updated(name), None)
 
     def set_trained(self, trained: frozenset[FragmentId]) -> None:
         """Train exactly these fragments from now on; moments of those that stay are kept, of the others dropped."""
@@ -235,7 +269,7 @@ class InnerLoop:
                 parameter.grad = None
         self.trained = trained
         old = self._optimizer.state
-        self._optimizer = self._new_optimizer({name: p for name, p in self._parameters.items() if p.requires_grad})
+        self._optimizer = self._new_optimizer({name: self._updated(name) for name in self._parameters if name in names})
         self._optimizer.state.update({p: old[p] for p in self._optimizer.parameters if p in old})
 
     def _new_optimizer(self, parameters: dict[str, nn.Parameter]) -> AdamW | MuonWithAdamW:
@@ -253,9 +287,9 @@ class InnerLoop:
             tensors["rng/cuda"] = torch.cuda.get_rng_state(self.device)
         for name, parameter in self._parameters.items():
             if parameter.requires_grad:
-                tensors[f"live/{name}"] = parameter.detach()
-                state = self._optimizer.state.get(parameter, {})
-                tensors.update({f"{key}/{name}": value for key, value in state.items()})
+                tensors[f"live/{name}"] = self._whole(name, parameter.detach())
+                state = self._optimizer.state.get(self._updated(name), {})
+                tensors.update({f"{key}/{name}": self._whole(name, value) if value.ndim else value for key, value in state.items()})
         c = self._counters
         counters = {**vars(c), "expert_slots": sorted(c.expert_slots.items()), "bad_fragments": sorted(c.bad_fragments)}
         meta = {"format": 1, "cursor": self._source.cursor().decode(), "counters": counters}
@@ -282,13 +316,14 @@ class InnerLoop:
         for name, parameter in self._parameters.items():
             if (live := tensors.get(f"live/{name}")) is not None:
                 with torch.no_grad():
-                    parameter.copy_(live)
+                    self._updated(name).copy_(self._part(name, live))
             if parameter.requires_grad:
-                self._optimizer.state.pop(parameter, None)
+                self._optimizer.state.pop(self._updated(name), None)
                 moments = moments_of(name, parameter, self._manifest.train.optimizer)
-                state = {key: tensors[f"{key}/{name}"].to(self.device) for key in moments if f"{key}/{name}" in tensors}
-                if len(state) == len(moments):
-                    self._optimizer.state[parameter] = state
+                found = {key: tensors[f"{key}/{name}"] for key in moments if f"{key}/{name}" in tensors}
+                if len(found) == len(moments):
+                    parts = {key: self._part(name, value) if value.ndim else value for key, value in found.items()}
+                    self._optimizer.state[self._updated(name)] = {key: value.to(self.device) for key, value in parts.items()}
 
     def _check_record_tensor(self, key: str, value: Tensor) -> None:
         kind, _, name = key.partition("/")

@@ -17,10 +17,11 @@ from decentra.errors import DecentraError, IntegrityError, ManifestMismatch
 from decentra.ids import FragmentId, PeerId, expert_of, module_of_fragment
 from decentra.modules import Fragment, Layout
 from decentra.peer.disk import sweep, write_atomic
+from decentra.peer.inner import InnerLoop
 from decentra.peer.link import RateControl, limits_of
 from decentra.peer.replica import Replica
 from decentra.peer.sync import PeerLoop
-from decentra.peer.trainer import Trainer
+from decentra.peer.trainer import MakeInner, Trainer
 from decentra.ports import AveragingService, Clock, Compute, Disk, Events, Exchange
 from decentra.protocol.duties import Self
 from decentra.protocol.messages import Counters, Hello, Role
@@ -97,6 +98,7 @@ class PeerRuntime:
     on_revoked: Callable[[PeerId], None] = lambda _: None
     make_model: Callable[[Sequence[int] | None], nn.Module] | None = None  # with these experts, None: all; no function at a keeper
     make_source: Callable[[], WindowSource] | None = None
+    make_inner: MakeInner = InnerLoop  # where several processes train one peer's model, the one that leads them
     max_experts: int | None = None  # more do not fit into this machine; None: all do
     replicas: dict[FragmentId, Replica] = field(init=False, default_factory=dict)
     trainer: Trainer | None = field(init=False, default=None)
@@ -151,7 +153,7 @@ class PeerRuntime:
         model, source = await asyncio.to_thread(self.make_model, held), await asyncio.to_thread(self.make_source)
         self.trainer = Trainer(
             self.manifest, self.layout, model, source, device=self.config.device, threads=self.config.threads,
-            trained=trained, on_steps=self._on_step, max_steps=self.config.max_steps,
+            trained=trained, on_steps=self._on_step, max_steps=self.config.max_steps, make_inner=self.make_inner,
         )  # fmt: skip
         self.trainer.start(asyncio.get_running_loop())
         await self._load_state()

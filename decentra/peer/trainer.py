@@ -31,6 +31,8 @@ __all__ = ["Snapshot", "Totals", "Trainer"]
 
 _STEP_TIME_DECAY = 0.9
 
+MakeInner = Callable[[Manifest, Layout, nn.Module, WindowSource, torch.device, frozenset[FragmentId]], InnerLoop]
+
 
 class _Command:
     """A function for the trainer thread and the future in the caller's loop that gets its result."""
@@ -70,9 +72,10 @@ class Trainer:
         trained: frozenset[FragmentId],
         on_steps: Callable[[], None],
         max_steps: int | None = None,
+        make_inner: MakeInner = InnerLoop,
     ) -> None:
         """Moves the model to ``device``. Raises ConfigError for a device this machine lacks or fragments the model lacks."""
-        self._inner = InnerLoop(manifest, layout, model, source, resolve_device(device), trained)
+        self._inner = make_inner(manifest, layout, model, source, resolve_device(device), trained)
         self._num_threads, self._on_steps, self._max_steps = threads, on_steps, max_steps
         self._wake = threading.Condition()  # guards the six fields below
         self._commands: deque[_Command] = deque()
@@ -98,6 +101,7 @@ class Trainer:
         self._set(is_stopping=True)
         if self._thread is not None:
             await asyncio.to_thread(self._thread.join)
+        self._inner.close()
 
     def pause(self) -> None:
         """No inner step begins after this; one may be under way, any awaited command waits for its end."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -47,6 +48,8 @@ class Command:
     env: dict[str, str] = field(default_factory=dict)
     popen: subprocess.Popen[bytes] | None = None
     num_old_chars: int = 0  # of stdout, from before the last start
+    prefix: tuple[str, ...] = (sys.executable,)  # what starts the module
+    limits: dict[int, int] = field(default_factory=dict)  # resource.RLIMIT_* -> the most the kernel gives it
 
     def start(self) -> Command:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -54,10 +57,15 @@ class Command:
         self.num_old_chars = len(self.out)
         with open(self.folder / f"{self.name}.out", "ab") as out, open(self.folder / f"{self.name}.err", "ab") as err:
             self.popen = subprocess.Popen(
-                [sys.executable, "-m", "decentra.cli.main", *self.args], stdin=subprocess.DEVNULL, stdout=out, stderr=err, env=env,
-                start_new_session=True, preexec_fn=die_with_parent,
+                [*self.prefix, "-m", "decentra.cli.main", *self.args], stdin=subprocess.DEVNULL, stdout=out, stderr=err, env=env,
+                start_new_session=True, preexec_fn=self._before_exec,
             )  # fmt: skip
         return self
+
+    def _before_exec(self) -> None:
+        die_with_parent()
+        for kind, most in self.limits.items():
+            resource.setrlimit(kind, (most, most))
 
     @property
     def out(self) -> str:
@@ -75,6 +83,11 @@ class Command:
     def signal(self, number: int) -> None:
         assert self.popen is not None
         self.popen.send_signal(number)
+
+    def group_signal(self, number: int) -> None:
+        """To the command and all it started, as a terminal's Ctrl-C goes."""
+        assert self.popen is not None
+        os.killpg(self.popen.pid, number)
 
     def kill(self) -> None:
         """kill -9."""

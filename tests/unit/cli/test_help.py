@@ -38,7 +38,7 @@ def test_help_imports_nothing_heavy(args: list[str]) -> None:
 
 
 def test_the_promised_commands_exist() -> None:
-    promised = "init host bootstrap averager keep join invite revoke stop status show pull generate eval demo"
+    promised = "init host bootstrap averager keep join invite revoke stop status show pull generate eval demo plan history autostart pause resume doctor"
     assert set(promised.split()) <= set(NAMES)
 
 

@@ -139,8 +139,9 @@ def test_version_ranges(text: str, is_fine: bool) -> None:
 
 
 def test_memory_is_judged_by_the_model() -> None:
-    assert only(machine.check_memory(1_000_000)).level is Level.OK
-    huge = only(machine.check_memory(10**12))
+    assert only(machine.check_memory(1_000_000, 2_000_000)).level is Level.OK
+    assert only(machine.check_memory(1_000_000, 10**15)).level is Level.WARN, "enough for one expert, not for the usual number"
+    huge = only(machine.check_memory(10**15, 10**15))
     assert huge.level is Level.FAIL
     assert "at least" in huge.found
 

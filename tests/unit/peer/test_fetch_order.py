@@ -187,6 +187,19 @@ def test_wrong_bytes_are_named_and_another_source_is_asked() -> None:
         fetch(HabitExchange({HOME: Habit(data=b"x" * 10)}), HOME)
 
 
+def test_who_sent_wrong_bytes_is_asked_for_nothing_while_others_are_left() -> None:
+    exchange = HabitExchange({HOME: Habit(data=b"x" * 10), KEEPER: Habit(), OTHER: Habit(is_reachable=False)})
+    fetcher = fetcher_of(exchange)
+
+    async def twice() -> None:
+        for _ in range(2):
+            await fetcher.fetch(DIGEST, len(BLOB), (HOME, OTHER, KEEPER))
+
+    run_virtual(twice())
+    assert exchange.order.count(HOME) == 1
+    assert fetch(HabitExchange({HOME: Habit()}), HOME)[0] == BLOB, "a liar that has mended its ways is better than nobody"
+
+
 def test_who_advertises_the_blob_is_asked_last_and_a_known_peer_only_at_a_new_address() -> None:
     moved = ("/ip4/10.0.0.9/tcp/1",)
     advertised = [(HOME, ADDRESSES[HOME]), (HOME, moved), (OTHER, ())]

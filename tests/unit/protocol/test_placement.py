@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from decentra.errors import ConfigError
 from decentra.ids import PeerId
-from decentra.protocol.placement import check_experts, coverage, place
+from decentra.protocol.placement import adopted, check_experts, coverage, place
 
 names = st.text("abcdef", min_size=1, max_size=4).map(PeerId)
 
@@ -62,3 +62,16 @@ def test_unknown_experts_are_refused() -> None:
     with pytest.raises(ConfigError):
         check_experts((-1,), 4)
     assert check_experts((3, 1, 3), 4) == (1, 3)
+
+
+@given(swarms(), st.sets(st.integers(0, 11)), st.dictionaries(names, st.integers(0, 12)))
+def test_adopting_never_overfills_and_leaves_only_what_nobody_can_take(
+    swarm: tuple[int, dict[PeerId, tuple[int, ...]]], orphans: set[int], most: dict[PeerId, int]
+) -> None:
+    _, present = swarm
+    free = {e for e in orphans if all(e not in held for held in present.values())}
+    after = {**present, **adopted(sorted(free), present, most)}
+    assert all(set(present[p]) <= set(after[p]) for p in present)
+    assert all(len(after[p]) <= max(len(present[p]), most.get(p, 99)) for p in present)
+    left = free - {e for held in after.values() for e in held}
+    assert not left or all(len(after[p]) >= most.get(p, 99) for p in present)

@@ -252,7 +252,7 @@ def test_an_expert_whose_holders_are_gone_gets_another_one_and_its_old_holder_ke
     house.enter(A)
     house.enter(B)
     (orphan,), (mine,) = house.book.members[A].experts, house.book.members[B].experts
-    house.handle(Goodbye(A, "off"))
+    house.handle(Goodbye(A, "paused", comes_back=True))
     stay(house, B, seconds=28)
     assert house.book.members[B].experts == (mine,), "it may come back"
     effects = stay(house, B, seconds=6)
@@ -264,6 +264,34 @@ def test_an_expert_whose_holders_are_gone_gets_another_one_and_its_old_holder_ke
     assert house.book.members[A].experts == (orphan,)
     house.enter(B)
     assert house.book.members[B].experts == (0, 1), "a new stream of the adopter changes nothing"
+
+
+def test_who_leaves_for_good_hands_its_experts_over_at_once() -> None:
+    house = House(num_experts=4, placement=PlacementSpec(holders=1, experts_per_peer=2, adopt_s=600), genesis=GENESIS_OF_FOUR)
+    house.enter(A)
+    house.enter(B, max_experts=3)
+    left = house.book.members[A].experts
+    effects = house.handle(Goodbye(A, "Ctrl-C"))
+    now = house.book.members[B].experts
+    assert len(now) == 3, "no more fit into its machine"
+    assert set(now) - {e for e in range(4) if e not in left} == {min(left)}
+    assert ledger.Placed(B, now) in house.records
+    assert SwarmChanged() in effects
+    house.enter(C)
+    house.handle(Goodbye(C, "Ctrl-C"))
+    assert house.book.members[B].experts == now, "there is still no room, and the run goes on"
+
+
+def test_a_machine_with_little_memory_is_given_fewer_experts() -> None:
+    house = House(num_experts=4, placement=PlacementSpec(holders=1, experts_per_peer=3, adopt_s=10), genesis=GENESIS_OF_FOUR)
+    house.enter(A, max_experts=1)
+    assert len(house.book.members[A].experts) == 1
+    house.enter(B)
+    assert len(house.book.members[B].experts) == 3
+    house.enter(A, max_experts=2)
+    assert len(house.book.members[A].experts) == 2, "its owner gave it more"
+    house.enter(B, max_experts=1)
+    assert len(house.book.members[B].experts) == 1
 
 
 def test_orphans_are_spread_and_wishes_are_respected() -> None:
