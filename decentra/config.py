@@ -217,6 +217,9 @@ class PlacementSpec(_Frozen):
         gt=0,
         description="an expert without a present holder for this long is given to whoever trains fewest, beyond experts_per_peer",
     )
+    affinity: float = Field(
+        0.0, ge=0, le=100, description="while training, a token's choice of experts adds this to the logits of those its peer trains"
+    )
     mode: Literal["mirror", "held"] = Field(
         "mirror",
         description="mirror: every member has all experts in memory; held: only those it trains, unless it joins with --mode mirror",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from math import sqrt
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,18 @@ from decentra.model.moe import Linear, MoE, RouterStats
 from decentra.model.output import ForwardOutput, LossOutput, loss_of
 
 INIT_STD = 0.02
+
+
+class Routing(Protocol):
+    """Chooses experts in the place of the model's own routers, while text is read; training does not use it."""
+
+    def start(self, num_batch: int, num_tokens: int, num_before: int) -> None:
+        """A forward begins: so many texts and tokens; ``num_before`` tokens of each were read before (with a cache)."""
+        ...
+
+    def logits(self, layer: int, x_TD: Tensor) -> Tensor | None:
+        """[T, E] for what the layer's router sees, texts one after the other; None: the model's own."""
+        ...
 
 
 class KeyValueCache:
@@ -83,9 +96,12 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
         self.mlp = MoE(spec, present)
 
-    def forward(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], cache: KeyValueCache | None) -> tuple[Tensor, RouterStats]:
+    def forward(
+        self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], cache: KeyValueCache | None, routing: Routing | None = None
+    ) -> tuple[Tensor, RouterStats]:
         x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rope, cache)
-        y_TD, stats = self.mlp(self.post_attention_layernorm(x_BTD).flatten(0, 1))
+        h_TD = self.post_attention_layernorm(x_BTD).flatten(0, 1)
+        y_TD, stats = self.mlp(h_TD, None if routing is None else routing.logits(self.self_attn.layer, h_TD))
         return x_BTD + y_TD.view(x_BTD.shape), stats
 
 
@@ -108,6 +124,7 @@ class Decoder(nn.Module):
 
     def __init__(self, spec: ModelSpec, experts: Sequence[int] | None = None) -> None:
         super().__init__()
+        self.routing: Routing | None = None
         self.spec, self.present = spec, _checked_experts(spec, experts)
         self.model = _Body(spec, self.present)
         self.lm_head = Linear(spec.hidden_size, spec.vocab_size)
@@ -124,8 +141,10 @@ class Decoder(nn.Module):
         rope = (self.rope_cos_TC2[start:end], self.rope_sin_TC2[start:end])  # type: ignore[index]
         x_BTD = F.embedding(tokens_BT, self.model.embed_tokens.weight)
         stats: list[RouterStats] = []
+        if self.routing is not None:
+            self.routing.start(len(tokens_BT), tokens_BT.shape[1], start)
         for layer in self.model.layers:
-            x_BTD, layer_stats = layer(x_BTD, rope, cache)
+            x_BTD, layer_stats = layer(x_BTD, rope, cache, self.routing)
             stats.append(layer_stats)
         if cache is not None:
             cache.num_tokens = end

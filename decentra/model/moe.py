@@ -58,9 +58,8 @@ class MoE(nn.Module):
         self.present = tuple(present)
         self.spec, self.num_experts = spec, spec.num_experts
         self.is_renormalised = spec.norm_topk_prob
-        self.gives_zeros = (
-            False  # gradients of experts without tokens: zeros instead of none, where processes have to agree which there are
-        )
+        self.affinity_P: Tensor | None = None  # added to the logits of the choice, and to nothing else
+        self.gives_zeros = False  # gradients of experts without tokens: zeros instead of none, where processes have to agree
 
     @property
     def num_chosen(self) -> int:
@@ -72,14 +71,28 @@ class MoE(nn.Module):
         self.present = tuple(sorted(int(e) for e in known))
         self.experts = nn.ModuleDict({str(e): known[str(e)] for e in self.present})
 
-    def forward(self, x_TD: Tensor) -> tuple[Tensor, RouterStats]:
+    def favour(self, experts: Sequence[int], affinity: float) -> None:
+        """Choose these experts more often while training, as if their logits were higher by ``affinity``; weights and gradients stay the router's."""
+        if affinity == 0.0:
+            self.affinity_P = None
+            return
+        values = [affinity if e in experts else 0.0 for e in self.present]
+        self.affinity_P = torch.tensor(values, device=self.gate.weight.device)
+
+    def forward(self, x_TD: Tensor, logits_TE: Tensor | None = None) -> tuple[Tensor, RouterStats]:
+        """``logits_TE``: instead of the router's own."""
         # router in fp32: top-k choices and the z-loss are sensitive to bf16 rounding
         with torch.autocast(x_TD.device.type, enabled=False):
-            logits_TE = F.linear(x_TD.float(), self.gate.weight)
+            if logits_TE is None:
+                logits_TE = F.linear(x_TD.float(), self.gate.weight)
             z_loss = logits_TE.logsumexp(-1).square().mean()
             logits_TP = logits_TE if len(self.present) == self.num_experts else logits_TE[:, list(self.present)]
             probs_TP = logits_TP.softmax(-1)
-            weights_TK, choice_TK = probs_TP.topk(self.num_chosen, dim=-1)
+            if self.affinity_P is None:
+                weights_TK, choice_TK = probs_TP.topk(self.num_chosen, dim=-1)
+            else:
+                choice_TK = (logits_TP + self.affinity_P).topk(self.num_chosen, dim=-1).indices
+                weights_TK = probs_TP.gather(-1, choice_TK)
             if self.is_renormalised:
                 weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
         num_slots_P = torch.bincount(choice_TK.flatten(), minlength=len(self.present))

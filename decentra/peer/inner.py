@@ -23,6 +23,7 @@ from decentra.data.windows import WindowSource
 from decentra.delta.flat import gather, scatter
 from decentra.errors import ConfigError, DataError, IntegrityError
 from decentra.ids import ROUTER, FragmentId, expert_of, module_of_fragment
+from decentra.model.moe import MoE
 from decentra.model.output import LossOutput, loss_of
 from decentra.modules import Layout, module_of_parameter
 from decentra.peer.adamw import MOMENTS, AdamW
@@ -268,6 +269,10 @@ class InnerLoop:
             if name not in names:
                 parameter.grad = None
         self.trained = trained
+        own = [e for f in trained if (e := expert_of(module_of_fragment(f))) is not None]
+        for module in self._model.modules():
+            if isinstance(module, MoE):
+                module.favour(own, self._manifest.placement.affinity)
         old = self._optimizer.state
         self._optimizer = self._new_optimizer({name: self._updated(name) for name in self._parameters if name in names})
         self._optimizer.state.update({p: old[p] for p in self._optimizer.parameters if p in old})

@@ -36,7 +36,7 @@ from decentra.delta.merge import merge
 from decentra.delta.outer import outer_step
 from decentra.delta.packet import decode_packet
 from decentra.errors import ConfigError, DecentraError, TrainingError
-from decentra.ids import Digest, FragmentId, PeerId, expert_of
+from decentra.ids import ROUTER, Digest, FragmentId, PeerId, expert_of
 from decentra.model.decoder import Decoder, build_model
 from decentra.model.evaluate import evaluate
 from decentra.modules import Layout, build_layout
@@ -57,6 +57,7 @@ class Lab:
     decay: str = "none"  # or linear, cosine
     decay_from: float = 0.0  # share of the steps after which the learning rate falls
     decay_to: float = 0.1  # share of the learning rate at the end
+    refit: int = 0  # router-only steps of the assembled model at the end, on text of all domains
     eval_windows: int = 0  # per domain, evenly spread; 0: all of the held-out text
     report_every: int = 60  # inner steps between progress lines; 0: none
     arms: str = ",".join(ARMS)
@@ -224,7 +225,24 @@ def run_swarm(manifest: Manifest, lab: Lab, say: Callable[[str], None]) -> tuple
             say(f"swarm step {step}: train {loss:.3f}, anchors {quick:.3f} (24 windows)")
     if lab.delay_steps and any(a.pending is not None for p in swarm.peers for a in p.accounts.values()):
         swarm.adopt()
-    return swarm.assembled(), swarm
+    return refitted(swarm.assembled(), manifest, lab), swarm
+
+
+def refitted(model: Decoder, manifest: Manifest, lab: Lab) -> Decoder:
+    """The model after ``lab.refit`` steps of its router alone."""
+    if lab.refit:
+        layout = _layout(manifest)
+        config = PeerConfig(shared_fraction=0.0)
+        inner = ScheduledLoop(
+            manifest.model_copy(update={"placement": manifest.placement.model_copy(update={"affinity": 0.0})}), layout, model,
+            source_for(manifest, config, PeerId("refit")), torch.device("cpu"), frozenset(f.id for f in layout.of_module(ROUTER)),
+        )  # fmt: skip
+        inner.lab = lab
+        for _ in range(lab.refit):
+            inner.step()
+        for parameter in model.parameters():
+            parameter.requires_grad_(True)
+    return model
 
 
 # ---------------------------------------------------------------- one model alone

@@ -44,7 +44,15 @@ def test_host_toml_shows_every_key_with_its_default() -> None:
     assert differing_keys(manifest, Manifest(name=manifest.name)) == ("description", "organiser", "stop.rounds")
     shown = tomllib.loads((PEERS / "host.toml").read_text())
     left_out = {"format", "genesis", "data.held_out", "stop.tokens", "stop.date"}
-    left_out |= {"outer.restart_every", "outer.final_lr", "outer.clip", "outer_experts", "codec.sparsest", "codec.merged"}
+    left_out |= {
+        "outer.restart_every",
+        "outer.final_lr",
+        "outer.clip",
+        "outer_experts",
+        "codec.sparsest",
+        "codec.merged",
+        "train.decay_tokens",
+    }
     everything = {
         f"{section}.{key}" if isinstance(value, dict) else section
         for section, value in manifest.model_dump().items()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from decentra.config import CodecSpec, Manifest, ModelSpec, PlacementSpec, RoundSpec
+from decentra.delta.rate import LADDER
 from decentra.doctor.forecast import Measured, forecast
 from decentra.model.custom import layout_for
 
@@ -17,8 +18,9 @@ def measured(**changes: object) -> Measured:
 
 
 def test_a_slow_uplink_is_answered_by_a_sparse_codec() -> None:
-    fast, slow = (forecast(CHOICE, LAYOUT, measured(up_bytes_per_s=rate)) for rate in (1e8, 2e4))
-    assert (fast["codec"], slow["codec"]) == ("int8", "topk64")
+    fast, slow, slower = (forecast(CHOICE, LAYOUT, measured(up_bytes_per_s=rate)) for rate in (1e8, 2e4, 4e3))
+    assert fast["codec"] == "int8"
+    assert LADDER.index("int8") < LADDER.index(slow["codec"]) < LADDER.index(slower["codec"])
     assert slow["up_bytes_per_round"] <= 2e4 * slow["round_s"] * CHOICE.codec.share
     assert forecast(CHOICE, LAYOUT, measured(up_bytes_per_s=1e8, cap_bytes_per_day=2e8))["codec"] != "int8", "the owner's cap counts, too"
 

@@ -35,7 +35,9 @@ def test_a_schedule_without_a_length_is_refused() -> None:
 
 def test_the_inner_loop_follows_it_and_remembers_it() -> None:
     train = MANIFEST.train.model_copy(update={"schedule": "linear", "decay_tokens": 1000, "final_share": 0.0, "weight_decay": 0.0})
-    manifest = MANIFEST.model_copy(update={"train": train, "data": MANIFEST.data.model_copy(update={"bytes_per_domain": 20_000})})
+    manifest = MANIFEST.model_copy(
+        update={"train": train, "data": MANIFEST.data.model_copy(update={"bytes_per_domain": 20_000, "held_out_bytes": 1024})}
+    )
     trained = frozenset(f.id for f in LAYOUT.fragments)
 
     def loop() -> InnerLoop:
