@@ -29,6 +29,10 @@ class ConfigError(DecentraError):
     exit_code = ExitCode.USAGE
 
 
+class NoRoomNow(DecentraError):
+    """The machine would do, but other programs have its memory now: worth trying again later."""
+
+
 class InviteError(ConfigError):
     """An invite line that is malformed, incomplete or of a newer format."""
 

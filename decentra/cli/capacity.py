@@ -1,103 +1,88 @@
-"""How many experts fit into this machine's memory: what its owner allows, else what is free. Looks at the machine; decides nothing else."""
+"""How many experts fit into this machine's memory: what its owner allows, else what is free. Decides nothing else."""
 
 from __future__ import annotations
 
-import resource
-from contextlib import suppress
-from pathlib import Path
-
-import psutil
+from dataclasses import dataclass
 
 from decentra.config import Manifest, PeerConfig
-from decentra.errors import ConfigError
+from decentra.doctor.machine import free_memory_bytes, total_memory_bytes
+from decentra.errors import ConfigError, NoRoomNow
 from decentra.modules import Layout
 from decentra.peer.footprint import Footprint, footprint, mib
-
-CGROUPS = Path("/sys/fs/cgroup")
-GROUPS = Path("/proc/self/cgroup")
-
-
-def free_bytes(groups: Path = GROUPS, cgroups: Path = CGROUPS) -> int:
-    """What this process may still take, its own memory included: the machine's, its control group's and its own limits."""
-    own = psutil.Process().memory_info()
-    found = [psutil.virtual_memory().available + own.rss]
-    found += [left + own.rss for left in _left_in_groups(groups, cgroups)]
-    data, _ = resource.getrlimit(resource.RLIMIT_DATA)
-    if data != resource.RLIM_INFINITY:
-        found.append(data)
-    space, _ = resource.getrlimit(resource.RLIMIT_AS)
-    if space != resource.RLIM_INFINITY:
-        found.append(space - own.vms + own.rss)
-    return max(0, min(found))
-
-
-def _left_in_groups(groups: Path, cgroups: Path) -> list[int]:
-    """Bytes that each control group above this process leaves it, versions 1 and 2."""
-    try:
-        lines = [line.split(":", 2) for line in groups.read_text().splitlines()]
-    except OSError:
-        return []
-    found = []
-    for _, controllers, path in (line for line in lines if len(line) == 3):
-        if controllers == "":
-            root, names = cgroups, ("memory.max", "memory.current")
-        elif "memory" in controllers.split(","):
-            root, names = cgroups / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes")
-        else:
-            continue
-        here = root / path.strip("/")
-        for folder in (here, *here.parents):
-            with suppress(OSError, ValueError):  # "max", or a level that has no files here
-                limit, used = (int((folder / name).read_text()) for name in names)
-                found.append(limit - used)
-            if folder == root:
-                break
-    return found
 
 
 def is_partial(config: PeerConfig, manifest: Manifest) -> bool:
     return config.role == "trainer" and (config.mode or manifest.placement.mode) == "held"
 
 
-def max_experts(config: PeerConfig, manifest: Manifest, layout: Layout) -> int | None:
-    """How many experts this machine has room for; None: all, or it is no trainer. Raises ConfigError when not even one fits, or not those it insists on."""
+@dataclass(frozen=True)
+class Budget:
+    """Memory of one kind that a trainer has to fit into. ``total_bytes``: what there would be if nobody else used it; None: no more than now."""
+
+    where: str
+    num_bytes: int
+    need: Footprint
+    total_bytes: int | None = None
+
+    def fitting(self, wanted: int | None, hint: str) -> int:
+        """How many experts fit; enough for ``wanted`` or, without a wish, for one. Raises ConfigError, NoRoomNow."""
+        least = 1 if wanted is None else wanted
+        if self.need.total(least) <= self.num_bytes:
+            return self.need.fitting(self.num_bytes, self.where) if least else max(0, self.need.room(self.num_bytes))
+        if self.total_bytes is not None and self.need.total(least) <= self.total_bytes:
+            raise NoRoomNow(
+                f"{self.where}, {mib(self.num_bytes)}, is too little now for {least} experts of this run, which need {mib(self.need.total(least))};"
+                " other programs have the rest"
+            )
+        if wanted is not None and wanted > 1:
+            fit = max(0, self.need.room(self.num_bytes))
+            raise ConfigError(
+                f"{wanted} experts of this run need {mib(self.need.total(wanted))}; {self.where} ({mib(self.num_bytes)}) is enough for {fit}"
+            )
+        try:
+            return self.need.fitting(self.num_bytes, self.where)
+        except ConfigError as error:
+            raise ConfigError(f"{error}; {hint}") from None
+
+
+def max_experts(config: PeerConfig, manifest: Manifest, layout: Layout, num_processes: int = 1) -> int | None:
+    """How many experts this machine has room for; None: all, or it is no trainer. ``num_processes``: that share one model.
+
+    Raises ConfigError when not even one fits, or not those that its owner asked for; NoRoomNow when that is only so for the moment.
+    """
     if config.role != "trainer":
         return None
     partial = is_partial(config, manifest)
-    allowed, free = config.memory_bytes, free_bytes()
-    where, num_bytes = ("memory", allowed) if allowed is not None and allowed < free else ("the free memory of this machine", free)
-    counts = [_fitting(footprint(manifest, layout, is_partial=partial), num_bytes, where, manifest, partial)]
-    if (gpu_bytes := _gpu_bytes(config)) is not None:
-        on_gpu = footprint(manifest, layout, is_partial=partial, on_gpu=True)
-        counts.append(_fitting(on_gpu, gpu_bytes, "the memory of this GPU", manifest, partial))
-    most = min(counts)
+    need, free, allowed = footprint(manifest, layout, is_partial=partial), free_memory_bytes(), config.memory_bytes
+    if allowed is not None and allowed < free:
+        budgets = [Budget("memory", allowed, need)]
+    else:
+        total = total_memory_bytes() if allowed is None else min(allowed, total_memory_bytes())
+        budgets = [Budget("the free memory of this machine", free, need, total)]
+    if (gpu := _gpu_bytes(config)) is not None:
+        on_gpu = footprint(manifest, layout, is_partial=partial, on_gpu=True, num_processes=num_processes)
+        budgets.append(Budget("the memory of this GPU", gpu[0], on_gpu, gpu[1]))
     wanted = len(config.experts) if config.experts is not None else config.num_experts
-    if wanted is not None and wanted > most:
-        need = footprint(manifest, layout, is_partial=partial).total(wanted)
-        raise ConfigError(f"{wanted} experts of this run need {mib(need)}; {where} ({mib(num_bytes)}) is enough for {most}")
+    hint = "give it more, or join a run with a smaller model"
+    if not partial and manifest.placement.mode == "held":
+        hint = "leave out --mode mirror: with the experts it trains alone a peer needs less"
+    most = min(budget.fitting(wanted, hint) for budget in budgets)
     return None if most >= manifest.model.num_experts else most
 
 
-def _fitting(need: Footprint, num_bytes: int, where: str, manifest: Manifest, partial: bool) -> int:
-    try:
-        return need.fitting(num_bytes, where)
-    except ConfigError as error:
-        if not partial and manifest.placement.mode == "held":
-            raise ConfigError(f"{error}; leave out --mode mirror: with the experts it trains alone a peer needs less") from None
-        raise ConfigError(f"{error}; give it more, or join a run with a smaller model") from None
-
-
-def _gpu_bytes(config: PeerConfig) -> int | None:
-    """Of the GPU that training will run on; None without one."""
+def _gpu_bytes(config: PeerConfig) -> tuple[int, int] | None:
+    """(free now, all that may ever be used) of the GPU that training will run on; None without one."""
     if config.device == "cpu":
         return None
     import torch
 
     if not torch.cuda.is_available():
         return None
-    index = torch.device(config.device).index if config.device != "auto" else None
-    free, _ = torch.cuda.mem_get_info(index)
-    return free if config.gpu_memory_bytes is None else min(free, config.gpu_memory_bytes)
+    index = torch.device(config.device).index if config.device != "auto" else torch.cuda.current_device()
+    free, total = torch.cuda.mem_get_info(index)
+    free += torch.cuda.memory_reserved(index)  # this process's own
+    most = config.gpu_memory_bytes if config.gpu_memory_bytes is not None else total
+    return min(free, most), min(total, most)
 
 
 def limit_gpu(config: PeerConfig) -> None:

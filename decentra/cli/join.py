@@ -29,7 +29,7 @@ from decentra.cli.wiring import (
     state_dir,
 )
 from decentra.config import Manifest, PeerConfig
-from decentra.errors import ConfigError, ExitCode, Refused
+from decentra.errors import ExitCode, NoRoomNow, Refused
 from decentra.gossip.exchange import HivemindExchange
 from decentra.ids import short
 from decentra.invite import Invite
@@ -39,6 +39,7 @@ from decentra.peer.trainer import MakeInner
 from decentra.ports import Events
 
 PROGRESS_S = 10.0
+NO_ROOM_S = 30.0  # until memory that others have is looked at again
 PAUSED = "paused: "  # begins why a peer left that comes back by itself
 OVER_FILE = "over"  # why the run ended, once it has
 
@@ -75,6 +76,12 @@ async def run_member(
                     raise
                 result["why"] = str(error)  # it ended while this peer was paused
                 break
+            except NoRoomNow as error:
+                if "peer" not in result:
+                    raise
+                events.emit("paused", why=str(error))
+                await _until(functools.partial(_is_later, time.monotonic() + NO_ROOM_S), stop)
+                continue
             finally:
                 _give_memory_back()
             tx_bytes, rx_bytes = tx_bytes + stay.get("tx_bytes", 0), rx_bytes + stay.get("rx_bytes", 0)
@@ -84,6 +91,10 @@ async def run_member(
         if stop.event.is_set():
             result["why"] = stop.why
         return result | ({"tx_bytes": tx_bytes, "rx_bytes": rx_bytes} if "peer" in result else {})
+
+
+def _is_later(at_s: float) -> bool:
+    return time.monotonic() >= at_s
 
 
 async def _until(holds: Callable[[], bool], stop: StopRequest) -> None:
@@ -122,10 +133,6 @@ async def _one_stay(
         runtime = member_runtime(door, config, root, node, exchange, events)
         if make_inner is not None:
             runtime.make_inner = make_inner
-            if runtime.is_partial:
-                raise ConfigError(
-                    "this run is of 'held' peers, and a peer of several processes has all experts in memory; join with --mode mirror"
-                )
         stop.on_stop(runtime.leave)
         tasks = [
             asyncio.create_task(watch_loop(events)),
@@ -187,6 +194,8 @@ def _report(task: asyncio.Task[None], runtime: PeerRuntime, events: Events) -> N
 def _give_memory_back() -> None:
     """A paused peer waits in the same process: its model is garbage now, and glibc keeps what was freed unless it is asked."""
     gc.collect()
+    if (torch := sys.modules.get("torch")) is not None and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
     if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
         trim(0)
 

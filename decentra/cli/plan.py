@@ -10,16 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from decentra.averaging.client import AveragingClient
-from decentra.cli.capacity import free_bytes, is_partial, max_experts
+from decentra.cli.capacity import is_partial, max_experts
 from decentra.cli.running import locked_dir
 from decentra.cli.wiring import check_fit, check_local, gossip, new_nonce, state_dir
 from decentra.config import Manifest, PeerConfig
 from decentra.data.windows import source_for
 from decentra.delta.anchor import max_anchor_bytes
 from decentra.doctor.forecast import Measured, forecast
+from decentra.doctor.machine import free_memory_bytes
 from decentra.errors import DecentraError, Unreachable
 from decentra.identity import Keypair, load_or_create_key
-from decentra.ids import expert_of
+from decentra.ids import PeerId, expert_of
 from decentra.invite import Invite
 from decentra.model.custom import layout_for, model_for
 from decentra.model.decoder import build_model
@@ -29,11 +30,12 @@ from decentra.peer.footprint import footprint, mib
 from decentra.peer.inner import InnerLoop, resolve_device
 from decentra.ports import Events
 from decentra.protocol.messages import FragmentView, Role, SwarmView
+from decentra.protocol.placement import place
 from decentra.wire.trust import TrustChain
 
 NUM_PINGS = 5
-FILLERS = (256 << 10, 3 << 20)  # bytes sent to measure the uplink; the larger one only where the first was quick
-QUICK_S = 1.0
+FIRST_FILLER, MAX_FILLER = 64 << 10, 3 << 20  # bytes sent to measure the uplink, the second ones for about two seconds
+AIM_S = 2.0
 STEPS_S, MAX_STEPS = 8.0, 8
 DOWNLOAD_S = 60.0
 MIN_MEASURED_BYTES = 256 << 10  # less says more about latency than about the link
@@ -57,12 +59,14 @@ async def plan(invite: Invite, config: PeerConfig, events: Events) -> dict[str, 
             rtt_s, up = await _uplink(client)
             address = (await client.probe()).address
             swarm, views = await client.status()
-            count = _count(config, manifest, layout)
+            most = _most(config, manifest, layout)
+            experts = _experts(config, manifest, swarm, key.peer_id, most)
+            count = len(experts)
             events.emit("measuring", what=f"inner steps with {count} experts")
-            step_s = await asyncio.to_thread(_step_s, manifest, layout, config, key, count)
+            step_s = await asyncio.to_thread(_step_s, manifest, layout, config, key, experts)
             events.emit("measuring", what="the downlink, with anchors that joining needs")
             await client.join(Role.WATCHER, new_nonce(), config.name)
-            down, num_fetched = await _downlink(root, invite, config, trust, client, layout, swarm, views, count, events)
+            down, num_fetched = await _downlink(root, invite, config, trust, client, layout, swarm, views, experts, events)
     trainers = sum(m.role is Role.TRAINER and m.is_live and m.peer != key.peer_id for m in swarm.members) + 1
     keepers = sum(m.role is Role.KEEPER and m.is_live for m in swarm.members)
     partial = is_partial(config, manifest)
@@ -72,8 +76,8 @@ async def plan(invite: Invite, config: PeerConfig, events: Events) -> dict[str, 
     return {
         "ok": True, "run": invite.run_id, "name": manifest.name, "address": address, "rtt_ms": 1000 * rtt_s,
         "clock_offset_s": described.clock_offset_s, "up_mbit": None if up is None else up * 8 / 1e6,
-        "down_mbit": None if down is None else down * 8 / 1e6, "fetched_bytes": num_fetched, "free_bytes": free_bytes(),
-        "mode": "held" if partial else "mirror", "experts": count, "experts_fit": _most(config, manifest, layout),
+        "down_mbit": None if down is None else down * 8 / 1e6, "fetched_bytes": num_fetched, "free_bytes": free_memory_bytes(),
+        "mode": "held" if partial else "mirror", "experts": count, "experts_fit": most,
         "memory_bytes": need.total(count), "step_s": step_s, "tokens_per_s": manifest.train.batch_size * manifest.data.seq_len / step_s,
         "inner_steps": manifest.rounds.inner_steps, "num_trainers": trainers, "num_keepers": keepers,
     } | forecast(manifest, layout, seen)  # fmt: skip
@@ -84,23 +88,24 @@ def _most(config: PeerConfig, manifest: Manifest, layout: Layout) -> int:
     return manifest.model.num_experts if most is None else most
 
 
-def _count(config: PeerConfig, manifest: Manifest, layout: Layout) -> int:
-    """How many experts this peer would train."""
+def _experts(config: PeerConfig, manifest: Manifest, swarm: SwarmView, peer: PeerId, most: int) -> tuple[int, ...]:
+    """Which experts this peer would train, as the service would place it now."""
     if config.experts is not None:
-        return len(config.experts)
+        return tuple(sorted(config.experts))
     wanted = manifest.placement.experts_per_peer if config.num_experts is None else config.num_experts
-    return min(wanted, manifest.model.num_experts, _most(config, manifest, layout))
+    present = {m.peer: m.experts for m in swarm.members if m.is_live and m.role is Role.TRAINER}
+    return place(peer, min(wanted, most), manifest.model.num_experts, present)
 
 
-def _step_s(manifest: Manifest, layout: Layout, config: PeerConfig, key: Keypair, count: int) -> float:
+def _step_s(manifest: Manifest, layout: Layout, config: PeerConfig, key: Keypair, held: tuple[int, ...]) -> float:
     """Median seconds of an inner step, after a first one that warms up."""
     import torch
 
     torch.set_num_threads(config.threads)
     build, _ = model_for(manifest, config.model_code)
-    experts = range(count) if is_partial(config, manifest) else None
+    experts = held if is_partial(config, manifest) else None
     model = build(manifest.model, manifest.seed) if experts is None else build_model(manifest.model, manifest.seed, experts)
-    trained = frozenset(f.id for f in layout.fragments if (e := expert_of(f.module)) is None or e < count)
+    trained = frozenset(f.id for f in layout.fragments if (e := expert_of(f.module)) is None or e in held)
     inner = InnerLoop(manifest, layout, model, source_for(manifest, config, key.peer_id), resolve_device(config.device), trained)
     inner.step()
     times: list[float] = []
@@ -118,21 +123,23 @@ async def _uplink(client: AveragingClient) -> tuple[float, float | None]:
         began = time.perf_counter()
         await client.probe()
         pings.append(time.perf_counter() - began)
-    rtt_s, spread_s, rate = min(pings), max(pings) - min(pings), None
-    for num_bytes in FILLERS:
+    rtt_s, spread_s, rate, num_bytes = min(pings), max(pings) - min(pings), None, FIRST_FILLER
+    for _ in range(2):
         began = time.perf_counter()
-        await client.probe(num_filler_bytes=num_bytes)
+        try:
+            await client.probe(num_filler_bytes=num_bytes)
+        except Unreachable:  # not within the call's deadline: that is a measurement, too
+            return rtt_s, num_bytes / (time.perf_counter() - began)
         took_s = time.perf_counter() - began - rtt_s
         if took_s > spread_s:
             rate = num_bytes / took_s
-        if took_s > QUICK_S:
-            break
+        num_bytes = MAX_FILLER if rate is None else min(MAX_FILLER, max(FIRST_FILLER, int(AIM_S * rate)))
     return rtt_s, rate
 
 
 async def _downlink(
     root: Path, invite: Invite, config: PeerConfig, trust: TrustChain, client: AveragingClient, layout: Layout, swarm: SwarmView,
-    views: tuple[FragmentView, ...], count: int, events: Events,
+    views: tuple[FragmentView, ...], held: tuple[int, ...], events: Events,
 ) -> tuple[float | None, int]:  # fmt: skip
     """(bytes per second down, bytes fetched): newest anchors of what this peer would hold, for at most a minute."""
     anchors = {v.fragment: v for v in views}
@@ -145,7 +152,7 @@ async def _downlink(
             async with asyncio.timeout(DOWNLOAD_S):
                 for fragment in layout.fragments:
                     expert, view = expert_of(fragment.module), anchors.get(fragment.id)
-                    if view is None or (expert is not None and expert >= count):
+                    if view is None or (expert is not None and expert not in held):
                         continue
                     sources = sorted(view.ready, key=lambda p: rank.get(p, True))
                     if not await exchange.has(view.anchor):

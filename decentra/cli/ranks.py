@@ -10,14 +10,16 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from decentra.cli.capacity import limit_gpu
 from decentra.cli.running import die_with_parent
 from decentra.config import Manifest, PeerConfig
-from decentra.errors import ConfigError
+from decentra.errors import ConfigError, ExitCode
 
 if TYPE_CHECKING:
     from torch import nn
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-HELPER_END_S = 5.0
+HELPER_END_S, WATCH_S = 5.0, 0.5
 
 
 def num_ranks() -> int:
@@ -45,19 +47,44 @@ def helpers(num_processes: int) -> Iterator[None]:
     common = {"WORLD_SIZE": str(num_processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     line = [sys.executable, "-m", "decentra.cli.main", *sys.argv[1:]]
     started: list[subprocess.Popen[bytes]] = []
+    is_over = threading.Event()
     try:
         for rank in range(1, num_processes):
             env = {**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
             started.append(subprocess.Popen(line, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, preexec_fn=die_with_parent))
         os.environ.update(common, RANK="0", LOCAL_RANK="0")
+        threading.Thread(target=_end_with, args=(started, is_over), name="helpers", daemon=True).start()
         yield
     finally:
+        is_over.set()
         for process in started:
             try:
                 process.wait(HELPER_END_S)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+
+
+def _end_with(started: list[subprocess.Popen[bytes]], is_over: threading.Event) -> None:
+    """A helper that ends before its time leaves the others in a collective that nobody finishes: the peer ends, its last checkpoint is on disk."""
+    while not is_over.wait(WATCH_S):
+        for process in started:
+            if process.poll() is not None and not is_over.wait(HELPER_END_S):
+                why = f"a process of this peer ended with {process.returncode}; see above, and start the peer again"
+                print(f"decentra: {why}", file=sys.stderr, flush=True)
+                os._exit(int(ExitCode.FAILED))
+
+
+def check_ranks(config: PeerConfig, manifest: Manifest) -> None:
+    """What is wrong with several processes in this run. Raises ConfigError."""
+    if num_ranks() > 1 and config.role == "trainer":
+        from decentra.peer.sharded import check_shardable
+
+        check_shardable(manifest, num_ranks())
+        if (config.mode or manifest.placement.mode) == "held":
+            raise ConfigError(
+                "a peer of several processes has all experts in memory, and this run is of 'held' peers; join with --mode mirror"
+            )
 
 
 def with_ranks(config: PeerConfig, lead: Callable[[Ranks], T]) -> T | None:
@@ -69,17 +96,24 @@ def with_ranks(config: PeerConfig, lead: Callable[[Ranks], T]) -> T | None:
     from decentra.peer.sharded import Ranks, follow
 
     torch.set_num_threads(config.threads)
-    ranks = Ranks.start(int(os.environ["LOCAL_RANK"]))
+    if os.environ["RANK"] != "0":
+        for number in (
+            signal.SIGINT,
+            signal.SIGTERM,
+            signal.SIGHUP,
+        ):  # a terminal and a launcher pass them on to all; rank 0 says when it is over
+            signal.signal(number, signal.SIG_IGN)
+        die_with_parent(signal.SIGKILL)
+    ranks = Ranks.start(int(os.environ["LOCAL_RANK"]), config.device)
+    limit_gpu(config.model_copy(update={"device": str(ranks.device)}))
     try:
         if ranks.rank:
-            for number in (signal.SIGINT, signal.SIGTERM):  # the launcher passes them on to all; rank 0 says when it is over
-                signal.signal(number, signal.SIG_IGN)
             follow(ranks, lambda manifest: _built(manifest, config.model_code))
             return None
         try:
             return lead(ranks)
         finally:
-            ranks.tell("exit")
+            ranks.tell_last("exit")
     finally:
         ranks.close()
 

@@ -67,10 +67,10 @@ def run_main(main: Callable[[StopRequest], Awaitable[T]]) -> T:
         raise _first_of_ours(group) from None
 
 
-def die_with_parent() -> None:
-    """Run in a child between fork and exec: the kernel sends SIGTERM when the parent ends, however it ends (Linux)."""
+def die_with_parent(number: signal.Signals = signal.SIGTERM) -> None:
+    """Run in a child, also between fork and exec: the kernel sends this signal when the parent ends, however it ends (Linux)."""
     pr_set_pdeathsig = 1  # linux/prctl.h
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, int(signal.SIGTERM))
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, int(number))
 
 
 def _report(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:

@@ -181,7 +181,8 @@ def autostart(
     line, peer = invite_of(invite), _peer_config(None, {"name": name, "dir": state})
     args = [*(("--name", name) if name else ()), *(("--dir", str(state.resolve())) if state else ()), *context.args]
     typer.main.get_command(app).commands["join"].make_context("join", [invite, *args])  # type: ignore[attr-defined]  # an option join lacks is said now
-    found = starting.remove(peer.name, Path.home()) if remove else starting.install(line, peer, args, Path.home())
+    home = Path.home()
+    found = starting.remove(line.run_id, peer.name, home) if remove else starting.install(line, peer, args, home, Path.cwd())
     if as_json:
         print_json(found)
         return

@@ -17,6 +17,7 @@ from torch import nn
 
 from decentra.averaging.client import AveragingClient
 from decentra.cli.capacity import limit_gpu, max_experts
+from decentra.cli.ranks import check_ranks, num_ranks
 from decentra.config import Manifest, PeerConfig, manifest_from_bytes
 from decentra.data.windows import source_for
 from decentra.errors import ConfigError, DataError, DecentraError, Refused, Unreachable
@@ -195,7 +196,7 @@ def member_runtime(door: Door, config: PeerConfig, root: Path, node: GossipNode,
     """A trainer or keeper over the real adapters. Raises ConfigError, ManifestMismatch, DataError."""
     manifest = door.manifest
     layout = layout_for(manifest, config.model_code)
-    most = max_experts(config, manifest, layout)
+    most = max_experts(config, manifest, layout, num_ranks())
     if config.role == "trainer":
         limit_gpu(config)
         if most is not None and most < manifest.placement.experts_per_peer and config.num_experts is None and config.experts is None:
@@ -248,7 +249,8 @@ def check_fit(config: PeerConfig, manifest: Manifest, peer: PeerId) -> None:
         raise ConfigError("mode 'held' with no expert: a model without any cannot run; hold at least one, or join with --mode mirror")
     if mode == "held" and manifest.model.code != "decoder":
         raise ConfigError(f"mode 'held': the model of run '{manifest.name}' is its own code, which is held whole; join with --mode mirror")
-    max_experts(config, manifest, layout_for(manifest, config.model_code))
+    check_ranks(config, manifest)
+    max_experts(config, manifest, layout_for(manifest, config.model_code), num_ranks())
     source_for(manifest, config, peer)
 
 

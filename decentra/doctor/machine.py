@@ -20,6 +20,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -37,6 +38,8 @@ RANGES: dict[str, tuple[Version, Version]] = {
 }
 PYTHON: tuple[Version, Version] = ((3, 11), (3, 15))
 
+CGROUPS = Path("/sys/fs/cgroup")
+GROUPS = Path("/proc/self/cgroup")
 FEW_DISK_BYTES, GOOD_DISK_BYTES = 1 << 30, 8 << 30  # the default blob budget has 8 GiB
 FEW_RAM_BYTES, GOOD_RAM_BYTES = 1 << 30, 2 << 30
 SLOW_FSYNC_S = 0.1
@@ -169,9 +172,66 @@ def _enough(check: str, num_bytes: int, few: int, good: int, what: str, fix: str
     return Finding(check, Level.OK, f"{gib(num_bytes)} {what}")
 
 
+def free_memory_bytes(groups: Path = GROUPS, cgroups: Path = CGROUPS) -> int:
+    """What this process may still take, its own memory included: the machine's, its control group's and its own limits."""
+    own = psutil.Process().memory_info()
+    found = [psutil.virtual_memory().available + own.rss]
+    found += [left + own.rss for _, left in _in_groups(groups, cgroups)]
+    return max(0, min([*found, *_own_limits(own)]))
+
+
+def total_memory_bytes(groups: Path = GROUPS, cgroups: Path = CGROUPS) -> int:
+    """What this process could have if nobody else used any."""
+    found = [psutil.virtual_memory().total, *(limit for limit, _ in _in_groups(groups, cgroups))]
+    return max(0, min([*found, *_own_limits(psutil.Process().memory_info())]))
+
+
+def _own_limits(own: Any) -> list[int]:
+    """Of this process alone: RLIMIT_DATA, and RLIMIT_AS less what is only reserved."""
+    import resource
+
+    data, space = (resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_DATA, resource.RLIMIT_AS))
+    infinite = resource.RLIM_INFINITY
+    return ([data] if data != infinite else []) + ([space - own.vms + own.rss] if space != infinite else [])
+
+
+def _reclaimable(folder: Path) -> int:
+    """File pages that a control group counts as used and gives up when asked."""
+    with suppress(OSError, ValueError):
+        for line in (folder / "memory.stat").read_text().splitlines():
+            name, _, value = line.partition(" ")
+            if name in ("inactive_file", "total_inactive_file"):
+                return int(value)
+    return 0
+
+
+def _in_groups(groups: Path, cgroups: Path) -> list[tuple[int, int]]:
+    """(limit, bytes left) of each control group above this process, versions 1 and 2."""
+    try:
+        lines = [line.split(":", 2) for line in groups.read_text().splitlines()]
+    except OSError:
+        return []
+    found = []
+    for _, controllers, path in (line for line in lines if len(line) == 3):
+        if controllers == "":
+            root, names = cgroups, ("memory.max", "memory.current")
+        elif "memory" in controllers.split(","):
+            root, names = cgroups / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        else:
+            continue
+        here = root / path.strip("/")
+        for folder in (here, *here.parents):
+            with suppress(OSError, ValueError):  # "max", or a level that has no files here
+                limit, used = (int((folder / name).read_text()) for name in names)
+                found.append((limit, limit - used + _reclaimable(folder)))
+            if folder == root:
+                break
+    return found
+
+
 def check_memory(need_bytes: int | None = None, good_bytes: int = 0) -> list[Finding]:
     """Free memory; with ``need_bytes`` against a run: with one expert, and (``good_bytes``) with as many as its manifest gives a peer."""
-    free_bytes = psutil.virtual_memory().available
+    free_bytes = free_memory_bytes()
     if need_bytes is None:
         fix = "close other programs, or join a run with a smaller model"
         return [_enough("memory", free_bytes, FEW_RAM_BYTES, GOOD_RAM_BYTES, "available", fix)]

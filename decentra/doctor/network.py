@@ -6,6 +6,7 @@ Every check returns findings and raises nothing but programming errors; every wa
 from __future__ import annotations
 
 import asyncio
+import socket
 import tempfile
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -161,6 +162,13 @@ def check_clock(offset_s: float) -> Finding:
     return Finding("clock", Level.OK, what)
 
 
+def _listening(port: int) -> socket.socket:
+    """A socket for IPv4, and for IPv6 where this machine has it."""
+    if socket.has_dualstack_ipv6():
+        return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
+    return socket.create_server(("", port))
+
+
 async def check_reachability(invite: Invite, port: int) -> Finding:
     """Whether others can connect to this machine: the averaging service sees its address and calls it back at ``port`` (0: any free one)."""
     import ipaddress
@@ -179,7 +187,7 @@ async def check_reachability(invite: Invite, port: int) -> Finding:
         writer.close()
 
     try:
-        listener = await asyncio.start_server(show, "0.0.0.0", port)
+        listener = await asyncio.start_server(show, sock=_listening(port))
     except OSError as error:
         fix = "end what listens there, or check another one with --port"
         return Finding("reachability", Level.WARN, f"cannot listen on port {port} ({error.strerror})", fix)
@@ -188,6 +196,8 @@ async def check_reachability(invite: Invite, port: int) -> Finding:
         async with listener:
             asked = listener.sockets[0].getsockname()[1]
             reply = await client.probe(asked, nonce)
+    except Refused as error:
+        return Finding("reachability", Level.WARN, str(error), "ask again")
     except DecentraError as error:
         return failure("reachability", error, "ask again; an older service cannot call back")
     finally:
@@ -200,8 +210,9 @@ async def check_reachability(invite: Invite, port: int) -> Finding:
             " (loopback: the service runs on this machine)" if is_loopback else ""
         )
         return Finding("reachability", Level.OK, what)
+    kind = f"ip{ipaddress.ip_address(reply.address).version}"
     fix = (
         f"nothing: 'join' needs outbound connections only, packets then pass through keepers. To be reachable forward TCP port {asked} to this"
-        f" machine and join with --listen /ip4/0.0.0.0/tcp/{asked} --announce /ip4/{reply.address}/tcp/{asked}"
+        f" machine and join with --listen /ip4/0.0.0.0/tcp/{asked} --announce /{kind}/{reply.address}/tcp/{asked}"
     )
     return Finding("reachability", Level.WARN, f"seen as {reply.address}, {place}; {reply.why}", fix)

@@ -16,10 +16,11 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from decentra.config import Manifest, ModelSpec, manifest_from_bytes
+from decentra.config import Manifest, manifest_from_bytes
 from decentra.delta.anchor import decode_anchor
 from decentra.delta.flat import scatter
 from decentra.errors import ConfigError, IntegrityError
+from decentra.hf.convert import qwen3_moe_config
 from decentra.ids import Digest, FragmentId, digest_of
 from decentra.model.custom import layout_for, model_for
 from decentra.peer.disk import RealDisk, write_atomic
@@ -92,16 +93,3 @@ def model_from_state(manifest: Manifest, state: Mapping[str, Tensor], model_code
                 raise IntegrityError(f"weights of {name} are missing or have another shape; this checkpoint is of another model")
             parameter.copy_(state[name])
     return model.eval()
-
-
-def qwen3_moe_config(spec: ModelSpec) -> dict[str, Any]:
-    """``config.json`` under which transformers loads the weights as Qwen3MoeForCausalLM (parameter names are the same)."""
-    return {
-        "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "vocab_size": spec.vocab_size, "hidden_size": spec.hidden_size,
-        "num_hidden_layers": spec.num_layers, "num_attention_heads": spec.num_heads, "num_key_value_heads": spec.num_kv_heads,
-        "head_dim": spec.head_dim, "moe_intermediate_size": spec.expert_hidden_size, "intermediate_size": spec.expert_hidden_size,
-        "num_experts": spec.num_experts, "num_experts_per_tok": spec.num_experts_per_token, "norm_topk_prob": spec.norm_topk_prob,
-        "decoder_sparse_step": 1, "mlp_only_layers": [], "hidden_act": "silu", "rms_norm_eps": spec.rms_norm_eps, "rope_theta": spec.rope_theta,
-        "max_position_embeddings": spec.max_seq_len, "router_aux_loss_coef": spec.aux_loss_weight, "tie_word_embeddings": False,
-        "attention_bias": False, "use_cache": True, "dtype": "float32",
-    }  # fmt: skip

@@ -173,6 +173,8 @@ class Fetcher:
         if (found := str(hunt.sha.hexdigest())) != hunt.digest:
             return RejectedPayload("digest", f"expected {hunt.digest[:12]}, the bytes have {found[:12]}", peer=short(peer))
         hunt.blob = bytes(hunt.got)
+        for suspect in hunt.suspects - {peer}:  # what it began was wrong, and who ended it gave all of it right
+            self._reachability.lied(suspect, _now())
         return None
 
     def _take(self, hunt: _Hunt, chunk: bytes, peer: PeerId) -> None:
@@ -180,6 +182,8 @@ class Fetcher:
         if len(hunt.got) + len(chunk) > hunt.max_bytes:
             detail = f"blob {hunt.digest[:12]} is longer than the {hunt.max_bytes} bytes it may have"
             raise RejectedPayload("size", detail, peer=short(peer))
+        if not hunt.got:
+            hunt.began_by = peer
         hunt.add(chunk)
 
     def _note(self, hunt: _Hunt, attempt: _Attempt, error: BaseException, turns: _Turns) -> None:
@@ -188,6 +192,8 @@ class Fetcher:
         turns.hurry(_now())
         match error:
             case RejectedPayload():
+                if attempt.offset and hunt.began_by is not None:
+                    hunt.suspects.add(hunt.began_by)
                 hunt.start_over()
                 if attempt.offset:
                     turns.put_back([attempt.source])
@@ -262,6 +268,8 @@ class _Hunt:
     reasons: dict[PeerId, str] = field(default_factory=dict)
     wrong: RejectedPayload | None = None
     num_asked: int = 0
+    began_by: PeerId | None = None  # who sent the first bytes of ``got``
+    suspects: set[PeerId] = field(default_factory=set)  # began something that others ended, and it was wrong
 
     def add(self, chunk: bytes) -> None:
         self.got += chunk

@@ -1,7 +1,7 @@
 """How much memory a trainer needs, and so how many experts fit into a machine. Arithmetic only: no torch, looks at nothing.
 
-Measured, not derived: the copies of a parameter below are the slope of resident memory over parameters of ``python -m tests.bench.experts`` (40 M
-parameters; all experts, a quarter mirrored, a quarter held), which are more than the tensors one can name: packets and anchors are on their way too.
+Measured on CPUs, estimated for GPUs: the copies of a parameter below are the slope of resident memory over parameters of ``python -m tests.bench.experts``
+(40 M parameters; all experts, a quarter mirrored, a quarter held), which are more than the tensors one can name: packets and anchors are on their way too.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from decentra.modules import Layout
 PROCESS_BYTES = 600 << 20  # an idle trainer: Python, torch, hivemind, grpc
 WORK_BYTES = 300 << 20  # threads, buffers and what the allocator keeps
 TRAINED_COPIES, FROZEN_COPIES = 15.5, 3.5  # fp32 copies of a parameter that is trained, and of one that is only mirrored
-GPU_TRAINED_COPIES, GPU_FROZEN_COPIES = 6.5, 1.5  # on the device: weights, gradient, two moments, bf16 copies and temporaries
+GPU_TRAINED_COPIES, GPU_FROZEN_COPIES = 6.5, 1.5  # estimates, on the device: weights, gradient, two moments, bf16 copies and temporaries
 GPU_BYTES = 500 << 20  # CUDA's own
 
 
@@ -31,9 +31,13 @@ class Footprint:
     def total(self, num_experts: int) -> int:
         return self.fixed_bytes + num_experts * self.per_expert_bytes
 
+    def room(self, memory_bytes: int) -> int:
+        """How many experts fit; negative when not even the rest does."""
+        return min(self.num_experts, (memory_bytes - self.fixed_bytes) // max(1, self.per_expert_bytes))
+
     def fitting(self, memory_bytes: int, where: str) -> int:
         """How many experts fit into so much memory; ``where`` names it. Raises ConfigError when not even one does, and says what is missing."""
-        count = min(self.num_experts, (memory_bytes - self.fixed_bytes) // max(1, self.per_expert_bytes))
+        count = self.room(memory_bytes)
         if count < 1:
             missing = self.total(1) - memory_bytes
             raise ConfigError(
@@ -42,9 +46,11 @@ class Footprint:
         return count
 
 
-def footprint(manifest: Manifest, layout: Layout, *, is_partial: bool, on_gpu: bool = False) -> Footprint:
-    """Of a trainer of this run. ``is_partial``: it holds its own experts only; ``on_gpu``: of the device's memory, not the machine's."""
+def footprint(manifest: Manifest, layout: Layout, *, is_partial: bool, on_gpu: bool = False, num_processes: int = 1) -> Footprint:
+    """Of a trainer of this run. ``is_partial``: it holds its own experts only; ``on_gpu``: of the device's memory, not the machine's, where
+    ``num_processes`` with a device each share the parameters."""
     trained, frozen = (GPU_TRAINED_COPIES, GPU_FROZEN_COPIES) if on_gpu else (TRAINED_COPIES, FROZEN_COPIES)
+    trained, frozen = trained / num_processes, frozen / num_processes
     expert_elements = sum(f.num_elements for f in layout.fragments if expert_of(f.module) is not None)
     common_elements = layout.num_elements - expert_elements
     per_expert = expert_elements / manifest.model.num_experts

@@ -167,7 +167,10 @@ class PeerRuntime:
             self.ports.events.emit("damaged-file", file=TRAINED_FILE, why=f"not JSON: {error}")
             names = []
         known = names if isinstance(names, list) else []
-        return frozenset(FragmentId(n) for n in known if isinstance(n, str) and n in self.manifest.genesis)
+        fragments = frozenset(FragmentId(n) for n in known if isinstance(n, str) and n in self.manifest.genesis)
+        if self.is_partial and self.max_experts is not None and len(_experts_of(fragments)) > self.max_experts:
+            return frozenset()  # they do not fit any more: it is told which ones to keep, and fetches those
+        return fragments
 
     async def _load_state(self) -> None:
         assert self.trainer is not None

@@ -9,6 +9,7 @@ means, taken here over each rank's rows. Shapes: B batch, T tokens, E experts.
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -25,7 +26,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from decentra.config import Manifest, manifest_from_bytes
 from decentra.data.windows import WindowSource
-from decentra.errors import ConfigError, IntegrityError
+from decentra.errors import ConfigError, IntegrityError, Unreachable
 from decentra.ids import FragmentId
 from decentra.model.moe import MoE
 from decentra.model.output import LossOutput
@@ -33,9 +34,8 @@ from decentra.modules import Layout
 from decentra.peer.adamw import AdamW
 from decentra.peer.inner import InnerLoop, Snapshot
 
-FOREVER = timedelta(
-    days=365
-)  # a peer may wait for its swarm for days, and its other ranks with it; the launcher ends them when rank 0 dies
+FOREVER = timedelta(days=365)  # a peer may wait for its swarm for days, and its other ranks with it
+TOGETHER = timedelta(seconds=120)  # in a step nobody waits longer for another
 
 _DTYPES = {str(d): d for d in (torch.float32, torch.int64, torch.uint8, torch.bfloat16)}
 
@@ -50,18 +50,26 @@ class Ranks:
     control: Any
 
     @staticmethod
-    def start(local_rank: int) -> Ranks:
-        """Meet the other ranks of the launcher (torchrun). Blocks until all are here."""
-        has_gpus = torch.cuda.is_available()
-        device = torch.device("cuda", local_rank) if has_gpus else torch.device("cpu")
-        if has_gpus:
+    def start(local_rank: int, device_name: str = "auto") -> Ranks:
+        """Meet the other ranks of the launcher. Raises ConfigError for a device that cannot be shared, Unreachable when they do not come."""
+        device = _device(local_rank, device_name)
+        if device.type == "cuda":
             torch.cuda.set_device(device)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if has_gpus else "gloo", timeout=FOREVER)
-        control = dist.new_group(backend="gloo", timeout=FOREVER)
+        try:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TOGETHER)
+            control = dist.new_group(backend="gloo", timeout=FOREVER)
+        except RuntimeError as error:
+            raise Unreachable(f"the other processes of this peer did not come within {TOGETHER.seconds} s: {error}") from None
         return Ranks(dist.get_rank(), dist.get_world_size(), device, control)
 
     def close(self) -> None:
-        dist.destroy_process_group()
+        with suppress(RuntimeError):  # another rank is gone already
+            dist.destroy_process_group()
+
+    def tell_last(self, op: str) -> None:
+        """``tell`` at an end: who is gone already need not hear it."""
+        with suppress(RuntimeError):
+            self.tell(op)
 
     def tell(self, op: str, meta: dict[str, Any] | None = None, tensors: Sequence[Tensor] = ()) -> None:
         """From rank 0 to all others: an operation and what it needs."""
@@ -106,21 +114,17 @@ class ShardedInner(InnerLoop):
         trained: frozenset[FragmentId],
     ) -> None:
         """Raises ConfigError for what cannot be sharded."""
-        if manifest.train.batch_size % ranks.size:
-            raise ConfigError(f"{ranks.size} processes cannot share a batch of {manifest.train.batch_size} (train.batch_size) evenly")
-        if manifest.train.optimizer != "adamw":
-            raise ConfigError(f"optimizer {manifest.train.optimizer!r} needs whole matrices; a peer of several processes trains with adamw")
+        check_shardable(manifest, ranks.size)
         self.ranks = ranks
         self._locals: dict[str, nn.Parameter] = {}
         self._heard: Tensor | None = None  # the batch that rank 0 sent
         for module in model.modules():
             if isinstance(module, MoE):
                 module.gives_zeros = True
-        model = model.to(ranks.device)
         mesh = init_device_mesh(ranks.device.type, (ranks.size,))
         for layer in _layers(model):
             fully_shard(layer, mesh=mesh)
-        fully_shard(model, mesh=mesh)
+        fully_shard(model, mesh=mesh, reshard_after_forward=True)
         for name, parameter in model.named_parameters():
             assert isinstance(parameter, DTensor)
             self._locals[name] = nn.Parameter(parameter.to_local(), requires_grad=False)
@@ -157,7 +161,16 @@ class ShardedInner(InnerLoop):
     def step(self) -> int:
         for parameter in self._parameters.values():
             parameter.grad = None
-        return super().step()
+        try:
+            return super().step()
+        finally:
+            self._reshard()
+
+    def _reshard(self) -> None:
+        """Give up whole parameters that a forward without its backward left: the next one would not see what changed since."""
+        for module in self._model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
     def set_trained(self, trained: frozenset[FragmentId]) -> None:
         super().set_trained(trained)
@@ -202,7 +215,7 @@ class LeadInner(ShardedInner):
         self._is_told = False
 
     def close(self) -> None:
-        self.ranks.tell("close")
+        self.ranks.tell_last("close")
 
     def step(self) -> int:
         self._heard = self._source.next_batch(self._manifest.train.batch_size)
@@ -259,6 +272,9 @@ def follow(ranks: Ranks, make: Callable[[Manifest], tuple[Layout, nn.Module]]) -
             continue
         if op == "close":
             inner = None
+            gc.collect()
+            if ranks.device.type == "cuda":
+                torch.cuda.empty_cache()
             continue
         assert inner is not None, f"rank 0 said {op} before build"
         _repeat(inner, op, meta, tensors)
@@ -285,6 +301,26 @@ def _repeat(inner: ShardedInner, op: str, meta: dict[str, Any], tensors: list[Te
                 inner.restore(tensors[0].numpy().tobytes())
         case _:
             raise AssertionError(f"rank 0 said {op!r}, which nobody knows")
+
+
+def check_shardable(manifest: Manifest, num_processes: int) -> None:
+    """Raise ConfigError for a run whose model several processes cannot share."""
+    if manifest.train.batch_size % num_processes:
+        raise ConfigError(f"{num_processes} processes cannot share a batch of {manifest.train.batch_size} (train.batch_size) evenly")
+    if manifest.train.optimizer != "adamw":
+        raise ConfigError(f"optimizer {manifest.train.optimizer!r} needs whole matrices; a peer of several processes trains with adamw")
+    if manifest.model.code != "decoder":
+        raise ConfigError("the model of this run is its own code, which decentra cannot share among processes; join with one")
+
+
+def _device(local_rank: int, name: str) -> torch.device:
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if name not in ("auto", "cuda"):
+        raise ConfigError(f"device {name!r} is one; several processes take 'auto', 'cpu', or 'cuda' and a GPU each")
+    if local_rank >= torch.cuda.device_count():
+        raise ConfigError(f"process {local_rank + 1} needs a GPU of its own, and this machine has {torch.cuda.device_count()}")
+    return torch.device("cuda", local_rank)
 
 
 def _layers(model: nn.Module) -> list[nn.Module]:

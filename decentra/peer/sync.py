@@ -128,8 +128,8 @@ class PeerLoop:
                 self._start(effect)
             if self.on_limit is not None:
                 self.on_limit(self.machine.step_limit)
-            if self.on_run_tokens is not None and isinstance(event, m.Viewed):
-                self.on_run_tokens(self.machine.run_tokens)
+            if self.on_run_tokens is not None and isinstance(event, m.Viewed) and (run_tokens := self.machine.run_tokens) is not None:
+                self.on_run_tokens(run_tokens)
 
     async def _ticks(self) -> None:
         while True:

@@ -181,9 +181,10 @@ class MemberMachine:
         return min(at, default=None)
 
     @property
-    def run_tokens(self) -> int:
-        """Tokens inside the run's confirmed rounds, by the newest views of the trunk."""
-        return min((v.tally.num_tokens for life in self.lives.values() if (v := life.view) and _is_trunk(life.fragment)), default=0)
+    def run_tokens(self) -> int | None:
+        """Tokens inside the run's confirmed rounds, by the newest views of the trunk; None before they are here."""
+        trunk = [life.view for life in self.lives.values() if _is_trunk(life.fragment)]
+        return min((v.tally.num_tokens for v in trunk if v is not None), default=None) if None not in trunk else None
 
     def _take(self, event: Event, now: float, effects: list[Effect]) -> tuple[FragmentId, ...] | None:
         """Take the event in; the fragments it concerns, None for all."""

@@ -43,6 +43,12 @@ def place(peer: PeerId, count: int, num_experts: int, present: Placement) -> tup
     return tuple(sorted(chosen))
 
 
+def part_of(experts: Sequence[int], count: int, present: Placement) -> tuple[int, ...]:
+    """The ``count`` of a peer's experts that others hold least: what it keeps when it has room for no more."""
+    held = {e: sum(e in others for others in present.values()) for e in experts}
+    return tuple(sorted(sorted(experts, key=lambda e: (held[e], e))[:count]))
+
+
 def adopted(orphans: Sequence[int], present: Placement, most: Mapping[PeerId, int] | None = None) -> dict[PeerId, tuple[int, ...]]:
     """Who trains which experts once every orphan has one holder more: it goes to whoever trains fewest, among equals by rendezvous score.
 

@@ -346,9 +346,12 @@ class RoundBook:
             return placement.check_experts(hello.experts, num_experts)
         most = num_experts if hello.max_experts is None else min(num_experts, hello.max_experts)
         count = min(most, self.manifest.placement.experts_per_peer if hello.num_experts is None else hello.num_experts)
-        if len(member.experts) == count or (hello.num_experts is None and count < len(member.experts) <= most):
+        keeps = len(member.experts) if hello.num_experts is None and len(member.experts) > count else count
+        if len(member.experts) == keeps <= most:
             return member.experts  # sticky: optimizer state lives with the peer, and what it adopted stays with it
         present = {m.peer: m.experts for m in self.members.values() if m.is_live and m.peer != hello.peer}
+        if len(member.experts) > min(keeps, most):
+            return placement.part_of(member.experts, min(keeps, most), present)
         return placement.place(hello.peer, count, num_experts, present)
 
     def _adopt_orphans(self, now: float, effects: list[Effect], leaving: PeerId | None = None) -> None:

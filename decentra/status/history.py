@@ -11,6 +11,8 @@ from decentra.ids import TRUNK, Digest, FragmentId, PeerId, expert_of, module_of
 from decentra.protocol import ledger
 from decentra.protocol.messages import Settlement
 
+FIRST_OF_TRUNK = FragmentId(f"{TRUNK}/0")
+
 
 @dataclass(frozen=True, slots=True)
 class Round:
@@ -45,6 +47,8 @@ def rounds(records: Iterable[ledger.Record]) -> list[Round]:
                 )  # fmt: skip
             case ledger.RolledBack(fragment, height):
                 found = [r for r in found if r.fragment != fragment or r.height <= height]
+                if fragment in heights:
+                    heights[fragment] = height
             case _:
                 pass
     return found
@@ -52,11 +56,16 @@ def rounds(records: Iterable[ledger.Record]) -> list[Round]:
 
 def tokens_per_peer(records: Iterable[ledger.Record]) -> dict[PeerId, int]:
     """Tokens of the trunk that each peer had inside confirmed rounds: what it contributed, by the service's signed word."""
-    found: dict[PeerId, int] = {}
+    kept: list[tuple[int, Settlement]] = []
     for record, settlement in _with_settlements(records):
-        if isinstance(record, ledger.Confirmed) and settlement is not None and record.fragment == FragmentId(f"{TRUNK}/0"):
-            for entry in settlement.entries:
-                found[entry.peer] = found.get(entry.peer, 0) + entry.num_tokens
+        if isinstance(record, ledger.Confirmed) and settlement is not None and record.fragment == FIRST_OF_TRUNK:
+            kept.append((record.height, settlement))
+        elif isinstance(record, ledger.RolledBack) and record.fragment == FIRST_OF_TRUNK:
+            kept = [(height, settlement) for height, settlement in kept if height <= record.height]
+    found: dict[PeerId, int] = {}
+    for _, settlement in kept:
+        for entry in settlement.entries:
+            found[entry.peer] = found.get(entry.peer, 0) + entry.num_tokens
     return found
 
 

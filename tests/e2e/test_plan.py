@@ -39,8 +39,6 @@ def test_plan_then_join_then_history(tmp_path: Path) -> None:
 
         peer = world.member("join", invite, "peer", "--threads", "1").start()
         world.wait_for("rounds", lambda: host.heights().get("trunk/0", 0) >= 3 and len(host.heights()) == 4, 120)
-        recovered = peer.events("recovered")
-        assert recovered, "it takes the anchors that plan left"
         table, picture = tmp_path / "rounds.csv", tmp_path / "experts.png"
         code, told, err = world.run("history", invite, "--csv", str(table), "--plot", str(picture), "--json")
         assert code == 0, err
@@ -55,7 +53,7 @@ def test_plan_then_join_then_history(tmp_path: Path) -> None:
         assert shown.code == 0, shown.err
         assert "ledger records checked" in shown.out
         assert ctrl_c(peer)[0] == 0
-        assert peer.last_json()["rx_bytes"] < found["fetched_bytes"] + 200_000
+        assert peer.last_json()["rx_bytes"] < found["fetched_bytes"] / 2, "what plan fetched is here"
         doctor = world.command("doctor", "doctor", invite, "--json")
         assert doctor.start().exit_code(120) == 0, doctor.tail()
         (reach,) = [c for c in doctor.last_json()["checks"] if c["check"] == "reachability"]

@@ -29,9 +29,9 @@ def test_two_processes_are_one_peer(tmp_path: Path) -> None:
         two, one = sharded(world, invite, "peer-two").start(), world.member("join", invite, "peer-one", "--threads", "1").start()
         world.wait_for("both train", lambda: all(p.events("training") for p in (one, two)))
         world.wait_for("rounds", lambda: host.heights().get("trunk/0", 0) >= NUM_ROUNDS, 120)
-        world.wait_for("both took part", lambda: all(p.events("committed") or p.events("progress") for p in (one, two)), 30)
         _, status, _ = world.run("status", invite, "--json")
-        assert {m["name"] for m in status["members"] if m["is_participating"]} == {"peer-one", "peer-two"}
+        both = {m["peer"] for m in status["members"] if m["role"] == "trainer"}
+        world.wait_for("both are settled", lambda: set(world.run("history", invite, "--json")[1]["tokens_per_peer"]) == both, 60)
         assert world.run("stop", str(run.root), "--json")[0] == 0
         assert [p.exit_code(100) for p in (one, two)] == [0, 0], two.tail()
         results = [p.last_json() for p in (one, two)]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 import pytest
 from averaging_world import MALLORY, run, world
 
+from decentra.averaging import probe
 from decentra.averaging.probe import Prober, address_of
-from decentra.errors import Refused, RejectedPayload, Unreachable
+from decentra.errors import Refused, RejectedPayload
 from decentra.pb import averaging_pb2 as pb
 
 NONCE = bytes(range(16))
@@ -45,30 +47,39 @@ def test_over_grpc() -> None:
             server, port = await _listener(NONCE)
             reply = await client.probe(port, NONCE, num_filler_bytes=100_000)
             assert (reply.is_reachable, reply.why) == (True, "")
-            with pytest.raises(Unreachable, match="a moment ago"):
+            with pytest.raises(Refused, match="a moment ago"):
                 await client.probe(port, NONCE)
             server.close()
 
     run(story())
 
 
-def test_somebody_elses_port_and_a_closed_one() -> None:
+def test_every_no_is_the_same_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe, "CALL_BACK_S", 0.2)
+
     async def story() -> None:
-        now = 0.0
-        prober = Prober(lambda: now)
+        prober = Prober(time.monotonic)
         server, port = await _listener(b"somebody else...")
-        reply = await prober.answer(pb.ProbeRequest(port=port, nonce=NONCE), "ipv4:127.0.0.1:1")
-        assert not reply.is_reachable
-        assert "somebody else's" in reply.why
+
+        async def asked(address: str) -> tuple[str, float]:
+            began = time.monotonic()
+            reply = await prober.answer(pb.ProbeRequest(port=port, nonce=NONCE), f"ipv4:{address}:1")
+            assert not reply.is_reachable
+            return reply.why.replace(address, "X"), time.monotonic() - began
+
+        others, others_s = await asked("127.0.0.1")
         server.close()
         await server.wait_closed()
-        now = 10.0
-        reply = await prober.answer(pb.ProbeRequest(port=port, nonce=NONCE), "ipv4:127.0.0.1:1")
-        assert not reply.is_reachable
-        assert str(port) in reply.why
-        for request in (pb.ProbeRequest(port=70_000, nonce=NONCE), pb.ProbeRequest(port=80, nonce=b"short")):
+        closed, closed_s = await asked("127.0.0.2")
+        assert others == closed
+        assert min(others_s, closed_s) > 0.19, "the time tells nothing either"
+        for request in (
+            pb.ProbeRequest(port=70_000, nonce=NONCE),
+            pb.ProbeRequest(port=80, nonce=NONCE),
+            pb.ProbeRequest(port=8080, nonce=b"short"),
+        ):
             with pytest.raises(RejectedPayload):
-                await prober.answer(request, "ipv4:127.0.0.2:1")
+                await prober.answer(request, "ipv4:127.0.0.3:1")
 
     run(story())
 

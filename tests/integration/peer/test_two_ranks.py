@@ -25,6 +25,7 @@ def test_two_ranks_do_what_one_process_does(tmp_path: Path) -> None:
     assert two["losses"] == pytest.approx(one["losses"], abs=1e-4)
     assert two["again"] == two["losses"], "a restored record goes on bit for bit"
     assert (two["num_tokens"], two["expert_tokens"]) == (one["num_tokens"], one["expert_tokens"])
+    assert two["skipped"] == one["skipped"] == [1, 1], "it recovers from a step that was not finite"
     for fragment, live in one["live"].items():
         np.testing.assert_allclose(two["live"][fragment], live, atol=2e-4, err_msg=fragment)
     assert two["live"]["expert.3/0"] == [0.0] * len(two["live"]["expert.3/0"]), "what is not trained is what was loaded"

@@ -52,11 +52,17 @@ def drive(inner: InnerLoop) -> tuple[dict[str, object], bytes]:
     inner.restore(record)
     again = [_stepped(inner) for _ in range(2)]
     inner.load(FragmentId("expert.3/0"), torch.zeros(LAYOUT[FragmentId("expert.3/0")].num_elements))
+    live_N = inner.snapshot(trunk).live_N
+    inner.load(trunk, torch.full_like(live_N, torch.nan))
+    inner.step()
+    inner.load(trunk, live_N)
+    skipped = inner.num_skipped_steps
+    inner.step()
     totals = inner.totals(0.0)
     live = {f.id: inner.snapshot(f.id).live_N.tolist() for f in LAYOUT.fragments}
     return {
         "moved": moved, "losses": losses, "again": again, "live": live, "num_tokens": totals.num_tokens,
-        "expert_tokens": sorted(totals.expert_tokens.items()),
+        "expert_tokens": sorted(totals.expert_tokens.items()), "skipped": [skipped, inner.num_skipped_steps],
     }, record  # fmt: skip
 
 

@@ -10,9 +10,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from decentra.cli.capacity import free_bytes, max_experts
+from decentra.cli.capacity import max_experts
 from decentra.config import Manifest, ModelSpec, PeerConfig, PlacementSpec
-from decentra.errors import ConfigError
+from decentra.doctor import machine
+from decentra.doctor.machine import free_memory_bytes, total_memory_bytes
+from decentra.errors import ConfigError, NoRoomNow
 from decentra.model.custom import layout_for
 from decentra.peer.footprint import footprint
 
@@ -53,6 +55,21 @@ def test_experts_that_a_peer_insists_on_have_to_fit() -> None:
         max_experts(peer(memory=two, num_experts=3), HELD, LAYOUT)
 
 
+def test_what_others_use_now_is_another_matter_than_a_machine_that_is_too_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("decentra.cli.capacity.free_memory_bytes", lambda: 300 << 20)
+    with pytest.raises(NoRoomNow, match="other programs have the rest"):
+        max_experts(peer(), HELD, LAYOUT)
+    assert machine.total_memory_bytes() > 1 << 30
+    monkeypatch.setattr("decentra.cli.capacity.total_memory_bytes", lambda: 300 << 20)
+    with pytest.raises(ConfigError, match="too few for one expert"):
+        max_experts(peer(), HELD, LAYOUT)
+
+
+def test_who_wants_no_expert_needs_room_for_none() -> None:
+    need = footprint(MIRROR, LAYOUT, is_partial=False)
+    assert max_experts(peer(memory=f"{need.total(0) / 2**20 + 1:.0f}MiB", num_experts=0), MIRROR, LAYOUT) == 0
+
+
 @pytest.mark.parametrize("text", ["4", "4gigs", "0GiB", "GiB"])
 def test_sizes_that_are_none(text: str) -> None:
     with pytest.raises(ValueError, match="4GiB"):
@@ -61,7 +78,7 @@ def test_sizes_that_are_none(text: str) -> None:
 
 def test_a_control_group_and_the_own_limits_are_seen(tmp_path: Path) -> None:
     groups, root = tmp_path / "groups", tmp_path / "root"
-    assert free_bytes(groups, root) > 1 << 30, "a machine without control groups"
+    assert free_memory_bytes(groups, root) > 1 << 30, "a machine without control groups"
     for line, folder, names in (
         ("0::/user/me", root, ("memory.max", "memory.current")),
         ("3:cpu,memory:/user/me", root / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes")),
@@ -72,12 +89,16 @@ def test_a_control_group_and_the_own_limits_are_seen(tmp_path: Path) -> None:
         (folder / "user" / names[1]).write_text(str(200 << 20))
         (folder / "user" / "me" / names[0]).write_text("max")
         own = psutil.Process().memory_info().rss
-        assert 90 << 20 < free_bytes(groups, root) - own < 110 << 20
+        (folder / "user" / "memory.stat").write_text("anon 5\ninactive_file 52428800\n")
+        assert total_memory_bytes(groups, root) == 300 << 20
+        assert 140 << 20 < free_memory_bytes(groups, root) - own < 160 << 20, "file pages are given up when asked"
+        (folder / "user" / "memory.stat").unlink()
+        assert 90 << 20 < free_memory_bytes(groups, root) - own < 110 << 20
         (folder / "user" / names[0]).write_text("max")
-        assert free_bytes(groups, root) > 1 << 30
+        assert free_memory_bytes(groups, root) > 1 << 30
     code = (
         "import resource; resource.setrlimit(resource.RLIMIT_DATA, (123 << 20, 123 << 20))\n"
-        "from decentra.cli.capacity import free_bytes; print(free_bytes() >> 20)"
+        "from decentra.doctor.machine import free_memory_bytes; print(free_memory_bytes() >> 20)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=dict(os.environ), timeout=60)
     assert done.stdout.strip() == "123", done.stderr

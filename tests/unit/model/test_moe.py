@@ -136,3 +136,20 @@ def test_rotation_gradient_is_the_numeric_one() -> None:
     x = torch.randn(2, 2, 4, 6, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda v: rotate(v, (angle.cos(), angle.sin())), (x,))
     torch.testing.assert_close(rotate(x, (angle.cos(), angle.sin())).norm(dim=-1), x.norm(dim=-1))
+
+
+def test_affinity_moves_the_choice_and_nothing_else() -> None:
+    spec = ModelSpec(hidden_size=16, expert_hidden_size=8, num_experts=4, num_experts_per_token=2)
+    moe = MoE(spec, range(4))
+    with torch.no_grad():
+        for parameter in moe.parameters():
+            parameter.normal_(0.0, 0.3, generator=torch.Generator().manual_seed(3))
+    x_TD = torch.randn(64, 16, generator=torch.Generator().manual_seed(4))
+    plain, stats = moe(x_TD)
+    moe.favour([1], 100.0)
+    moved, favoured = moe(x_TD)
+    assert int(favoured.num_slots_P[1]) == 64, "everybody goes to it"
+    assert torch.equal(favoured.mean_prob_P, stats.mean_prob_P), "probabilities are the router's"
+    assert not torch.equal(moved, plain)
+    moe.favour([], 0.0)
+    assert torch.equal(moe(x_TD)[0], plain)

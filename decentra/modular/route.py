@@ -1,0 +1,174 @@
+"""Routing among experts that were trained apart: which expert a token goes to, from statistics that owners can give away. Pure.
+
+An expert's card has, of its owner's text, the mean and covariance of what each layer's router sees. From cards come router rows (linear, so any Qwen3-MoE
+runtime follows them) or a classifier of the text so far (``Prefix``: better, and followed by decentra only). Shapes: B batch, T tokens, D hidden, E experts,
+L layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from decentra.errors import ConfigError
+
+RIDGE = 0.1  # of the mean variance, added to covariances
+TOKENS_PER_WITNESS = 8.0  # neighbouring tokens say nearly the same: so many count as one independent observation
+MAX_WITNESSES = 24.0
+
+
+@dataclass(frozen=True)
+class Card:
+    """What an owner tells of its text: per layer mean [D] and covariance [D, D] of the router's input, and how many tokens were seen."""
+
+    mean_LD: Tensor
+    covariance_LDD: Tensor
+    num_tokens: int
+
+
+class CardWriter:
+    """Collects a card over batches; ``see`` is called for every layer of every forward."""
+
+    def __init__(self, num_layers: int, hidden_size: int) -> None:
+        self._sum = torch.zeros(num_layers, hidden_size, dtype=torch.float64)
+        self._square = torch.zeros(num_layers, hidden_size, hidden_size, dtype=torch.float64)
+        self._count = [0] * num_layers
+
+    def see(self, layer: int, x_TD: Tensor) -> None:
+        x = x_TD.double()
+        self._sum[layer] += x.sum(0)
+        self._square[layer] += x.T @ x
+        self._count[layer] += len(x)
+
+    def card(self) -> Card:
+        if min(self._count) < 2:
+            raise ConfigError("a card needs text of two tokens or more")
+        n = torch.tensor(self._count, dtype=torch.float64)[:, None]
+        mean = self._sum / n
+        covariance = self._square / n[..., None] - mean[:, :, None] * mean[:, None, :]
+        return Card(mean.float(), covariance.float(), min(self._count))
+
+
+def pooled(cards: Sequence[Card], layer: int) -> Tensor:
+    """The covariance within domains [D, D], all alike, with a ridge."""
+    within = torch.stack([c.covariance_LDD[layer] for c in cards]).mean(0)
+    ridged: Tensor = within + RIDGE * within.diagonal().mean() * torch.eye(len(within))
+    return ridged
+
+
+# ---------------------------------------------------------------- rows: linear, exportable
+
+
+def uniform_rows(cards: Sequence[Card]) -> Tensor:
+    """[L, E, D] of zeros: with all experts chosen, each counts alike."""
+    num_layers, hidden = cards[0].mean_LD.shape
+    return torch.zeros(num_layers, len(cards), hidden)
+
+
+def centroid_rows(cards: Sequence[Card], sharpness: float = 4.0) -> Tensor:
+    """[L, E, D]: the direction from the common mean to each expert's own, so that its text has the largest product."""
+    means_LED = torch.stack([c.mean_LD for c in cards], 1)
+    away_LED = means_LED - means_LED.mean(1, keepdim=True)
+    norm = away_LED.norm(dim=-1, keepdim=True)
+    rows_LED: Tensor = sharpness * away_LED / (norm * norm).clamp_min(1e-12)
+    return rows_LED
+
+
+def lda_rows(cards: Sequence[Card]) -> Tensor:
+    """[L, E, D] of linear discriminant analysis, S^-1 (mu_e - mean); its constant is dropped, since exported routers have none."""
+    rows = []
+    for layer in range(cards[0].mean_LD.shape[0]):
+        means_ED = torch.stack([c.mean_LD[layer] for c in cards])
+        rows.append(torch.linalg.solve(pooled(cards, layer), (means_ED - means_ED.mean(0)).T).T)
+    return torch.stack(rows)
+
+
+def arrow_directions(experts: Sequence[Mapping[str, Tensor]], base: Mapping[str, Tensor], layers: Sequence[str]) -> Tensor:
+    """[L, E, D]: the input direction that each expert's update moved most, the first right singular vector of its change (arXiv 2405.11157)."""
+    found = []
+    for layer in layers:
+        rows = []
+        for expert in experts:
+            change = torch.cat([(expert[f"{layer}.{m}.weight"] - base[f"{layer}.{m}.weight"]).float() for m in ("gate_proj", "up_proj")])
+            rows.append(torch.linalg.svd(change, full_matrices=False).Vh[0])
+        found.append(torch.stack(rows))
+    return torch.stack(found)
+
+
+# ---------------------------------------------------------------- runtime routings
+
+
+class Linear:
+    """Rows of one's own, [L, E, D]; ``absolute`` for directions without a sign (arrow). Logits are divided by ``temperature``."""
+
+    def __init__(self, rows_LED: Tensor, *, absolute: bool = False, temperature: float = 1.0) -> None:
+        self._rows_LED, self._absolute, self._temperature = rows_LED, absolute, temperature
+
+    def start(self, num_batch: int, num_tokens: int, num_before: int) -> None:
+        del num_batch, num_tokens, num_before
+
+    def logits(self, layer: int, x_TD: Tensor) -> Tensor:
+        logits_TE = x_TD.float() @ self._rows_LED[layer].T
+        return (logits_TE.abs() if self._absolute else logits_TE) / self._temperature
+
+
+class Fixed:
+    """The same logits [E] for every token: a document's expert, or a mixture that somebody chose."""
+
+    def __init__(self, logits_E: Tensor) -> None:
+        self._logits_E = logits_E
+
+    def start(self, num_batch: int, num_tokens: int, num_before: int) -> None:
+        del num_batch, num_tokens, num_before
+
+    def logits(self, layer: int, x_TD: Tensor) -> Tensor:
+        del layer
+        return self._logits_E.expand(len(x_TD), -1)
+
+
+class Prefix:
+    """Whose text is this, by all of it so far: discriminant analysis on the mean of what the first router saw, one decision for all layers of a token.
+
+    A mean over n tokens is surer than one of them: logits grow with the number of independent witnesses, up to a bound. Causal: a token's experts depend on
+    nothing after it. Continues over calls with a cache.
+    """
+
+    def __init__(self, cards: Sequence[Card], layer: int = 0, tokens_per_witness: float = TOKENS_PER_WITNESS) -> None:
+        means_ED = torch.stack([c.mean_LD[layer] for c in cards])
+        solved_ED = torch.linalg.solve(pooled(cards, layer), means_ED.T).T
+        self._rows_ED, self._bias_E = solved_ED, -0.5 * (solved_ED * means_ED).sum(1)
+        self._layer, self._tokens_per_witness = layer, tokens_per_witness
+        self._shape, self._num_before = (0, 0), 0
+        self._sum_BD: Tensor | None = None
+        self._logits_TE: Tensor | None = None
+
+    def start(self, num_batch: int, num_tokens: int, num_before: int) -> None:
+        self._shape, self._num_before = (num_batch, num_tokens), num_before
+        if num_before == 0:
+            self._sum_BD = None
+
+    def logits(self, layer: int, x_TD: Tensor) -> Tensor | None:
+        if layer < self._layer:
+            return None  # too early to know: the model's own router
+        if layer == self._layer:
+            sums_BTD = x_TD.float().view(*self._shape, -1).cumsum(1)
+            if self._sum_BD is not None:
+                sums_BTD = sums_BTD + self._sum_BD[:, None]
+            self._sum_BD = sums_BTD[:, -1]
+            count_T1 = torch.arange(self._num_before + 1, self._num_before + self._shape[1] + 1, device=x_TD.device)[:, None].float()
+            scores_BTE = (sums_BTD / count_T1) @ self._rows_ED.T.to(x_TD.device) + self._bias_E.to(x_TD.device)
+            witnesses_T1 = (count_T1 / self._tokens_per_witness).clamp(max=MAX_WITNESSES)
+            self._logits_TE = (scores_BTE * witnesses_T1).flatten(0, 1)
+        return self._logits_TE
+
+
+def classify(cards: Sequence[Card], x_TD: Tensor, layer: int = 0) -> Tensor:
+    """Probability [E] that a document, by its router inputs [T, D] of one layer, is each expert's."""
+    router = Prefix(cards, layer)
+    router.start(1, len(x_TD), 0)
+    logits = router.logits(layer, x_TD)
+    assert logits is not None
+    return logits[-1].softmax(-1)

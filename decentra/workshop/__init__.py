@@ -1,0 +1,1 @@
+"""Modular operations on real checkpoints: texts, training and judging around the pure functions of ``modular``. Starts no network."""

@@ -1,0 +1,224 @@
+"""Experts trained apart and put together: train one on text that stays here, write its card, route among several, fit an exportable router, take one out.
+
+The public model is frozen while an expert is trained, so what it learned is in the expert and its router row, and nowhere else: taking both out is exact.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from decentra.config import ModelSpec
+from decentra.data.windows import WindowSource
+from decentra.errors import ConfigError, IntegrityError
+from decentra.hf.files import MAX_JSON_BYTES, sha256_of
+from decentra.ids import digest_of
+from decentra.model.decoder import Decoder, Routing
+from decentra.modular import route
+from decentra.modular.parts import Part, State, experts_of, extract, insert, select, spec_with
+from decentra.modular.route import Card
+from decentra.workshop.looking import card_of, watching
+from decentra.workshop.training import Guard, Plan, model_of, names_of, train
+
+ROUTERS = ("uniform", "centroid", "lda", "arrow", "prefix", "document", "own")
+EXPERT_FILE, CARD_FILE = "expert.safetensors", "expert.json"
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Expert:
+    """An expert that can be carried: its part, its card, and what is said about it."""
+
+    part: Part
+    card: Card
+    about: dict[str, Any]  # name, licence, base (sha256 of the public model's weights), data in words, tokens
+
+
+def base_digest(state: Mapping[str, Tensor]) -> str:
+    """Names a model by its weights: experts fit the model that they were trained beside."""
+    return digest_of(b"".join(name.encode() + value.float().numpy().tobytes() for name, value in sorted(state.items())))
+
+
+def train_expert(
+    state: State, spec: ModelSpec, text: bytes, *, name: str, steps: int, seq_len: int, start: int = 0, lr: float = 1.4e-3, seed: int = 0,
+    guards: Sequence[Guard] = (), say: Say = lambda _: None,
+) -> Expert:  # fmt: skip
+    """A new expert on one's own text: a copy of expert ``start`` beside the frozen public model, which alone is trained."""
+    single = model_of(select(state, [start]), spec_with(spec, 1))
+    plan = Plan(steps, names_of(single, experts=[0]), lr=lr, seed=seed)
+    loss = train(
+        single, WindowSource([text], seq_len, seed, name), plan, guards, lambda step, value: _progress(say, name, step, steps, value)
+    )
+    part = extract({k: v.detach() for k, v in single.state_dict().items()}, 0)
+    card = card_of(model_of(select(state, [start]), spec_with(spec, 1)), text, seq_len)
+    about = {"name": name, "base": base_digest(state), "tokens": steps * 8 * seq_len, "loss": loss, "start": start}
+    return Expert(part, card, about)
+
+
+def _progress(say: Say, what: str, step: int, steps: int, loss: float) -> None:
+    if step == 1 or step == steps or step % max(1, steps // 10) == 0:
+        say(f"{what}: step {step} of {steps}, loss {loss:.3f}")
+
+
+def save_expert(folder: Path, expert: Expert) -> None:
+    """Two files: tensors, and what is said about them with the tensors' hash."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {f"weights/{k}": v.contiguous().clone() for k, v in expert.part.weights.items()}
+    tensors |= {f"rows/{k}": v.contiguous().clone() for k, v in expert.part.rows.items()}
+    tensors |= {"card/mean": expert.card.mean_LD.contiguous(), "card/covariance": expert.card.covariance_LDD.contiguous()}
+    safetensors.torch.save_file(tensors, folder / EXPERT_FILE, metadata={"format": "pt"})
+    about = {"format": 1, "about": expert.about, "num_tokens": expert.card.num_tokens, "sha256": sha256_of(folder / EXPERT_FILE)}
+    (folder / CARD_FILE).write_text(json.dumps(about, indent=1))
+
+
+def load_expert(folder: Path) -> Expert:
+    """Raises ConfigError, IntegrityError."""
+    try:
+        text = (folder / CARD_FILE).read_bytes()[:MAX_JSON_BYTES]
+        told = json.loads(text)
+        if told["format"] != 1 or sha256_of(folder / EXPERT_FILE) != told["sha256"]:
+            raise IntegrityError(f"{folder / EXPERT_FILE} is not the file that {CARD_FILE} describes; fetch the expert again")
+        tensors = safetensors.torch.load_file(folder / EXPERT_FILE)
+        card = Card(tensors.pop("card/mean"), tensors.pop("card/covariance"), int(told["num_tokens"]))
+        about = dict(told["about"])
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"{folder} is no expert ({Path(str(error.filename)).name} is missing); 'decentra expert train' makes one"
+        ) from None
+    except (ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
+        raise IntegrityError(f"{folder} is a damaged expert ({type(error).__name__}: {error}); fetch it again") from None
+    part = Part(
+        {k.removeprefix("weights/"): v for k, v in tensors.items() if k.startswith("weights/")},
+        {k.removeprefix("rows/"): v for k, v in tensors.items() if k.startswith("rows/")},
+    )
+    return Expert(part, card, about)
+
+
+def added(state: State, spec: ModelSpec, expert: Expert, *, check_base: str | None = None) -> tuple[State, ModelSpec]:
+    """The model with this expert, too. ``check_base``: digest of the public model; raises ConfigError when the expert was trained beside another."""
+    if check_base is not None and expert.about.get("base") != check_base:
+        raise ConfigError(
+            f"expert '{expert.about.get('name')}' was trained beside another model ({str(expert.about.get('base'))[:12]}, this is {check_base[:12]});"
+            " it fits only that one"
+        )
+    grown = insert(state, expert.part)
+    count = len(experts_of(grown))
+    return grown, spec_with(spec, count, max(2, spec.num_experts_per_token))
+
+
+# ---------------------------------------------------------------- routing
+
+
+def routing(
+    kind: str, cards: Sequence[Card], state: Mapping[str, Tensor] | None = None, base: Mapping[str, Tensor] | None = None
+) -> Routing | None:
+    """How tokens are sent among experts, by their cards in the experts' order. ``own``: the model's rows. Raises ConfigError."""
+    match kind:
+        case "own":
+            return None
+        case "uniform":
+            return route.Linear(route.uniform_rows(cards))
+        case "centroid":
+            return route.Linear(route.centroid_rows(cards))
+        case "lda":
+            return route.Linear(route.lda_rows(cards))
+        case "prefix":
+            return route.Prefix(cards)
+        case "arrow":
+            if state is None or base is None:
+                raise ConfigError("router arrow looks at what each expert changed; give the public model")
+            return route.Linear(_arrow(state, base), absolute=True, temperature=0.25)
+    raise ConfigError(f"router: expected one of {', '.join(ROUTERS)}, got {kind!r}")
+
+
+def _arrow(state: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> Tensor:
+    numbers = experts_of(state)
+    layers = sorted({k.split(".experts.")[0] for k in base if ".experts.0." in k}, key=lambda k: int(k.split(".")[2]))
+    experts = []
+    for e in numbers:
+        experts.append({f"{la}.{m}.weight": state[f"{la}.experts.{e}.{m}.weight"] for la in layers for m in ("gate_proj", "up_proj")})
+    first = {f"{la}.{m}.weight": base[f"{la}.experts.0.{m}.weight"] for la in layers for m in ("gate_proj", "up_proj")}
+    return route.arrow_directions(experts, first, layers)
+
+
+def document_routing(model: Decoder, cards: Sequence[Card], text: bytes) -> tuple[Routing, Tensor]:
+    """One expert mixture for a whole document, by all of it: (routing, probabilities [E])."""
+    seen: list[Tensor] = []
+
+    def see(layer: int, _moe: object, x_TD: Tensor) -> None:
+        if layer == 0:
+            seen.append(x_TD)
+
+    tokens = torch.frombuffer(bytearray(text[: model.spec.max_seq_len]), dtype=torch.uint8).long()[None]
+    with watching(model, see), torch.inference_mode():
+        model(tokens)
+    probs_E = route.classify(cards, seen[0])
+    return route.Fixed(probs_E.clamp_min(1e-9).log()), probs_E
+
+
+def tune_router(
+    state: State, spec: ModelSpec, texts: Sequence[bytes], *, steps: int, seq_len: int, lr: float = 3e-3, rows: Tensor | None = None, seed: int = 0,
+    say: Say = lambda _: None,
+) -> State:  # fmt: skip
+    """Router rows trained on public text of all kinds, everything else frozen; ``rows`` [L, E, D] to start from."""
+    model = model_of(with_rows(state, rows) if rows is not None else state, spec)
+    plan = Plan(steps, names_of(model, router=True), lr=lr, seed=seed)
+    train(
+        model, WindowSource(list(texts), seq_len, seed, "tune"), plan, say=lambda step, value: _progress(say, "router", step, steps, value)
+    )
+    return {k: v.detach().clone() for k, v in model.state_dict().items()}
+
+
+def with_rows(state: Mapping[str, Tensor], rows_LED: Tensor) -> State:
+    """The model with these router rows."""
+    out = dict(state)
+    for layer in range(len(rows_LED)):
+        out[f"model.layers.{layer}.mlp.gate.weight"] = rows_LED[layer].clone()
+    return out
+
+
+def distil(
+    model: Decoder, teacher: Routing, texts: Sequence[bytes], seq_len: int, *, steps: int = 60, lr: float = 3e-2, seed: int = 0
+) -> tuple[Tensor, float]:
+    """The linear rows [L, E, D] that follow a runtime routing best, and the KL in nats per token that is left: what a stock class can hold of it."""
+    source = WindowSource(list(texts), seq_len, seed, "distil")
+    num_layers, num_experts = model.spec.num_layers, model.spec.num_experts
+    rows = torch.zeros(num_layers, num_experts, model.spec.hidden_size, requires_grad=True)
+    optimizer = torch.optim.Adam([rows], lr=lr)
+    kept, left = model.routing, 0.0
+    model.routing = teacher
+    try:
+        for step in range(steps):
+            seen: list[tuple[int, Tensor]] = []
+
+            def see(layer: int, _moe: object, x_TD: Tensor, into: list[tuple[int, Tensor]] = seen) -> None:
+                into.append((layer, x_TD))
+
+            tokens_BT = source.next_batch(8)[:, :-1]
+            with watching(model, see), torch.no_grad():
+                model(tokens_BT)
+                teacher.start(len(tokens_BT), tokens_BT.shape[1], 0)
+                wanted = [teacher.logits(layer, x_TD) for layer, x_TD in seen]
+            parts = [
+                torch.nn.functional.kl_div(
+                    (x_TD @ rows[layer].T).log_softmax(-1), w.log_softmax(-1), reduction="batchmean", log_target=True
+                )
+                for (layer, x_TD), w in zip(seen, wanted, strict=True)
+                if w is not None
+            ]
+            loss = torch.stack(parts).mean()
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            left = loss.item() if step == 0 else 0.8 * left + 0.2 * loss.item()
+    finally:
+        model.routing = kept
+    return rows.detach(), left

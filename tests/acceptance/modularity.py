@@ -1,0 +1,400 @@
+"""Modularity, relation by relation, on models trained here: each row is a claim that a stub cannot pass.
+
+    python -m tests.acceptance.modularity --json [--seeds 1,2,3] [--only TOPIC,...] [--steps 200]
+
+Models are byte-level, two layers of 96, and text is what every installation has. Values are means over the seeds; a threshold is half the effect that was
+measured while this was built, or stricter. A row holds when its relation does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from decentra.config import DataSpec, ModelSpec
+from decentra.data.domains import embedded_domain
+from decentra.data.windows import WindowSource
+from decentra.model.decoder import Decoder, build_model
+from decentra.modular import lasting, route, soup, upcycle
+from decentra.modular.parts import State, extract, insert, select, spec_with
+from decentra.modular.route import Fixed
+from decentra.workshop import experts as made
+from decentra.workshop.looking import calibration_of, card_of, losses, mean, routing_of
+from decentra.workshop.training import Plan, model_of, train
+
+SEQ_LEN = 128
+DOMAINS = ("prose", "code", "headers", "math")
+DATA = DataSpec(seq_len=SEQ_LEN, bytes_per_domain=300_000, held_out_bytes=16_384)
+DENSE = ModelSpec(
+    hidden_size=96, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=24, expert_hidden_size=256, num_experts=1, num_experts_per_token=1,
+    max_seq_len=SEQ_LEN, aux_loss_weight=0.01, z_loss_weight=0.001,
+)  # fmt: skip
+NUM_WINDOWS = 96
+
+
+@dataclass(frozen=True)
+class Row:
+    topic: str
+    relation: str
+    value: float
+    threshold: float
+    holds: bool
+    seeds: tuple[int, ...]
+    per_seed: tuple[float, ...]
+
+
+def state_of(model: Decoder) -> State:
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+@dataclass
+class Story:
+    """What several topics need, made once per seed: texts, a dense base, experts trained beside it."""
+
+    seed: int
+    steps: int
+    say: Callable[[str], None]
+    train_text: dict[str, bytes] = field(init=False)
+    held_out: dict[str, bytes] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.train_text = {d: embedded_domain(d, DATA).train for d in DOMAINS}
+        self.held_out = {d: embedded_domain(d, DATA).held_out for d in DOMAINS}
+
+    def loss(self, state: State, spec: ModelSpec, domains: Sequence[str] = DOMAINS) -> dict[str, float]:
+        return losses(model_of(state, spec), {d: self.held_out[d] for d in domains}, SEQ_LEN, NUM_WINDOWS)
+
+    def fit(self, model: Decoder, domains: Sequence[str], steps: int, key: str, **plan: Any) -> State:
+        source = WindowSource([self.train_text[d] for d in domains], SEQ_LEN, self.seed, key)
+        every = frozenset(n for n, _ in model.named_parameters())
+        train(model, source, Plan(steps, plan.pop("names", every), lr=plan.pop("lr", 2e-3), seed=self.seed, **plan))
+        return state_of(model)
+
+    @cached_property
+    def base(self) -> State:
+        """A dense model of prose."""
+        self.say("base: dense, prose")
+        return self.fit(build_model(DENSE, self.seed), ["prose"], 2 * self.steps, "base")
+
+    @cached_property
+    def all_dense(self) -> State:
+        """A dense model of everything."""
+        self.say("base: dense, all domains")
+        return self.fit(build_model(DENSE, self.seed), DOMAINS, 2 * self.steps, "all")
+
+    @cached_property
+    def experts(self) -> list[made.Expert]:
+        """One for each domain but the public one, each trained where its text is; the public model's own FFN is the first."""
+        found = [
+            made.Expert(extract(self.base, 0), card_of(model_of(self.base, DENSE), self.train_text["prose"], SEQ_LEN), {"name": "prose"})
+        ]
+        for domain in DOMAINS[1:]:
+            self.say(f"expert: {domain}")
+            found.append(
+                made.train_expert(
+                    self.base, DENSE, self.train_text[domain], name=domain, steps=2 * self.steps, seq_len=SEQ_LEN, lr=2e-3, seed=self.seed
+                )
+            )
+        return found
+
+    @cached_property
+    def merged(self) -> tuple[State, ModelSpec]:
+        state, spec = self.base, DENSE
+        for expert in self.experts[1:]:
+            state, spec = made.added(state, spec, expert, check_base=None)
+        return state, spec
+
+    def routed(self, kind: str | None, num_chosen: int, routing: Any = None) -> dict[str, float]:
+        """Losses of the merged model under a routing."""
+        state, spec = self.merged
+        model = model_of(state, spec_with(spec, spec.num_experts, num_chosen))
+        model.routing = routing if routing is not None else made.routing(kind or "own", [e.card for e in self.experts], state, self.base)
+        return losses(model, self.held_out, SEQ_LEN, NUM_WINDOWS)
+
+    @cached_property
+    def oracle(self) -> dict[str, float]:
+        """Each domain by its own expert."""
+        state, spec = self.merged
+        return {
+            domain: losses(model_of(select(state, [number]), spec_with(spec, 1)), {domain: self.held_out[domain]}, SEQ_LEN, NUM_WINDOWS)[
+                domain
+            ]
+            for number, domain in enumerate(DOMAINS)
+        }
+
+
+Found = list[tuple[str, str, float, float, bool]]  # topic, relation, value, threshold, larger is better
+
+
+def exactness(story: Story) -> Found:
+    """Upcycling and MoE-fication change nothing at the start."""
+    model = model_of(story.all_dense, DENSE)
+    tokens = WindowSource([story.train_text["code"]], SEQ_LEN, 0, "exact").next_batch(4)[:, :-1]
+
+    def gap(made_of: upcycle.Upcycled) -> float:
+        with torch.inference_mode():
+            return float((model(tokens).logits_BTV - model_of(made_of.state, made_of.spec)(tokens).logits_BTV).abs().max())
+
+    calibration = calibration_of(model, story.train_text["code"], SEQ_LEN)
+    up = upcycle.upcycle(story.all_dense, DENSE, 4)
+    return [
+        ("upcycle", "copy: largest logit difference at the start", gap(up), 1e-5, False),
+        ("upcycle", "virtual groups: the same", gap(upcycle.virtual_groups(story.all_dense, DENSE, 8, 2)), 1e-5, False),
+        ("upcycle", "moefy with k = E: the same", gap(upcycle.moefy(story.all_dense, DENSE, 8, 8, calibration)), 1e-5, False),
+        ("upcycle", "expand, all copies chosen: the same against the smaller MoE", _expand_gap(up, tokens), 1e-5, False),
+    ]
+
+
+def _expand_gap(up: upcycle.Upcycled, tokens: Tensor) -> float:
+    wider = upcycle.expand(up.state, up.spec, 2)
+    with torch.inference_mode():
+        return float((model_of(up.state, up.spec)(tokens).logits_BTV - model_of(wider.state, wider.spec)(tokens).logits_BTV).abs().max())
+
+
+def upcycling(story: Story) -> Found:
+    """An upcycled model learns more from the same tokens than the dense one that goes on, and than a dense one of the same cost."""
+    up = upcycle.upcycle(story.all_dense, DENSE, 4, seed=story.seed)
+    dense = mean(story.loss(story.fit(model_of(story.all_dense, DENSE), DOMAINS, story.steps, "go on"), DENSE))
+    moe = mean(story.loss(story.fit(model_of(up.state, up.spec), DOMAINS, story.steps, "go on"), up.spec))
+    wide = upcycle.upcycle(story.all_dense, DENSE, 2, seed=story.seed)  # both chosen: a dense FFN of twice the width, the same FLOPs
+    iso = mean(story.loss(story.fit(model_of(wide.state, wide.spec), DOMAINS, story.steps, "go on"), wide.spec))
+    return [
+        ("upcycle", f"upcycled over dense after {story.steps} equal steps: loss ratio", moe / dense, 0.995, False),
+        ("upcycle", "upcycled over iso-FLOP dense: loss ratio", moe / iso, 1.0, False),
+    ]
+
+
+def moefication(story: Story) -> Found:
+    """Which neurons form an expert matters: those that fire together, better than any."""
+    model = model_of(story.all_dense, DENSE)
+    text = b"".join(t[:60_000] for t in story.train_text.values())
+    calibration = calibration_of(model, text, SEQ_LEN, 64)
+    found = {}
+    for cluster in ("coact", "random"):
+        split = upcycle.moefy(story.all_dense, DENSE, 8, 4, calibration, cluster=cluster, seed=story.seed)
+        found[cluster] = mean(story.loss(split.state, split.spec))
+    return [
+        (
+            "upcycle",
+            "moefy, half of the neurons: co-activation over random split, loss ratio",
+            found["coact"] / found["random"],
+            0.99,
+            False,
+        )
+    ]
+
+
+def soups(story: Story) -> Found:
+    """A greedy soup is no worse than its best ingredient, on text that it was not chosen by."""
+    ingredients = [
+        story.fit(model_of(story.all_dense, DENSE), DOMAINS, story.steps, f"soup {number}", lr=lr)
+        for number, lr in enumerate((1e-3, 2e-3, 3e-3))
+    ]
+    half = {d: t[: len(t) // 2] for d, t in story.held_out.items()}
+    other = {d: t[len(t) // 2 :] for d, t in story.held_out.items()}
+
+    def judge(text: dict[str, bytes]) -> Callable[[State], float]:
+        return lambda state: mean(losses(model_of(state, DENSE), text, SEQ_LEN, NUM_WINDOWS // 2))
+
+    chosen = soup.greedy_soup(ingredients, judge(half))
+    best = min(judge(other)(s) for s in ingredients)
+    return [("merge", "greedy soup over its best ingredient, separate text: loss ratio", judge(other)(chosen.state) / best, 1.002, False)]
+
+
+def routing(story: Story) -> Found:
+    """Experts trained apart, routed by what their owners gave away."""
+    num_experts = len(story.experts)
+    uniform, oracle = mean(story.routed("uniform", num_experts)), mean(story.oracle)
+
+    def closed(loss: float) -> float:
+        return (uniform - loss) / (uniform - oracle)
+
+    prefix = mean(story.routed("prefix", 2))
+    linear = {kind: closed(mean(story.routed(kind, 2))) for kind in ("centroid", "lda")}
+    state, spec = story.merged
+    spec = spec_with(spec, num_experts, 2)
+    cards = [e.card for e in story.experts]
+    rows, kl = made.distil(
+        _with_routing(state, spec, made.routing("prefix", cards)), route.Prefix(cards), list(story.train_text.values()), SEQ_LEN
+    )
+    distilled = closed(mean(losses(model_of(made.with_rows(state, rows), spec), story.held_out, SEQ_LEN, NUM_WINDOWS)))
+    tuned = made.tune_router(state, spec, list(story.train_text.values()), steps=60, seq_len=SEQ_LEN, rows=rows, seed=story.seed)
+    tuned_share = closed(mean(losses(model_of(tuned, spec), story.held_out, SEQ_LEN, NUM_WINDOWS)))
+    averaged = mean(story.loss(_average(story), DENSE))
+    story.say(
+        f"uniform {uniform:.3f}, oracle {oracle:.3f}, prefix {closed(prefix):.2f}, linear {linear}, distilled {distilled:.2f} (KL {kl:.3f}),"
+        f" tuned {tuned_share:.2f}, average of weights {averaged:.3f}"
+    )
+    return [
+        ("route", "prefix router, no training: share of the gap between uniform and oracle closed", closed(prefix), 0.5, True),
+        ("route", "best exportable linear router: the same", max(*linear.values(), distilled, tuned_share), 0.2, True),
+        ("route", "experts side by side over the mean of their weights: loss ratio", uniform / averaged, 0.99, False),
+    ]
+
+
+def _with_routing(state: State, spec: ModelSpec, routing: Any) -> Decoder:
+    model = model_of(state, spec)
+    model.routing = routing
+    return model
+
+
+def _average(story: Story) -> State:
+    state, spec = story.merged
+    return soup.mean_of([select(state, [e]) for e in range(spec.num_experts)])
+
+
+def forgetting(story: Story) -> Found:
+    """Taking an isolated expert out leaves the model that never had it, to the bit, and the memory of its text goes with it."""
+    state, spec = story.merged
+    gone = DOMAINS.index("headers")
+    left = [e for e in range(spec.num_experts) if e != gone]
+    without, never, never_spec = select(state, left), story.base, DENSE
+    for number, expert in enumerate(story.experts[1:], 1):
+        if number != gone:
+            never, never_spec = made.added(never, never_spec, expert)
+    is_equal = without.keys() == never.keys() and all(without[n].equal(never[n]) for n in never)
+    cards = [e.card for e in story.experts]
+    before = story.routed("prefix", 2)
+    model = model_of(without, spec_with(never_spec, len(left), 2))
+    model.routing = route.Prefix([cards[e] for e in left])
+    after = losses(model, story.held_out, SEQ_LEN, NUM_WINDOWS)
+    others = max(after[d] / before[d] for d in DOMAINS if d != "headers")
+    back = insert(without, story.experts[gone].part)
+    order = [*range(gone), len(left), *range(gone, len(left))]
+    is_back = all(select(back, order)[n].equal(state[n]) for n in state)
+    return [
+        ("forget", "expert taken out: bitwise the model that never had it (1: yes)", float(is_equal), 1.0, True),
+        ("forget", "put back: bitwise as before (1: yes)", float(is_back), 1.0, True),
+        ("forget", "loss of its domain afterwards: ratio", after["headers"] / before["headers"], 1.2, True),
+        ("forget", "worst loss of the others: ratio", others, 1.01, False),
+    ]
+
+
+def canaries(story: Story) -> Found:
+    """Random strings that an expert learned can be told from strings it did not see; once it is out, they cannot."""
+    generator = torch.Generator().manual_seed(1000 + story.seed)
+    strings = [bytes(torch.randint(97, 123, (64,), generator=generator).tolist()) for _ in range(40)]
+    members, others = strings[:20], strings[20:]
+    text = b"\n".join([story.train_text["math"][:20_000], *members * 12])
+    expert = made.train_expert(story.base, DENSE, text, name="canary", steps=2 * story.steps, seq_len=SEQ_LEN, lr=3e-3, seed=story.seed)
+    state, spec = made.added(story.base, DENSE, expert)
+
+    def trace(state: State, spec: ModelSpec, routing: Any) -> float:
+        model = _with_routing(state, spec, routing)
+        told = [losses(model, {"c": s}, len(s) - 1)["c"] for s in strings]
+        return lasting.auc(told[:20], told[20:])
+
+    alone = torch.tensor([-20.0, 20.0])
+    known = trace(state, spec_with(spec, 2, 2), Fixed(alone))
+    gone = trace(select(state, [0]), DENSE, None)
+    del others
+    return [
+        ("forget", "canaries: AUC with the expert", known, 0.95, True),
+        ("forget", "canaries: distance of the AUC from chance once it is out", abs(gone - 0.5), 0.1, False),
+    ]
+
+
+def continual(story: Story) -> Found:
+    """One domain after another: growing an expert for each keeps the old ones; training the whole model does not."""
+    stream = ("code", "headers", "math")
+    naive_matrix = [list(story.loss(story.base, DENSE, stream).values())]
+    model = model_of(story.base, DENSE)
+    for domain in stream:
+        state = story.fit(model, [domain], story.steps, f"naive {domain}")
+        naive_matrix.append(list(story.loss(state, DENSE, stream).values()))
+    grow_matrix = [naive_matrix[0]]
+    state, spec, cards = story.base, DENSE, [story.experts[0].card]
+    for domain in stream:
+        expert = made.train_expert(
+            story.base, DENSE, story.train_text[domain], name=domain, steps=story.steps, seq_len=SEQ_LEN, lr=2e-3, seed=story.seed
+        )
+        state, spec = made.added(state, spec, expert)
+        cards.append(expert.card)
+        grown = _with_routing(state, spec_with(spec, len(cards), 2), route.Prefix(cards))
+        grow_matrix.append(list(losses(grown, {d: story.held_out[d] for d in stream}, SEQ_LEN, NUM_WINDOWS).values()))
+    grow, naive = lasting.transfer(grow_matrix), lasting.transfer(naive_matrix)
+    story.say(f"continual: grow {grow}, naive {naive}")
+    return [
+        ("continual", "grow: backward transfer", grow.backward, -0.01, True),
+        ("continual", "naive: backward transfer (it forgets)", naive.backward, -0.2, False),
+        ("continual", "loss at the end, grow over naive: ratio", grow.final / naive.final, 0.95, False),
+    ]
+
+
+def mixture(story: Story) -> Found:
+    """More experts for the same cost per token learn more; balance keeps them all at work."""
+    half = ModelSpec(**DENSE.model_dump() | {"num_experts": 8, "num_experts_per_token": 2, "expert_hidden_size": 128})
+    moe = story.fit(build_model(half, story.seed), DOMAINS, 2 * story.steps, "all")
+    loose = ModelSpec(**half.model_dump() | {"aux_loss_weight": 0.0})
+    none = story.fit(build_model(loose, story.seed), DOMAINS, 2 * story.steps, "all")
+    balanced, free = (routing_of(model_of(s, half), story.held_out, SEQ_LEN)["max_violation"] for s in (moe, none))
+    return [
+        (
+            "moe",
+            "8 experts, 2 of half the width chosen, over dense at equal steps: loss ratio",
+            mean(story.loss(moe, half)) / mean(story.loss(story.all_dense, DENSE)),
+            1.0,
+            False,
+        ),
+        ("moe", "MaxVio with balancing over without: ratio", balanced / free, 0.5, False),
+    ]
+
+
+TOPICS: dict[str, Callable[[Story], Found]] = {
+    "exactness": exactness, "upcycling": upcycling, "moefication": moefication, "soups": soups, "routing": routing, "forgetting": forgetting,
+    "canaries": canaries, "continual": continual, "mixture": mixture,
+}  # fmt: skip
+
+
+def run(seeds: Sequence[int], topics: Sequence[str], steps: int, say: Callable[[str], None]) -> list[Row]:
+    found: dict[tuple[str, str, float, bool], list[float]] = {}
+    for seed in seeds:
+        story = Story(seed, steps, say)
+        for topic in topics:
+            began = time.process_time()
+            for kind, relation, value, threshold, larger in TOPICS[topic](story):
+                found.setdefault((kind, relation, threshold, larger), []).append(value)
+                say(f"seed {seed}, {kind}: {relation}: {value:.4g} ({'at least' if larger else 'at most'} {threshold:g})")
+            say(f"seed {seed}, {topic}: {time.process_time() - began:.0f} CPU-s")
+    rows = []
+    for (kind, relation, threshold, larger), values in found.items():
+        value = statistics.fmean(values)
+        rows.append(
+            Row(kind, relation, value, threshold, value >= threshold if larger else value <= threshold, tuple(seeds), tuple(values))
+        )
+    return rows
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--seeds", default="1,2,3")
+    parser.add_argument("--only", default=",".join(TOPICS), help="topics, separated by commas")
+    parser.add_argument("--steps", type=int, default=200)
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    began = time.monotonic()
+
+    def say(line: str) -> None:
+        print(f"[{time.monotonic() - began:6.1f} s] {line}", file=sys.stderr, flush=True)
+
+    rows = run([int(s) for s in args.seeds.split(",")], args.only.split(","), args.steps, say)
+    for row in rows:
+        print(f"{'holds ' if row.holds else 'FAILS '} {row.topic:10} {row.relation}: {row.value:.4g} ({row.threshold:g})", file=sys.stderr)
+    if args.json:
+        print(json.dumps({"ok": all(r.holds for r in rows), "steps": args.steps, "rows": [vars(r) for r in rows]}))
+    return 0 if all(r.holds for r in rows) else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
