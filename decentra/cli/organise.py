@@ -19,6 +19,7 @@ def init(
         Path | None, typer.Option("--from", help="a run.toml to start from; default: RUN_DIR/run.toml, else the defaults")
     ] = None,
     settings: Annotated[list[str] | None, typer.Option("--set", help="section.key=value, over the file; repeatable")] = None,
+    model: Annotated[Path | None, typer.Option(help="a checkpoint to start from: a folder of 'decentra upcycle', 'import', 'pull'")] = None,
     model_code: Annotated[Path | None, typer.Option(help="a model of your own: its file (peers need the same file)")] = None,
     as_json: JsonOpt = False,
 ) -> None:
@@ -31,7 +32,7 @@ def init(
         from decentra.model.custom import model_code_digest
 
         values.append(f'model.code="{model_code_digest(model_code)}"')
-    run, manifest = create(run_dir, source, values, model_code)
+    run, manifest = create(run_dir, source, values, model_code, model)
     num_bytes = sum(p.stat().st_size for p in run.genesis.iterdir())
     if as_json:
         print_json(

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from decentra.config import Manifest, load_toml, manifest_from_bytes, parse_config
 from decentra.errors import ConfigError, IntegrityError
+from decentra.hf.checkpoint import Checkpoint, open_checkpoint
+from decentra.hf.convert import parameter_shapes
 from decentra.identity import Keypair, load_key, load_or_create_key, save_key
 from decentra.ids import Digest, FragmentId, digest_of
 from decentra.invite import Invite
@@ -97,13 +100,20 @@ def read_genesis(folder: Path, manifest: Manifest) -> dict[Digest, bytes]:
     return blobs
 
 
-def create(root: Path, source: Path | None, settings: Sequence[str], model_code: Path | None = None) -> tuple[RunDir, Manifest]:
-    """``decentra init``: freeze the manifest, make the run key and the genesis anchors. Raises ConfigError; never overwrites a run."""
+def create(
+    root: Path, source: Path | None, settings: Sequence[str], model_code: Path | None = None, model: Path | None = None
+) -> tuple[RunDir, Manifest]:  # fmt: skip
+    """``decentra init``: freeze the manifest, make the run key and the genesis anchors. Raises ConfigError; never overwrites a run.
+
+    ``model``: a checkpoint's folder, whose shape and weights the run starts from.
+    """
     run = RunDir(root)
     if (root / "manifest.json").exists():
         raise ConfigError(f"{root} holds a run already; its manifest is frozen. Choose another directory")
-    draft = _draft(run, source, settings)
-    blobs, genesis = _make_genesis(draft, model_code)
+    with ExitStack() as stack:
+        start = None if model is None else stack.enter_context(open_checkpoint(model))
+        draft = _draft(run, source, settings, start)
+        blobs, genesis = _make_genesis(draft, model_code, start)
     held_out = _held_out(draft)
     manifest = draft.model_copy(update={"genesis": genesis, "data": draft.data.model_copy(update={"held_out": held_out})})
     run.genesis.mkdir(parents=True, exist_ok=True)
@@ -116,7 +126,7 @@ def create(root: Path, source: Path | None, settings: Sequence[str], model_code:
     return run, manifest
 
 
-def _draft(run: RunDir, source: Path | None, settings: Sequence[str]) -> Manifest:
+def _draft(run: RunDir, source: Path | None, settings: Sequence[str], start: Checkpoint | None = None) -> Manifest:
     if source is not None:
         base = load_toml(Manifest, source)
     elif run.toml.exists():
@@ -124,9 +134,16 @@ def _draft(run: RunDir, source: Path | None, settings: Sequence[str]) -> Manifes
     else:
         base = Manifest(name=run.root.resolve().name[:64] or "run")
     raw = base.model_dump(mode="json")
+    if start is not None:
+        raw["model"] = start.spec.model_dump(mode="json")
+        raw["data"]["seq_len"] = min(raw["data"]["seq_len"], start.spec.max_seq_len)
+        raw["placement"]["experts_per_peer"] = min(raw["placement"]["experts_per_peer"], start.spec.num_experts)
     for setting in settings:
         _set(raw, setting)
     manifest = parse_config(Manifest, raw, "init")
+    shape = set(parameter_shapes(manifest.model).items())
+    if start is not None and shape != set(start.shapes.items()):
+        raise ConfigError(f"init: a setting changes the shape of the model in {start.folder}; leave model.* out, or start from nothing")
     run.root.mkdir(parents=True, exist_ok=True)
     if not run.toml.exists():
         run.toml.write_text(to_toml(manifest))
@@ -166,13 +183,18 @@ def _toml_value(value: Any) -> str:
     return json.dumps(value)
 
 
-def _make_genesis(manifest: Manifest, model_code: Path | None) -> tuple[dict[Digest, bytes], dict[FragmentId, Digest]]:
+def _make_genesis(
+    manifest: Manifest, model_code: Path | None, start: Checkpoint | None = None
+) -> tuple[dict[Digest, bytes], dict[FragmentId, Digest]]:
     from decentra.delta.anchor import AnchorState, encode_anchor
     from decentra.delta.flat import gather
     from decentra.model.custom import layout_for, model_for
 
-    build, _ = model_for(manifest, model_code)
-    parameters = {name: p.detach() for name, p in build(manifest.model, manifest.seed).named_parameters()}
+    if start is not None:
+        parameters = start.state()
+    else:
+        build, _ = model_for(manifest, model_code)
+        parameters = {name: p.detach() for name, p in build(manifest.model, manifest.seed).named_parameters()}
     blobs: dict[Digest, bytes] = {}
     genesis: dict[FragmentId, Digest] = {}
     for fragment in layout_for(manifest, model_code).fragments:

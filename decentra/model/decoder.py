@@ -27,8 +27,8 @@ INIT_STD = 0.02
 class Routing(Protocol):
     """Chooses experts in the place of the model's own routers, while text is read; training does not use it."""
 
-    def start(self, num_batch: int, num_tokens: int, num_before: int) -> None:
-        """A forward begins: so many texts and tokens; ``num_before`` tokens of each were read before (with a cache)."""
+    def start(self, tokens_BT: Tensor, num_before: int) -> None:
+        """A forward over these tokens begins; ``num_before`` tokens of each text were read before (with a cache)."""
         ...
 
     def logits(self, layer: int, x_TD: Tensor) -> Tensor | None:
@@ -142,7 +142,7 @@ class Decoder(nn.Module):
         x_BTD = F.embedding(tokens_BT, self.model.embed_tokens.weight)
         stats: list[RouterStats] = []
         if self.routing is not None:
-            self.routing.start(len(tokens_BT), tokens_BT.shape[1], start)
+            self.routing.start(tokens_BT, start)
         for layer in self.model.layers:
             x_BTD, layer_stats = layer(x_BTD, rope, cache, self.routing)
             stats.append(layer_stats)

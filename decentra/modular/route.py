@@ -7,7 +7,7 @@ L layers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -107,8 +107,8 @@ class Linear:
     def __init__(self, rows_LED: Tensor, *, absolute: bool = False, temperature: float = 1.0) -> None:
         self._rows_LED, self._absolute, self._temperature = rows_LED, absolute, temperature
 
-    def start(self, num_batch: int, num_tokens: int, num_before: int) -> None:
-        del num_batch, num_tokens, num_before
+    def start(self, tokens_BT: Tensor, num_before: int) -> None:
+        del tokens_BT, num_before
 
     def logits(self, layer: int, x_TD: Tensor) -> Tensor:
         logits_TE = x_TD.float() @ self._rows_LED[layer].T
@@ -121,8 +121,8 @@ class Fixed:
     def __init__(self, logits_E: Tensor) -> None:
         self._logits_E = logits_E
 
-    def start(self, num_batch: int, num_tokens: int, num_before: int) -> None:
-        del num_batch, num_tokens, num_before
+    def start(self, tokens_BT: Tensor, num_before: int) -> None:
+        del tokens_BT, num_before
 
     def logits(self, layer: int, x_TD: Tensor) -> Tensor:
         del layer
@@ -145,8 +145,8 @@ class Prefix:
         self._sum_BD: Tensor | None = None
         self._logits_TE: Tensor | None = None
 
-    def start(self, num_batch: int, num_tokens: int, num_before: int) -> None:
-        self._shape, self._num_before = (num_batch, num_tokens), num_before
+    def start(self, tokens_BT: Tensor, num_before: int) -> None:
+        self._shape, self._num_before = (len(tokens_BT), tokens_BT.shape[1]), num_before
         if num_before == 0:
             self._sum_BD = None
 
@@ -165,10 +165,52 @@ class Prefix:
         return self._logits_TE
 
 
+class Evidence:
+    """Which expert predicted the text so far best: the posterior over experts by Bayes' rule, tempered and forgetting (the domain posterior of DEMix,
+    arXiv 2108.05036, per token). Needs no card, knows what the experts know, and costs a forward per expert.
+
+    ``predict(expert, tokens_BT)`` gives the expert's log-probability [B, T - 1] of each token but the first, by those before it.
+    """
+
+    def __init__(
+        self, num_experts: int, predict: Callable[[int, Tensor], Tensor], temper: float = 0.25, memory: float = 0.95, window: int = 256
+    ) -> None:
+        self._num_experts, self._predict, self._temper, self._memory, self._window = num_experts, predict, temper, memory, window
+        self._read_BT: Tensor | None = None
+        self._logits_TE: Tensor | None = None
+
+    def start(self, tokens_BT: Tensor, num_before: int) -> None:
+        new = tokens_BT.shape[1]
+        if num_before and self._read_BT is not None:
+            tokens_BT = torch.cat([self._read_BT, tokens_BT], 1)
+        self._read_BT = tokens_BT[:, -self._window :]
+        tokens_BT = tokens_BT[:, -max(new, self._window) :]
+        scores = []
+        for expert in range(self._num_experts):
+            known_BT = torch.nn.functional.pad(
+                self._predict(expert, tokens_BT) if tokens_BT.shape[1] > 1 else tokens_BT[:, :0].float(), (1, 0)
+            )
+            scores.append(_remembered(known_BT, self._memory))
+        self._logits_TE = (torch.stack(scores, -1) * self._temper)[:, -new:].flatten(0, 1)
+
+    def logits(self, layer: int, x_TD: Tensor) -> Tensor | None:
+        del layer, x_TD
+        return self._logits_TE
+
+
+def _remembered(x_BT: Tensor, memory: float) -> Tensor:
+    """Running sums in which what lies n tokens back counts memory^n."""
+    out, total = torch.empty_like(x_BT), torch.zeros(len(x_BT), device=x_BT.device)
+    for t in range(x_BT.shape[1]):
+        total = memory * total + x_BT[:, t]
+        out[:, t] = total
+    return out
+
+
 def classify(cards: Sequence[Card], x_TD: Tensor, layer: int = 0) -> Tensor:
     """Probability [E] that a document, by its router inputs [T, D] of one layer, is each expert's."""
     router = Prefix(cards, layer)
-    router.start(1, len(x_TD), 0)
+    router.start(torch.zeros(1, len(x_TD), dtype=torch.int64), 0)
     logits = router.logits(layer, x_TD)
     assert logits is not None
     return logits[-1].softmax(-1)

@@ -158,7 +158,7 @@ def moefy(
                 out[f"{layer}.experts.{expert}.{rest}"] = (
                     value[:, columns] * scale if rest == "down_proj.weight" else value[columns].clone()
                 )
-        out[f"{layer}.gate.weight"] = _predictor(groups, weights["down_proj.weight"], seen)
+        out[f"{layer}.gate.weight"] = _predictor(groups, weights["down_proj.weight"], None if num_chosen == num_experts else seen)
     return Upcycled(out, _moe(spec, num_experts, num_chosen, width), is_exact=num_chosen == num_experts)
 
 
@@ -199,7 +199,7 @@ def balanced_clusters(features: Tensor, num_groups: int, generator: torch.Genera
 
 
 def _predictor(groups: Sequence[Tensor], down_DI: Tensor, seen: Calibration | None) -> Tensor:
-    """Router rows [E, D]: how much each group contributes, as a linear function of the input; zero without calibration."""
+    """Router rows [E, D]: how much each group contributes, as a linear function of the input; zeros without calibration: all alike."""
     if seen is None:
         return torch.zeros(len(groups), down_DI.shape[0])
     strength_NI = seen.h_NI.float().abs() * down_DI.float().norm(dim=0)

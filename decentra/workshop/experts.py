@@ -27,7 +27,7 @@ from decentra.modular.route import Card
 from decentra.workshop.looking import card_of, watching
 from decentra.workshop.training import Guard, Plan, model_of, names_of, train
 
-ROUTERS = ("uniform", "centroid", "lda", "arrow", "prefix", "document", "own")
+ROUTERS = ("evidence", "prefix", "document", "uniform", "centroid", "lda", "arrow", "own")
 EXPERT_FILE, CARD_FILE = "expert.safetensors", "expert.json"
 
 Say = Callable[[str], None]
@@ -139,6 +139,24 @@ def routing(
     raise ConfigError(f"router: expected one of {', '.join(ROUTERS)}, got {kind!r}")
 
 
+def evidence_of(model: Decoder) -> route.Evidence:
+    """Routing by how well each expert of this model predicts the text so far."""
+
+    def predict(expert: int, tokens_BT: Tensor) -> Tensor:
+        alone = torch.full((model.spec.num_experts,), -50.0)
+        alone[expert] = 50.0
+        kept, model.routing = model.routing, route.Fixed(alone)
+        try:
+            with torch.no_grad():
+                logits_BTV = model(tokens_BT[:, :-1]).logits_BTV
+        finally:
+            model.routing = kept
+        told_BT: Tensor = logits_BTV.float().log_softmax(-1).gather(-1, tokens_BT[:, 1:, None])[..., 0]
+        return told_BT
+
+    return route.Evidence(model.spec.num_experts, predict)
+
+
 def _arrow(state: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> Tensor:
     numbers = experts_of(state)
     layers = sorted({k.split(".experts.")[0] for k in base if ".experts.0." in k}, key=lambda k: int(k.split(".")[2]))
@@ -185,6 +203,23 @@ def with_rows(state: Mapping[str, Tensor], rows_LED: Tensor) -> State:
     return out
 
 
+class _Watched:
+    """A routing, and what it was asked and said in the forward under way."""
+
+    def __init__(self, routing: Routing) -> None:
+        self._routing = routing
+        self.seen: list[tuple[int, Tensor, Tensor]] = []
+
+    def start(self, tokens_BT: Tensor, num_before: int) -> None:
+        self._routing.start(tokens_BT, num_before)
+
+    def logits(self, layer: int, x_TD: Tensor) -> Tensor | None:
+        said = self._routing.logits(layer, x_TD)
+        if said is not None:
+            self.seen.append((layer, x_TD, said))
+        return said
+
+
 def distil(
     model: Decoder, teacher: Routing, texts: Sequence[bytes], seq_len: int, *, steps: int = 60, lr: float = 3e-2, seed: int = 0
 ) -> tuple[Tensor, float]:
@@ -193,26 +228,18 @@ def distil(
     num_layers, num_experts = model.spec.num_layers, model.spec.num_experts
     rows = torch.zeros(num_layers, num_experts, model.spec.hidden_size, requires_grad=True)
     optimizer = torch.optim.Adam([rows], lr=lr)
-    kept, left = model.routing, 0.0
-    model.routing = teacher
+    kept, left, watched = model.routing, 0.0, _Watched(teacher)
+    model.routing = watched
     try:
         for step in range(steps):
-            seen: list[tuple[int, Tensor]] = []
-
-            def see(layer: int, _moe: object, x_TD: Tensor, into: list[tuple[int, Tensor]] = seen) -> None:
-                into.append((layer, x_TD))
-
-            tokens_BT = source.next_batch(8)[:, :-1]
-            with watching(model, see), torch.no_grad():
-                model(tokens_BT)
-                teacher.start(len(tokens_BT), tokens_BT.shape[1], 0)
-                wanted = [teacher.logits(layer, x_TD) for layer, x_TD in seen]
+            watched.seen.clear()
+            with torch.no_grad():
+                model(source.next_batch(8)[:, :-1])
             parts = [
                 torch.nn.functional.kl_div(
-                    (x_TD @ rows[layer].T).log_softmax(-1), w.log_softmax(-1), reduction="batchmean", log_target=True
+                    (x_TD @ rows[layer].T).log_softmax(-1), wanted.log_softmax(-1), reduction="batchmean", log_target=True
                 )
-                for (layer, x_TD), w in zip(seen, wanted, strict=True)
-                if w is not None
+                for layer, x_TD, wanted in watched.seen
             ]
             loss = torch.stack(parts).mean()
             optimizer.zero_grad()

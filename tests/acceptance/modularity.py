@@ -25,7 +25,7 @@ from decentra.config import DataSpec, ModelSpec
 from decentra.data.domains import embedded_domain
 from decentra.data.windows import WindowSource
 from decentra.model.decoder import Decoder, build_model
-from decentra.modular import lasting, route, soup, upcycle
+from decentra.modular import lasting, soup, upcycle
 from decentra.modular.parts import State, extract, insert, select, spec_with
 from decentra.modular.route import Fixed
 from decentra.workshop import experts as made
@@ -219,25 +219,32 @@ def routing(story: Story) -> Found:
     def closed(loss: float) -> float:
         return (uniform - loss) / (uniform - oracle)
 
-    prefix = mean(story.routed("prefix", 2))
+    prefix = closed(mean(story.routed("prefix", 2)))
     linear = {kind: closed(mean(story.routed(kind, 2))) for kind in ("centroid", "lda")}
     state, spec = story.merged
     spec = spec_with(spec, num_experts, 2)
-    cards = [e.card for e in story.experts]
-    rows, kl = made.distil(
-        _with_routing(state, spec, made.routing("prefix", cards)), route.Prefix(cards), list(story.train_text.values()), SEQ_LEN
+    texts = list(story.train_text.values())
+    model = model_of(state, spec)
+    model.routing = made.evidence_of(model)
+    evidence = closed(mean(losses(model, story.held_out, SEQ_LEN, NUM_WINDOWS)))
+    tuned = made.tune_router(
+        state,
+        spec,
+        texts,
+        steps=100,
+        seq_len=SEQ_LEN,
+        rows=torch.zeros(spec.num_layers, num_experts, spec.hidden_size),
+        lr=1e-2,
+        seed=story.seed,
     )
-    distilled = closed(mean(losses(model_of(made.with_rows(state, rows), spec), story.held_out, SEQ_LEN, NUM_WINDOWS)))
-    tuned = made.tune_router(state, spec, list(story.train_text.values()), steps=60, seq_len=SEQ_LEN, rows=rows, seed=story.seed)
-    tuned_share = closed(mean(losses(model_of(tuned, spec), story.held_out, SEQ_LEN, NUM_WINDOWS)))
+    linear["tuned"] = closed(mean(losses(model_of(tuned, spec), story.held_out, SEQ_LEN, NUM_WINDOWS)))
     averaged = mean(story.loss(_average(story), DENSE))
     story.say(
-        f"uniform {uniform:.3f}, oracle {oracle:.3f}, prefix {closed(prefix):.2f}, linear {linear}, distilled {distilled:.2f} (KL {kl:.3f}),"
-        f" tuned {tuned_share:.2f}, average of weights {averaged:.3f}"
+        f"uniform {uniform:.3f}, oracle {oracle:.3f}, evidence {evidence:.2f}, prefix {prefix:.2f}, linear {linear}, average of weights {averaged:.3f}"
     )
     return [
-        ("route", "prefix router, no training: share of the gap between uniform and oracle closed", closed(prefix), 0.5, True),
-        ("route", "best exportable linear router: the same", max(*linear.values(), distilled, tuned_share), 0.2, True),
+        ("route", "evidence router, no training: share of the gap between uniform and oracle closed", evidence, 0.5, True),
+        ("route", "best exportable linear router: the same", max(linear.values()), 0.2, True),
         ("route", "experts side by side over the mean of their weights: loss ratio", uniform / averaged, 0.99, False),
     ]
 
@@ -246,6 +253,12 @@ def _with_routing(state: State, spec: ModelSpec, routing: Any) -> Decoder:
     model = model_of(state, spec)
     model.routing = routing
     return model
+
+
+def _by_evidence(story: Story, state: State, spec: ModelSpec, domains: Sequence[str] = DOMAINS) -> dict[str, float]:
+    model = model_of(state, spec)
+    model.routing = made.evidence_of(model)
+    return losses(model, {d: story.held_out[d] for d in domains}, SEQ_LEN, NUM_WINDOWS)
 
 
 def _average(story: Story) -> State:
@@ -263,11 +276,8 @@ def forgetting(story: Story) -> Found:
         if number != gone:
             never, never_spec = made.added(never, never_spec, expert)
     is_equal = without.keys() == never.keys() and all(without[n].equal(never[n]) for n in never)
-    cards = [e.card for e in story.experts]
-    before = story.routed("prefix", 2)
-    model = model_of(without, spec_with(never_spec, len(left), 2))
-    model.routing = route.Prefix([cards[e] for e in left])
-    after = losses(model, story.held_out, SEQ_LEN, NUM_WINDOWS)
+    before = _by_evidence(story, state, spec_with(spec, spec.num_experts, 2))
+    after = _by_evidence(story, without, spec_with(never_spec, len(left), 2))
     others = max(after[d] / before[d] for d in DOMAINS if d != "headers")
     back = insert(without, story.experts[gone].part)
     order = [*range(gone), len(left), *range(gone, len(left))]
@@ -313,15 +323,13 @@ def continual(story: Story) -> Found:
         state = story.fit(model, [domain], story.steps, f"naive {domain}")
         naive_matrix.append(list(story.loss(state, DENSE, stream).values()))
     grow_matrix = [naive_matrix[0]]
-    state, spec, cards = story.base, DENSE, [story.experts[0].card]
+    state, spec = story.base, DENSE
     for domain in stream:
         expert = made.train_expert(
             story.base, DENSE, story.train_text[domain], name=domain, steps=story.steps, seq_len=SEQ_LEN, lr=2e-3, seed=story.seed
         )
         state, spec = made.added(state, spec, expert)
-        cards.append(expert.card)
-        grown = _with_routing(state, spec_with(spec, len(cards), 2), route.Prefix(cards))
-        grow_matrix.append(list(losses(grown, {d: story.held_out[d] for d in stream}, SEQ_LEN, NUM_WINDOWS).values()))
+        grow_matrix.append(list(_by_evidence(story, state, spec_with(spec, spec.num_experts, 2), stream).values()))
     grow, naive = lasting.transfer(grow_matrix), lasting.transfer(naive_matrix)
     story.say(f"continual: grow {grow}, naive {naive}")
     return [
