@@ -58,13 +58,19 @@ def problem_of(line: str) -> str | None:
     command = group.commands.get(words[0])
     if command is None:
         return f"no command {words[0]!r} in {line!r}; known: {', '.join(sorted(group.commands))}"
+    if hasattr(command, "commands"):  # a group: decentra expert train
+        words, group = words[1:], command
+        command = group.commands.get(words[0]) if words else None
+        if command is None:
+            return f"no such command of a group in {line!r}; known: {', '.join(sorted(group.commands))}"
     known = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)} | {"--help"}
     for word in words[1:]:
         if word.startswith("-") and word.split("=")[0] not in known:
             return f"no option {word!r} of {words[0]!r} in {line!r}; known: {', '.join(sorted(known))}"
     num_given = len(_arguments(words[1:], command))
     num_known = sum(p.param_type_name == "argument" for p in command.params)
-    if num_given > num_known:
+    takes_any = any(p.param_type_name == "argument" and p.nargs == -1 for p in command.params)
+    if num_given > num_known and not takes_any:
         return f"{num_given} arguments in {line!r}, {words[0]!r} takes {num_known}"
     return None
 

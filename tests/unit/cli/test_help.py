@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import typer.main
+from cli_lines import problem_of
 
 from decentra.cli.main import app
 
@@ -18,6 +19,10 @@ LONG_RUNNING = {"bootstrap", "averager"}  # print addresses and serve; they read
 
 # Typer brings its own copy of click in some versions: only attributes are used here, no classes.
 COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+GROUPS = {name: command for name, command in COMMANDS.items() if hasattr(command, "commands")}
+COMMANDS = {n: c for n, c in COMMANDS.items() if n not in GROUPS} | {
+    f"{g} {n}": c for g, group in GROUPS.items() for n, c in group.commands.items()
+}
 NAMES = sorted(COMMANDS)
 
 
@@ -39,7 +44,15 @@ def test_help_imports_nothing_heavy(args: list[str]) -> None:
 
 def test_the_promised_commands_exist() -> None:
     promised = "init host bootstrap averager keep join invite revoke stop status show pull generate eval demo plan history autostart pause resume doctor"
+    promised += " import export verify upcycle moefy expand merge soup route tune continual forget audit inspect"
     assert set(promised.split()) <= set(NAMES)
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if "Example: " in (COMMANDS[n].help or "")])
+def test_examples_are_commands(name: str) -> None:
+    line = (COMMANDS[name].help or "").partition("Example: ")[2].strip()
+    assert line.startswith(f"decentra {name} ")
+    assert problem_of(line) is None
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,0 +1,159 @@
+"""The model builders' commands on a small byte model, one after the other as a user would; and what they say to wrong input."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from cli_world import decentra
+
+from decentra.config import DataSpec, Manifest, ModelSpec
+from decentra.data.domains import embedded_domain
+from decentra.data.windows import WindowSource
+from decentra.hf.checkpoint import open_checkpoint, save_checkpoint
+from decentra.model.decoder import build_model
+from decentra.workshop.training import Plan, train
+
+DATA = DataSpec(seq_len=64, bytes_per_domain=60_000, held_out_bytes=8192)
+DENSE = ModelSpec(
+    hidden_size=32, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=16, expert_hidden_size=64, num_experts=1, num_experts_per_token=1, max_seq_len=128
+)  # fmt: skip
+
+
+def ran(*args: str) -> dict[str, object]:
+    said = decentra(*args, "--json")
+    assert said.code == 0, said.err
+    return said.json
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dense model that has read some prose."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("base") / "base"
+    model = build_model(DENSE, 1)
+    train(
+        model,
+        WindowSource([embedded_domain("prose", DATA).train], 64, 0, "base"),
+        Plan(60, frozenset(n for n, _ in model.named_parameters()), lr=4e-3),
+    )
+    save_checkpoint(folder, Manifest(name="base", model=DENSE, data=DATA), model.state_dict().items(), {"made_by": "a test"})
+    return folder
+
+
+def test_from_a_dense_model_to_experts_and_back(base: Path, tmp_path: Path) -> None:
+    moe, split, big, kept, hf = (str(tmp_path / name) for name in ("moe", "split", "big", "kept", "hf"))
+    assert ran("verify", str(base))["ok"]
+    up = ran("upcycle", str(base), moe, "--experts", "4", "--top-k", "2")
+    assert (up["before"], up["after"], up["is_exact"]) == ("dense", "4 experts, 2 per token", True)
+    assert float(str(up["start_logit_gap"])) < 1e-5
+    for method in ("noise:0.05", "drop:0.5", "virtual-group:2"):
+        assert ran("upcycle", str(base), str(tmp_path / method.partition(":")[0]), "--experts", "4", "--method", method)["ok"]
+    assert ran("upcycle", str(base), str(tmp_path / "btx"), "--method", "btx", "--with", str(base))["after"] == "2 experts, 2 per token"
+    assert float(str(ran("moefy", str(base), split, "--active", "8", "--text", "code")["start_logit_gap"])) < 1e-5
+    assert ran("moefy", str(base), str(tmp_path / "half"), "--active", "4", "--text", "code")["is_exact"] is False
+    assert ran("expand", moe, big, "--factor", "2")["after"] == "8 experts, 4 per token"
+    assert ran("expert", "keep", big, kept, "--experts", "0,5")["kept"] == [0, 5]
+    assert ran("export", kept, hf, "--dtype", "bf16")["kind"] == "2 experts, 2 per token"
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["num_experts"] == 2
+    card = (tmp_path / "hf" / "README.md").read_text()
+    assert "2 experts of width 64" in card
+    assert "expert keep" in card, "where it comes from is on the model card"
+    assert ran("import", hf, str(tmp_path / "again"))["kind"] == "2 experts, 2 per token"
+    shown = decentra("inspect", moe, "--text", "code", "--text", "prose")
+    assert shown.code == 0, shown.err
+    assert "max violation" in shown.out
+
+
+def test_an_expert_comes_and_goes_without_a_trace(base: Path, tmp_path: Path) -> None:
+    mine, plus, without, tuned = (str(tmp_path / name) for name in ("mine", "plus", "without", "tuned"))
+    notes = tmp_path / "notes.txt"
+    notes.write_bytes(embedded_domain("headers", DATA).train[:50_000])
+    trained = ran("expert", "train", str(base), mine, "--text", f"notes={notes}", "--name", "alice", "--steps", "40", "--lr", "4e-3")
+    assert float(str(trained["loss_after"])) < float(str(trained["loss_before"]))
+    assert ran("expert", "add", str(base), plus, "--expert", mine)["kind"] == "2 experts, 2 per token"
+    assert "alice" in decentra("expert", "list", plus).out
+    page = tmp_path / "page.html"
+    for router in ("own", "evidence", "uniform"):
+        more = ("--html", str(page)) if router == "evidence" else ()
+        cards = ("--expert", mine, "--expert", mine) if router == "uniform" else ()
+        told = ran("route", plus, "int main(void) { return 0; }", "--router", router, *more, *cards)
+        assert sum(map(float, told["share_per_expert"])) == pytest.approx(1.0, abs=1e-3)  # type: ignore[call-overload]
+    assert "<span" in page.read_text()
+    assert ran("tune", plus, tuned, "--text", "prose", "--text", "headers", "--steps", "10")["ok"]
+    gone = ran("forget", plus, without, "--owner", "alice")
+    assert (gone["mode"], gone["forgotten"]) == ("isolated", [1])
+    with open_checkpoint(base) as before, open_checkpoint(Path(without)) as after:
+        assert before.hashes == after.hashes, "the very bytes of the model that never had it"
+    joint = ran("forget", str(tmp_path / "plus"), str(tmp_path / "joint"), "--experts", "0")
+    assert joint["mode"] == "joint"
+    assert "approximate" in str(joint["why"])
+    seen, unseen = tmp_path / "seen", tmp_path / "unseen"
+    seen.write_text("the same line of text\nanother line of text\n")
+    unseen.write_text("zq#kx!w vvv qqq\nxx ## zz ww\n")
+    assert float(str(ran("audit", str(base), "--members", str(seen), "--others", str(unseen))["auc"])) == 1.0
+
+
+def test_merging_and_lasting(base: Path, tmp_path: Path) -> None:
+    models = []
+    for number, lr in enumerate(("1e-3", "3e-3")):
+        models.append(str(tmp_path / f"m{number}"))
+        assert ran(
+            "continual", str(base), models[-1], "--text", "code", "--strategy", "naive", "--steps", "15", "--lr", lr, "--seed", str(number)
+        )["ok"]
+    assert ran("merge", str(tmp_path / "mean"), *models)["num_models"] == 2
+    assert ran("merge", str(tmp_path / "ties"), *models, "--method", "ties", "--base", str(base), "--density", "0.5", "--rebasin")["ok"]
+    (tmp_path / "recipe.yml").write_text(
+        "merge_method: task_arithmetic\nbase_model: b\nmodels:\n- model: m0\n- model: m1\n  parameters: {weight: 0.5}\n"
+    )
+    (tmp_path / "b").symlink_to(base)
+    assert ran("merge", str(tmp_path / "yaml"), "--yaml", str(tmp_path / "recipe.yml"))["method"] == "task_arithmetic"
+    soup = ran("soup", str(tmp_path / "soup"), *models, "--text", "code")
+    assert float(str(soup["loss"])) <= min(float(t["loss"]) for t in soup["tried"] if t["model"] in soup["ingredients"][:1])  # type: ignore[attr-defined,index,operator]
+    grown = ran("continual", str(base), str(tmp_path / "grown"), "--text", "code", "--text", "headers", "--steps", "10", "--lr", "3e-3")
+    assert len(grown["loss_matrix"]) == 3  # type: ignore[arg-type]
+    for strategy in ("replay", "lwf", "ewc"):
+        told = ran(
+            "continual", str(base), str(tmp_path / strategy), "--text", "code", "--text", "headers", "--steps", "3", "--strategy", strategy
+        )
+        assert told["strategy"] == strategy
+
+
+def test_wrong_input_is_said_in_one_line(base: Path, tmp_path: Path) -> None:
+    out, moe = str(tmp_path / "out"), str(tmp_path / "moe")
+    ran("upcycle", str(base), moe, "--experts", "3")
+    for args, words in (
+        (("upcycle", moe, out), ("has 3 experts already",)),
+        (("upcycle", str(tmp_path / "none"), out), ("is no folder",)),
+        (("upcycle", str(base), out, "--method", "magic"), ("method", "virtual-group")),
+        (("upcycle", str(base), out, "--method", "drop:x"), ("a number after the colon",)),
+        (("upcycle", str(base), out, "--method", "btx"), ("--with",)),
+        (("merge", out, str(base), moe), ("num_experts is 3", "do not merge")),
+        (("merge", out, str(base), str(base), "--method", "ties"), ("--base",)),
+        (("merge", out, str(base), "--weights", "a,b"), ("0.5,0.5",)),
+        (("merge", out), ("no model",)),
+        (("expert", "keep", moe, out, "--experts", "7"), ("expert 7 is not there",)),
+        (("expert", "add", str(base), out, "--expert", moe), ("is no expert",)),
+        (("expert", "train", str(base), out), ("--text",)),
+        (("expert", "train", str(base), out, "--text", "nowhere"), ("no embedded domain",)),
+        (("forget", moe, out), ("--owner",)),
+        (("forget", moe, out, "--owner", "bob"), ("no expert of 'bob'",)),
+        (("forget", moe, out, "--experts", "0,1,2"), ("leaves no model",)),
+        (("route", moe, "text", "--router", "prefix"), ("a card of each",)),
+        (("route", moe, "x"), ("too short",)),
+        (("export", moe, out, "--dtype", "int3"), ("fp32 or bf16",)),
+        (("continual", str(base), out, "--text", "code", "--strategy", "hope"), ("strategy",)),
+    ):  # fmt: skip
+        decentra(*args).refused(2, *words)
+    mine = tmp_path / "mine"
+    ran("expert", "train", str(base), str(mine), "--text", "code", "--steps", "1")
+    decentra("expert", "add", moe, out, "--expert", str(mine)).refused(2, "trained beside another model")
+    (mine / "expert.safetensors").write_bytes(b"short")
+    decentra("expert", "add", str(base), out, "--expert", str(mine)).refused(5, "not the file that expert.json describes")
+    weights = base.parent / "damaged"
+    weights.mkdir()
+    for file in base.iterdir():
+        (weights / file.name).write_bytes(file.read_bytes()[: -1 if file.suffix == ".safetensors" else None])
+    decentra("verify", str(weights)).refused(5, "changed or damaged")

@@ -1,0 +1,143 @@
+"""Checkpoints of Hugging Face's layout in and out: exact, in shards, and every damage named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+from decentra.config import DataSpec, Manifest, ModelSpec
+from decentra.errors import ConfigError, IntegrityError
+from decentra.hf import files
+from decentra.hf.checkpoint import open_checkpoint, save_checkpoint, verify
+from decentra.hf.convert import config_of, parameter_shapes, spec_from
+from decentra.model.decoder import build_model
+
+MOE = ModelSpec(
+    vocab_size=64,
+    hidden_size=16,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    expert_hidden_size=12,
+    num_experts=4,
+    max_seq_len=32,
+)
+DENSE = ModelSpec(**MOE.model_dump() | {"num_experts": 1, "num_experts_per_token": 1, "aux_loss_weight": 0.0})
+TOKENS = torch.randint(0, 64, (2, 20), generator=torch.Generator().manual_seed(0))
+
+
+def saved(folder: Path, spec: ModelSpec, seed: int = 3) -> Path:
+    save_checkpoint(
+        folder,
+        Manifest(name="m", model=spec, data=DataSpec(seq_len=24)),
+        build_model(spec, seed).state_dict().items(),
+        {"made_by": "a test"},
+    )
+    return folder
+
+
+@pytest.mark.parametrize("spec", [MOE, DENSE], ids=["moe", "dense"])
+def test_shapes_and_config_there_and_back(spec: ModelSpec) -> None:
+    assert parameter_shapes(spec) == {k: tuple(v.shape) for k, v in build_model(spec, 0).named_parameters()}
+    back = spec_from(config_of(spec))
+    assert back.model_dump() == spec.model_dump() | {"z_loss_weight": 0.001}
+
+
+@pytest.mark.parametrize("spec", [MOE, DENSE], ids=["moe", "dense"])
+def test_saved_and_opened_is_the_same(tmp_path: Path, spec: ModelSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "SHARD_BYTES", 4096)
+    monkeypatch.setattr(files.ShardWriter.__init__, "__defaults__", (4096,))
+    state = build_model(spec, 3).state_dict()
+    with open_checkpoint(saved(tmp_path, spec)) as opened:
+        assert len(opened.hashes) > 1, "it is in shards"
+        found = opened.state()
+        assert all(found[k].equal(v) for k, v in state.items() if not (spec.num_experts == 1 and "gate.weight" in k))
+        assert opened.lineage == {"made_by": "a test"}
+    assert verify(tmp_path).keys() == opened.hashes.keys()
+    saved(tmp_path, spec, seed=4)
+    assert len(verify(tmp_path)) == len(opened.hashes), "written over, nothing of the old one is left"
+
+
+@pytest.mark.parametrize("spec", [MOE, DENSE], ids=["moe", "dense"])
+def test_transformers_loads_it_and_computes_the_same(tmp_path: Path, spec: ModelSpec) -> None:
+    transformers = pytest.importorskip("transformers", reason="the hf extra is not installed")
+    saved(tmp_path, spec)
+    theirs, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True, dtype=torch.float32)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    with torch.no_grad():
+        torch.testing.assert_close(build_model(spec, 3)(TOKENS).logits_BTV, theirs(TOKENS).logits, atol=1e-5, rtol=1e-5)
+    theirs.save_pretrained(tmp_path / "again")
+    with open_checkpoint(tmp_path / "again") as back:  # no card of ours: as a stranger's model
+        model = build_model(back.spec, 0)
+        model.load_state_dict(back.state())
+        with torch.no_grad():
+            torch.testing.assert_close(model(TOKENS).logits_BTV, theirs(TOKENS).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_a_tied_head_is_the_embedding(tmp_path: Path) -> None:
+    saved(tmp_path, DENSE)
+    tensors = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    del tensors["lm_head.weight"]
+    safetensors.torch.save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "decentra.json").unlink()
+    with open_checkpoint(tmp_path) as opened:
+        assert opened("lm_head.weight").equal(opened("model.embed_tokens.weight"))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"model_type": "llama"}, "no RMSNorm on queries and keys"),
+        ({"model_type": "mixtral"}, "no RMSNorm on queries and keys"),
+        ({"model_type": "olmoe"}, "over all heads at once"),
+        ({"model_type": "gpt2"}, "imports Qwen3"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"mlp_only_layers": [0]}, "without experts"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "yarn"),
+        ({"hidden_act": "gelu"}, "hidden_act"),
+        ({"hidden_size": None}, "hidden_size"),
+    ],
+)
+def test_what_cannot_be_imported_says_why(change: dict[str, object], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        spec_from(config_of(MOE) | change)
+
+
+def test_every_damage_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is no folder"):
+        open_checkpoint(tmp_path / "nothing")
+    with pytest.raises(ConfigError, match=r"no finished model"):
+        open_checkpoint(tmp_path)
+    saved(tmp_path, MOE)
+    weights = tmp_path / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(IntegrityError, match="not a whole safetensors file"):
+        open_checkpoint(tmp_path)
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(IntegrityError, match="changed or damaged"):
+        verify(tmp_path)
+    weights.write_bytes(whole)
+    tensors = safetensors.torch.load_file(weights)
+    safetensors.torch.save_file({k.replace("experts.3.", "experts.6."): v for k, v in tensors.items()}, weights)
+    with pytest.raises(IntegrityError, match=r"has no tensor .*experts.3"):
+        open_checkpoint(tmp_path)
+    safetensors.torch.save_file(tensors | {"model.layers.0.mlp.experts.9.up_proj.weight": torch.zeros(12, 16)}, weights)
+    with pytest.raises(ConfigError, match="numbered with holes"):
+        open_checkpoint(tmp_path)
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ConfigError, match="half a download"):
+        open_checkpoint(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../../etc/passwd"}}))
+    with pytest.raises(IntegrityError, match="weight_map of file names"):
+        open_checkpoint(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text("{")
+    with pytest.raises(IntegrityError, match="not JSON"):
+        open_checkpoint(tmp_path)
