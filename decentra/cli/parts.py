@@ -100,6 +100,10 @@ def moefy(
     experts: Annotated[int, typer.Option(min=2)] = 8,
     active: Annotated[int, typer.Option(min=1, help="experts per token; as many as experts: exact")] = 4,
     cluster: Annotated[str, typer.Option(help="coact (needs --text), kmeans or random")] = "coact",
+    shared: Annotated[
+        int | None,
+        typer.Option(min=0, help="experts of the strongest neurons; default with coact: half of the active"),
+    ] = None,
     text: TextOpt = None,
     seed: SeedOpt = 0,
     as_json: JsonOpt = False,
@@ -107,7 +111,7 @@ def moefy(
     """Split a dense model's FFN into experts by which neurons fire together. Example: decentra moefy my-dense my-split --active 4 --text code"""
     from decentra.workshop import operations
 
-    found = operations.moefied(source, target, experts=experts, active=active, cluster=cluster, texts=text or (), seed=seed)
+    found = operations.moefied(source, target, experts=experts, active=active, cluster=cluster, shared=shared, texts=text or (), seed=seed)
     _done(found, as_json, "dir", "before", "after", "is_exact", "start_logit_gap")
 
 

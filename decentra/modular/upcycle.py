@@ -127,12 +127,14 @@ class Calibration:
 
 def moefy(
     state: Mapping[str, Tensor], spec: ModelSpec, num_experts: int, num_chosen: int, calibration: Mapping[str, Calibration] | None = None, *,
-    cluster: str = "coact", seed: int = 0,
+    cluster: str = "coact", shared: int | None = None, seed: int = 0,
 ) -> Upcycled:  # fmt: skip
     """The FFN's neurons in E groups of equal size, of which each token uses k (arXiv 2110.01786). Exact with k = E.
 
-    ``cluster``: coact (neurons that fire together, needs calibration), kmeans (similar input weights) or random. Router rows predict by ridge regression how
-    much a group contributes; they are small, so that chosen groups count nearly alike, and ``down_proj`` times k undoes the weights' sum of one.
+    ``cluster``: coact (neurons that fire together, needs calibration), kmeans (similar input weights) or random. ``shared``: so many experts get the
+    neurons that contribute most on any text, and are chosen for nearly every token (as in CMoE, arXiv 2502.04416); None: half of the chosen with
+    coact. Router rows predict by ridge regression how much a group contributes; they are small, so that chosen groups count nearly alike, and
+    ``down_proj`` times k undoes the weights' sum of one.
     """
     _check_dense(spec, num_experts, num_chosen)
     if spec.expert_hidden_size % num_experts:
@@ -141,6 +143,9 @@ def moefy(
         raise ConfigError(f"cluster: expected coact, kmeans or random, got {cluster!r}")
     if cluster == "coact" and not calibration:
         raise ConfigError("cluster coact looks at activations; give calibration text")
+    num_shared = (num_chosen // 2 if cluster == "coact" else 0) if shared is None else shared
+    if not 0 <= num_shared < num_chosen or (num_shared and not calibration):
+        raise ConfigError(f"shared: expected fewer than the {num_chosen} experts that are chosen, and calibration text, got {num_shared}")
     generator = torch.Generator().manual_seed(seed)
     out = _frame(state, spec, num_experts, generator)
     ffn: dict[str, dict[str, Tensor]] = {}
@@ -151,29 +156,41 @@ def moefy(
     scale = num_chosen if num_chosen > 1 else num_experts  # of one alone the weight is its probability, which is about 1 / E
     for layer, weights in ffn.items():
         seen = None if calibration is None else calibration.get(layer)
-        groups = _groups(cluster, weights, seen, num_experts, width, generator)
+        groups = _groups(cluster, weights, seen, num_experts, width, num_shared, generator)
         for expert, columns in enumerate(groups):
             for rest in PARTS:
                 value = weights[rest]
                 out[f"{layer}.experts.{expert}.{rest}"] = (
                     value[:, columns] * scale if rest == "down_proj.weight" else value[columns].clone()
                 )
-        out[f"{layer}.gate.weight"] = _predictor(groups, weights["down_proj.weight"], None if num_chosen == num_experts else seen)
+        out[f"{layer}.gate.weight"] = _predictor(groups, weights, None if num_chosen == num_experts else seen)
     return Upcycled(out, _moe(spec, num_experts, num_chosen, width), is_exact=num_chosen == num_experts)
 
 
 def _groups(
-    cluster: str, weights: Mapping[str, Tensor], seen: Calibration | None, num_groups: int, width: int, generator: torch.Generator
-) -> list[Tensor]:
-    size = weights["gate_proj.weight"].shape[0]
+    cluster: str, weights: Mapping[str, Tensor], seen: Calibration | None, num_groups: int, width: int, num_shared: int, generator: torch.Generator
+) -> list[Tensor]:  # fmt: skip
+    """Which neurons form which expert: the shared ones first, the strongest first."""
+    left, hot = torch.arange(num_groups * width), []
+    if num_shared:
+        assert seen is not None
+        order = _strength(weights, seen).mean(0).argsort(descending=True)
+        hot, left = list(order[: num_shared * width].view(num_shared, width)), order[num_shared * width :].sort().values
     if cluster == "random":
-        return list(torch.randperm(size, generator=generator).view(num_groups, width))
+        return [*hot, *left[torch.randperm(len(left), generator=generator)].view(-1, width)]
     if cluster == "kmeans" or seen is None:
-        features = torch.nn.functional.normalize(weights["gate_proj.weight"].float(), dim=1)
+        features = weights["gate_proj.weight"].float()[left]
     else:
-        strength = seen.h_NI.float().abs() * weights["down_proj.weight"].float().norm(dim=0)
-        features = torch.nn.functional.normalize((strength - strength.mean(0)).T, dim=1)
-    return balanced_clusters(features, num_groups, generator)
+        strength = _strength(weights, seen)[:, left]
+        features = (strength - strength.mean(0)).T
+    groups = balanced_clusters(torch.nn.functional.normalize(features, dim=1), num_groups - num_shared, generator)
+    return [*hot, *(left[group] for group in groups)]
+
+
+def _strength(weights: Mapping[str, Tensor], seen: Calibration) -> Tensor:
+    """[N, I]: how much each neuron adds to the layer's output for each token."""
+    strength_NI: Tensor = seen.h_NI.float().abs() * weights["down_proj.weight"].float().norm(dim=0)
+    return strength_NI
 
 
 def balanced_clusters(features: Tensor, num_groups: int, generator: torch.Generator, num_rounds: int = 20) -> list[Tensor]:
@@ -198,11 +215,11 @@ def balanced_clusters(features: Tensor, num_groups: int, generator: torch.Genera
     return [torch.nonzero(owner == g).flatten() for g in range(num_groups)]
 
 
-def _predictor(groups: Sequence[Tensor], down_DI: Tensor, seen: Calibration | None) -> Tensor:
+def _predictor(groups: Sequence[Tensor], weights: Mapping[str, Tensor], seen: Calibration | None) -> Tensor:
     """Router rows [E, D]: how much each group contributes, as a linear function of the input; zeros without calibration: all alike."""
     if seen is None:
-        return torch.zeros(len(groups), down_DI.shape[0])
-    strength_NI = seen.h_NI.float().abs() * down_DI.float().norm(dim=0)
+        return torch.zeros(len(groups), weights["down_proj.weight"].shape[0])
+    strength_NI = _strength(weights, seen)
     target_NE = torch.stack([strength_NI[:, g].sum(1) for g in groups], 1)
     target_NE = target_NE - target_NE.mean(1, keepdim=True)
     x_ND = seen.x_ND.float()

@@ -157,7 +157,9 @@ def _same_shape(folder: Path, spec: ModelSpec) -> State:
         return other.state()
 
 
-def moefied(source: Path, target: Path, *, experts: int, active: int, cluster: str, texts: Sequence[str], seed: int = 0) -> Result:
+def moefied(
+    source: Path, target: Path, *, experts: int, active: int, cluster: str, shared: int | None, texts: Sequence[str], seed: int = 0
+) -> Result:
     def make(state: State, spec: ModelSpec, opened: Checkpoint) -> upcycle.Upcycled:
         calibration = None
         if texts:
@@ -166,7 +168,7 @@ def moefied(source: Path, target: Path, *, experts: int, active: int, cluster: s
             calibration = calibration_of(
                 model_of(state, spec), b"\n".join(t[:200_000] for t in train.values()), opened.manifest.data.seq_len
             )
-        return upcycle.moefy(state, spec, experts, active, calibration, cluster=cluster, seed=seed)
+        return upcycle.moefy(state, spec, experts, active, calibration, cluster=cluster, shared=shared, seed=seed)
 
     return grow(source, target, "moefy", make, experts=experts, active=active, cluster=cluster)
 

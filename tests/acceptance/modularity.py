@@ -14,8 +14,10 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
+from multiprocessing import get_context
 from typing import Any
 
 import torch
@@ -25,7 +27,7 @@ from decentra.config import DataSpec, ModelSpec
 from decentra.data.domains import embedded_domain
 from decentra.data.windows import WindowSource
 from decentra.model.decoder import Decoder, build_model
-from decentra.modular import lasting, soup, upcycle
+from decentra.modular import lasting, route, soup, upcycle
 from decentra.modular.parts import State, extract, insert, select, spec_with
 from decentra.modular.route import Fixed
 from decentra.workshop import experts as made
@@ -227,17 +229,11 @@ def routing(story: Story) -> Found:
     model = model_of(state, spec)
     model.routing = made.evidence_of(model)
     evidence = closed(mean(losses(model, story.held_out, SEQ_LEN, NUM_WINDOWS)))
+    every = spec_with(spec, num_experts, num_experts)  # all of them, weighted: what a linear router does best
     tuned = made.tune_router(
-        state,
-        spec,
-        texts,
-        steps=100,
-        seq_len=SEQ_LEN,
-        rows=torch.zeros(spec.num_layers, num_experts, spec.hidden_size),
-        lr=1e-2,
-        seed=story.seed,
+        state, every, texts, steps=100, seq_len=SEQ_LEN, rows=route.lda_rows([e.card for e in story.experts]), seed=story.seed
     )
-    linear["tuned"] = closed(mean(losses(model_of(tuned, spec), story.held_out, SEQ_LEN, NUM_WINDOWS)))
+    linear["tuned"] = closed(mean(losses(model_of(tuned, every), story.held_out, SEQ_LEN, NUM_WINDOWS)))
     averaged = mean(story.loss(_average(story), DENSE))
     story.say(
         f"uniform {uniform:.3f}, oracle {oracle:.3f}, evidence {evidence:.2f}, prefix {prefix:.2f}, linear {linear}, average of weights {averaged:.3f}"
@@ -364,21 +360,43 @@ TOPICS: dict[str, Callable[[Story], Found]] = {
 }  # fmt: skip
 
 
-def run(seeds: Sequence[int], topics: Sequence[str], steps: int, say: Callable[[str], None]) -> list[Row]:
+Values = list[tuple[tuple[str, str, float, bool], float]]
+
+
+def run_seed(seed: int, topics: Sequence[str], steps: int) -> Values:
+    """All relations of one seed, told on stderr as they come."""
+    torch.set_num_threads(1)
+    began = time.monotonic()
+
+    def say(line: str) -> None:
+        print(f"[seed {seed}, {time.monotonic() - began:5.1f} s] {line}", file=sys.stderr, flush=True)
+
+    story, found = Story(seed, steps, say), []
+    for topic in topics:
+        cpu_s = time.process_time()
+        for kind, relation, value, threshold, larger in TOPICS[topic](story):
+            found.append(((kind, relation, threshold, larger), value))
+            say(f"{kind}: {relation}: {value:.4g} ({'at least' if larger else 'at most'} {threshold:g})")
+        say(f"{topic}: {time.process_time() - cpu_s:.0f} CPU-s")
+    return found
+
+
+def run(seeds: Sequence[int], topics: Sequence[str], steps: int, jobs: int) -> list[Row]:
+    """Seeds side by side in ``jobs`` processes; a row's value is their mean."""
     found: dict[tuple[str, str, float, bool], list[float]] = {}
-    for seed in seeds:
-        story = Story(seed, steps, say)
-        for topic in topics:
-            began = time.process_time()
-            for kind, relation, value, threshold, larger in TOPICS[topic](story):
-                found.setdefault((kind, relation, threshold, larger), []).append(value)
-                say(f"seed {seed}, {kind}: {relation}: {value:.4g} ({'at least' if larger else 'at most'} {threshold:g})")
-            say(f"seed {seed}, {topic}: {time.process_time() - began:.0f} CPU-s")
+    if jobs == 1:
+        per_seed = [run_seed(seed, topics, steps) for seed in seeds]
+    else:
+        with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+            per_seed = list(pool.map(run_seed, seeds, [topics] * len(seeds), [steps] * len(seeds)))
+    for values in per_seed:
+        for key, value in values:
+            found.setdefault(key, []).append(value)
     rows = []
-    for (kind, relation, threshold, larger), values in found.items():
-        value = statistics.fmean(values)
+    for (kind, relation, threshold, larger), values_of in found.items():
+        value = statistics.fmean(values_of)
         rows.append(
-            Row(kind, relation, value, threshold, value >= threshold if larger else value <= threshold, tuple(seeds), tuple(values))
+            Row(kind, relation, value, threshold, value >= threshold if larger else value <= threshold, tuple(seeds), tuple(values_of))
         )
     return rows
 
@@ -389,14 +407,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", default="1,2,3")
     parser.add_argument("--only", default=",".join(TOPICS), help="topics, separated by commas")
     parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--jobs", type=int, default=2, help="seeds at one time, a core each")
     args = parser.parse_args(argv)
-    torch.set_num_threads(1)
-    began = time.monotonic()
-
-    def say(line: str) -> None:
-        print(f"[{time.monotonic() - began:6.1f} s] {line}", file=sys.stderr, flush=True)
-
-    rows = run([int(s) for s in args.seeds.split(",")], args.only.split(","), args.steps, say)
+    rows = run([int(seed) for seed in args.seeds.split(",")], args.only.split(","), args.steps, args.jobs)
     for row in rows:
         print(f"{'holds ' if row.holds else 'FAILS '} {row.topic:10} {row.relation}: {row.value:.4g} ({row.threshold:g})", file=sys.stderr)
     if args.json:

@@ -61,3 +61,27 @@ def test_a_peer_has_only_what_it_trains_and_takes_over_from_the_dead(tmp_path: P
         for mine in anchors:
             assert mine == {f: confirmed[FragmentId(f)] for f in mine}, json.dumps(mine)
         world.assert_nothing_left()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(180)
+def test_who_leaves_for_good_hands_its_experts_over_and_who_is_paused_keeps_them(tmp_path: Path) -> None:
+    with lab(tmp_path) as world:
+        run = world.init("placement.mode=held", "placement.experts_per_peer=2", "placement.adopt_s=600", f"rounds.gather_s={ALONE_S}")
+        host = world.host(run)
+        invite = world.invite_of(host.start())
+        first, second = (world.member("join", invite, f"peer-{i}", "--threads", "1").start() for i in range(2))
+        world.wait_for("both train", lambda: all(p.events("training") for p in (first, second)))
+        assert world.run("pause", invite, "--name", "peer-0", "--dir", str(tmp_path / "peer-0"), "--json")[0] == 0
+        world.wait_for("it has left", lambda: bool(first.events("paused")))
+        before = host.heights().get("trunk/0", 0)
+        world.wait_for("the other goes on alone", lambda: host.heights().get("trunk/0", 0) >= before + 2)
+        assert len(second.events("placed-here")[-1]["experts"]) == 2, "it comes back, so its experts are its own"
+        assert world.run("resume", invite, "--name", "peer-0", "--dir", str(tmp_path / "peer-0"), "--json")[0] == 0
+        world.wait_for("it is back", lambda: len(first.events("service-connected")) == 2)
+        assert ctrl_c(first)[0] == 0
+        world.wait_for("its experts are the other's at once", lambda: len(second.events("placed-here")[-1]["experts"]) == 4)
+        before = host.heights()
+        world.wait_for("all experts go on", lambda: sum(h > before.get(f, 0) for f, h in host.heights().items()) == 6, 60)
+        assert [ctrl_c(p)[0] for p in (second, host)] == [0, 0]
+        world.assert_nothing_left()
