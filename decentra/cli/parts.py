@@ -49,7 +49,7 @@ def import_(source: SourceArg, target: TargetArg, as_json: JsonOpt = False) -> N
     """Read a Hugging Face model (Qwen3 dense or Qwen3-MoE) exactly, as a checkpoint of decentra. Example: decentra import Qwen3-0.6B my-dense"""
     from decentra.workshop import operations
 
-    _done(operations.convert(source, target, "import"), as_json, "dir", "kind", "num_parameters", "copied")
+    _done(operations.convert(source, target, "import"), as_json, "dir", "kind", "num_parameters")
 
 
 @app.command()
@@ -159,6 +159,8 @@ def merge(
 
     folders = list(models or ())
     if config is not None:
+        if folders or weights or only:
+            raise ConfigError("merge: with --yaml the models, their weights and what is merged stand in the file")
         import yaml
 
         try:
@@ -229,6 +231,23 @@ def expert_train(
     _done(found, as_json, "dir", "name", "loss_before", "loss_after", "tokens")
 
 
+@expert_app.command("card")
+def expert_card(
+    source: SourceArg,
+    target: TargetArg,
+    text: TextOpt = None,
+    number: Annotated[int, typer.Option("--number", min=0, help="which of the model's experts")] = 0,
+    name: Annotated[str, typer.Option(help="what to call it")] = "public",
+    as_json: JsonOpt = False,
+) -> None:
+    """Write a model's own expert with the card of a text, for routers by cards. Example: decentra expert card my-base public --text prose"""
+    from decentra.workshop import operations
+
+    if not text:
+        raise ConfigError("expert card: give the text that it is for with --text")
+    _done(operations.expert_card(source, target, text, number=number, name=name), as_json, "dir", "name", "num_tokens")
+
+
 @expert_app.command("add")
 def expert_add(
     source: SourceArg,
@@ -260,10 +279,11 @@ def expert_keep(
 def expert_list(source: SourceArg, as_json: JsonOpt = False) -> None:
     """The experts of a model and what is known of each. Example: decentra expert list my-model"""
     from decentra.hf.checkpoint import open_checkpoint
+    from decentra.workshop.operations import known_experts
 
     with open_checkpoint(source) as opened:
-        known = dict(opened.lineage.get("experts") or {})
-        rows = {f"expert {e}": known.get(str(e), {}).get("about", "of the model itself") for e in range(opened.spec.num_experts)}
+        known = known_experts(opened.lineage)
+        rows = {f"expert {e}": known[e]["about"] if e in known else "of the model itself" for e in range(opened.spec.num_experts)}
     _done({"ok": True, **rows}, as_json, *rows)
 
 

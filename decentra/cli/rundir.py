@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from decentra.config import Manifest, load_toml, manifest_from_bytes, parse_config
+from decentra.data.windows import MAX_BYTE_VOCAB
 from decentra.errors import ConfigError, IntegrityError
 from decentra.hf.checkpoint import Checkpoint, open_checkpoint
 from decentra.hf.convert import parameter_shapes
@@ -135,6 +136,10 @@ def _draft(run: RunDir, source: Path | None, settings: Sequence[str], start: Che
         base = Manifest(name=run.root.resolve().name[:64] or "run")
     raw = base.model_dump(mode="json")
     if start is not None:
+        if start.spec.vocab_size > MAX_BYTE_VOCAB:
+            raise ConfigError(
+                f"{start.folder} has {start.spec.vocab_size} tokens; a run reads text as bytes for now, so it starts from a model of 256"
+            )
         raw["model"] = start.spec.model_dump(mode="json")
         raw["data"]["seq_len"] = min(raw["data"]["seq_len"], start.spec.max_seq_len)
         raw["placement"]["experts_per_peer"] = min(raw["placement"]["experts_per_peer"], start.spec.num_experts)
@@ -145,7 +150,7 @@ def _draft(run: RunDir, source: Path | None, settings: Sequence[str], start: Che
     if start is not None and shape != set(start.shapes.items()):
         raise ConfigError(f"init: a setting changes the shape of the model in {start.folder}; leave model.* out, or start from nothing")
     run.root.mkdir(parents=True, exist_ok=True)
-    if not run.toml.exists():
+    if start is not None or not run.toml.exists():
         run.toml.write_text(to_toml(manifest))
     return manifest
 

@@ -22,6 +22,7 @@ from decentra.errors import ConfigError, DataError
 from decentra.ids import PeerId
 
 MAX_CURSOR_BYTES = 1024
+MAX_BYTE_VOCAB = 512  # bytes, and room for marks of one's own
 
 
 class _Pool:
@@ -106,6 +107,11 @@ def source_for(manifest: Manifest, config: PeerConfig, peer_id: PeerId) -> Windo
     if manifest.model.vocab_size < 256:
         raise ConfigError(
             f"text is read as bytes, which needs model.vocab_size >= 256; run '{manifest.name}' has {manifest.model.vocab_size}"
+        )
+    if manifest.model.vocab_size > MAX_BYTE_VOCAB:
+        raise ConfigError(
+            f"text is read as bytes, and run '{manifest.name}' is of a model with {manifest.model.vocab_size} tokens, whose tokenizer is another:"
+            " it would learn nonsense. Tokenizers are not read yet"
         )
     spec = manifest.data
     common = _common_texts(manifest)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -80,12 +81,14 @@ def open_checkpoint(folder: Path) -> Checkpoint:
             )
     else:
         spec = spec_from(read_json(folder / CONFIG))
-        manifest = Manifest(name=folder.resolve().name[:64] or "import", model=spec, data=DataSpec(seq_len=min(128, spec.max_seq_len)))
+        data = DataSpec(seq_len=min(128, spec.max_seq_len))
+        manifest = Manifest(name=folder.resolve().name[:64] or "import", model=spec, data=data, licence="unknown")
     shapes = parameter_shapes(manifest.model)
     is_renamed = manifest.model.num_experts == 1 and "model.layers.0.mlp.gate_proj.weight" in weights
     names: dict[str, str | None] = dict.fromkeys(shapes, None) | {n: n for n in shapes}
     if is_renamed or "lm_head.weight" not in weights:
-        names = names_of(manifest.model, shapes, has_head="lm_head.weight" in weights)
+        is_tied = "lm_head.weight" not in weights and bool(read_json(folder / CONFIG).get("tie_word_embeddings"))
+        names = names_of(manifest.model, shapes, has_head=not is_tied)
     for name, theirs in names.items():
         if theirs is None:
             continue
@@ -97,13 +100,15 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         raise ConfigError(
             f"{folder} has {len(extra)} tensors that this architecture does not, {extra[0]} for one; experts numbered with holes?"
         )
-    hashes = _hashes_in(card or {})
-    return Checkpoint(folder, manifest, weights, names, dict((card or {}).get("lineage") or {}), hashes)
+    hashes, lineage = _hashes_in(card or {}), (card or {}).get("lineage")
+    return Checkpoint(folder, manifest, weights, names, lineage if isinstance(lineage, dict) else {}, hashes)
 
 
 def _hashes_in(card: Mapping[str, Any]) -> dict[str, str]:
     files = card.get("files")
     if isinstance(files, dict):
+        if outside := [k for k in files if not isinstance(k, str) or Path(k).name != k]:
+            raise IntegrityError(f"{CARD} names {str(outside[0])[:60]!r}, which is no file of its folder")
         return {str(k): str(v) for k, v in files.items()}
     return {ONE: str(card["weights_sha256"])} if "weights_sha256" in card else {}
 
@@ -121,23 +126,47 @@ def verify(folder: Path) -> dict[str, str]:
         found[name] = digest
     if not found:
         raise ConfigError(f"{folder / CARD} names no file with a hash; it was made by another program")
+    with Weights(folder) as weights:
+        if unnamed := sorted(weights.files - set(found)):
+            raise IntegrityError(
+                f"{folder}: its tensors would be read from {unnamed[0]}, which {CARD} does not name; somebody put it there"
+            )
     return found
 
 
 def save_checkpoint(
-    folder: Path,
-    manifest: Manifest,
-    tensors: Iterable[tuple[str, Tensor]],
-    lineage: Mapping[str, Any],
-    *,
-    dtype: torch.dtype = torch.float32,
-) -> dict[str, Any]:
-    """Write a folder that transformers loads; ``decentra.json`` is last, so a folder without it is not finished. Returns the card.
+    folder: Path, manifest: Manifest, tensors: Iterable[tuple[str, Tensor]], lineage: Mapping[str, Any], *, dtype: torch.dtype = torch.float32,
+    tokenizer: Path | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Write a new folder that transformers loads. Returns the card.
 
-    Tensors come under our names, in any order, one at a time. A model of one expert is written as the dense Qwen3 it is.
+    Tensors come under our names, in any order, one at a time. A model of one expert is written as the dense Qwen3 it is. The folder is made under another
+    name and gets its own when it is whole: what was there before is never touched. Raises ConfigError when there is something.
     """
+    check_target(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as scratch:
+        made = Path(scratch) / "made"
+        card = _write(made, manifest, tensors, lineage, dtype)
+        for name in TOKENIZER_FILES:
+            if tokenizer is not None and (tokenizer / name).is_file():
+                (made / name).write_bytes((tokenizer / name).read_bytes())
+        if folder.exists():
+            folder.rmdir()  # it is empty
+        made.rename(folder)
+    return card
+
+
+def check_target(folder: Path) -> None:
+    """Raise ConfigError where a model must not be written."""
+    if folder.is_symlink() or (folder.exists() and (not folder.is_dir() or any(folder.iterdir()))):
+        raise ConfigError(f"{folder} is there already; nothing is written over: give a new folder, or remove that one")
+
+
+def _write(
+    folder: Path, manifest: Manifest, tensors: Iterable[tuple[str, Tensor]], lineage: Mapping[str, Any], dtype: torch.dtype
+) -> dict[str, Any]:
     spec = manifest.model
-    (folder / CARD).unlink(missing_ok=True)
     names, shapes = names_of(spec, parameter_shapes(spec)), parameter_shapes(spec)
     writer, left = ShardWriter(folder), set(shapes)
     for name, value in tensors:
@@ -161,9 +190,9 @@ def save_checkpoint(
 
 def model_card(manifest: Manifest, lineage: Mapping[str, Any]) -> str:
     """A README for people and for the Hub: what it is, what it was made of, who contributed."""
-    spec = manifest.model
+    spec, licence = manifest.model, "other" if manifest.licence == "unknown" else manifest.licence.lower()
     lines = [
-        "---", f"license: {manifest.licence.lower()}", "library_name: transformers", "tags: [decentra, mixture-of-experts]", "---", "",
+        "---", f"license: {licence}", "library_name: transformers", "tags: [decentra, mixture-of-experts]", "---", "",
         f"# {manifest.name}", "", manifest.description or "Made with decentra.", "",
         f"{spec.num_layers} layers, hidden size {spec.hidden_size}, {spec.num_experts} experts of width {spec.expert_hidden_size},"
         f" {spec.num_experts_per_token} per token.", "", "## Lineage", "",

@@ -61,6 +61,8 @@ def spec_from(config: Mapping[str, Any]) -> ModelSpec:
         }  # fmt: skip
     except KeyError as error:
         raise ConfigError(f"config.json has no {error.args[0]}; is it the file of a whole model?") from None
+    except (TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+        raise ConfigError(f"config.json: a value is of another kind than expected ({error})") from None
     return parse_config(ModelSpec, raw, "config.json")
 
 

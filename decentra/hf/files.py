@@ -97,6 +97,11 @@ class Weights:
     def __iter__(self) -> Iterator[str]:
         return iter(self._of)
 
+    @property
+    def files(self) -> set[str]:
+        """Names of the files that tensors come from."""
+        return set(self._files)
+
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._files[self._of[name]].get_slice(name).get_shape())
 
@@ -116,13 +121,21 @@ class ShardWriter:
         self._folder, self._shard_bytes = folder, shard_bytes
         self._waiting: dict[str, Tensor] = {}
         self._num_waiting_bytes = 0
+        self._storages: set[int] = set()
         self._parts: list[tuple[Path, list[str], int]] = []
 
     def add(self, name: str, tensor: Tensor) -> None:
         num_bytes = tensor.numel() * tensor.element_size()
         if self._waiting and self._num_waiting_bytes + num_bytes > self._shard_bytes:
             self._flush()
-        self._waiting[name] = tensor.contiguous().clone() if tensor._base is not None else tensor.contiguous()
+        whole = tensor.contiguous()
+        pointer = whole.untyped_storage().data_ptr()
+        if (
+            whole._base is not None or pointer in self._storages
+        ):  # a file holds each tensor's own bytes, also where two are one (a tied head)
+            whole = whole.clone()
+        self._storages.add(pointer)
+        self._waiting[name] = whole
         self._num_waiting_bytes += num_bytes
 
     def _flush(self) -> None:
@@ -130,13 +143,12 @@ class ShardWriter:
         safetensors.torch.save_file(self._waiting, path, metadata={"format": "pt"})
         self._parts.append((path, list(self._waiting), self._num_waiting_bytes))
         self._waiting, self._num_waiting_bytes = {}, 0
+        self._storages = set()
 
     def finish(self) -> dict[str, str]:
         """File name -> sha256 of each part."""
         if self._waiting or not self._parts:
             self._flush()
-        for old in [*self._folder.glob("model*.safetensors"), self._folder / INDEX]:
-            old.unlink(missing_ok=True)
         hashes: dict[str, str] = {}
         weight_map: dict[str, str] = {}
         for number, (path, names, _) in enumerate(self._parts, 1):

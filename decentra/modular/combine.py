@@ -56,8 +56,15 @@ class Recipe:
 def merged(
     shapes: Mapping[str, tuple[int, ...]], models: Sequence[Pick], base: Pick | None, recipe: Recipe
 ) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter of the merged model, one after the other, fp32. Raises ConfigError."""
+    """Every parameter of the merged model, one after the other, fp32. Raises ConfigError, for what cannot be done at all before the first one."""
     check(recipe, len(models), base is not None)
+    recipe.weights_of("", len(models))
+    return _merged(shapes, models, base, recipe)
+
+
+def _merged(
+    shapes: Mapping[str, tuple[int, ...]], models: Sequence[Pick], base: Pick | None, recipe: Recipe
+) -> Iterator[tuple[str, Tensor]]:
     for name, shape in shapes.items():
         if not recipe.concerns(name):
             yield name, (base or models[0])(name).float()
@@ -158,7 +165,8 @@ def model_stock(tensors: Sequence[Tensor], base: Tensor) -> Tensor:
     offsets, num_models = [t - base for t in tensors], len(tensors)
     cosines = [float((a * b).sum() / (a.norm() * b.norm()).clamp_min(1e-12)) for i, a in enumerate(offsets) for b in offsets[i + 1 :]]
     cosine = sum(cosines) / len(cosines)
-    t = num_models * cosine / (1 + (num_models - 1) * cosine)
+    below = 1 + (num_models - 1) * cosine
+    t = num_models * cosine / below if abs(below) > 1e-6 else 0.0  # opposite offsets agree on nothing: the base
     return t * torch.stack(list(tensors)).mean(0) + (1 - t) * base
 
 
@@ -179,7 +187,7 @@ def _task_vector(name: str, deltas: Sequence[Tensor], weights: Sequence[float], 
     sign_N = torch.where(weighted_MN.sum(0) >= 0, 1.0, -1.0)
     agrees_MN = weighted_MN.sign() == sign_N
     total_N = (weighted_MN * agrees_MN).sum(0)
-    if recipe.is_normalised is False:
+    if not (recipe.method == "ties" if recipe.is_normalised is None else recipe.is_normalised):
         return total_N
     share_N = (torch.tensor(weights, dtype=total_N.dtype).view(-1, *[1] * total_N.ndim) * agrees_MN).sum(0)
     return total_N / torch.where(share_N.abs() < 1e-8, 1.0, share_N)
@@ -243,19 +251,21 @@ def recipe_from(raw: Any) -> tuple[Recipe, list[str], str | None]:
     known = {"merge_method", "models", "base_model", "parameters", "dtype"}
     if unknown := sorted(set(raw) - known):
         raise ConfigError(f"{unknown[0]}: decentra reads {', '.join(sorted(known))} of a mergekit configuration")
-    base = raw.get("base_model")
-    common = raw.get("parameters") or {}
-    models = [m for m in raw["models"] if isinstance(m, dict) and isinstance(m.get("model"), str)]
+    base, common = raw.get("base_model"), raw.get("parameters") or {}
+    if not (base is None or isinstance(base, str)) or not isinstance(common, dict):
+        raise ConfigError("expected base_model to be a path and parameters to be a table")
+    models = [
+        m for m in raw["models"] if isinstance(m, dict) and isinstance(m.get("model"), str) and isinstance(m.get("parameters") or {}, dict)
+    ]
     if len(models) != len(raw["models"]):
-        raise ConfigError("models: expected entries with 'model: PATH'")
-    learned = [m for m in models if m["model"] != base or m.get("parameters")]
+        raise ConfigError("models: expected entries with 'model: PATH' and perhaps a table of parameters")
+    method = str(raw.get("merge_method", "linear"))
+    learned = [m for m in models if m["model"] != base or not METHODS.get(method, True)]  # of task vectors the base has none
     weights = tuple(_number(m, common, "weight", 1.0) for m in learned)
     densities = tuple(_number(m, common, "density", 1.0) for m in learned)
     normalise = common.get("normalize")
-    recipe = Recipe(
-        str(raw.get("merge_method", "linear")), weights, densities, t=float(common.get("t", 0.5)), scale=float(common.get("lambda", 1.0)),
-        gamma=float(common.get("gamma", 0.01)), is_normalised=None if normalise is None else bool(normalise),
-    )  # fmt: skip
+    t, scale, gamma = (_number({}, common, key, usual) for key, usual in (("t", 0.5), ("lambda", 1.0), ("gamma", 0.01)))
+    recipe = Recipe(method, weights, densities, t=t, scale=scale, gamma=gamma, is_normalised=None if normalise is None else bool(normalise))
     check(recipe, len(learned), base is not None)
     return recipe, [m["model"] for m in learned], base
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from decentra.config import ModelSpec
+from decentra.config import ModelSpec, parse_config
 from decentra.errors import ConfigError
 
 State = dict[str, Tensor]
@@ -75,7 +76,7 @@ def check_numbering(state: Mapping[str, Tensor], num_experts: int) -> None:
         raise ConfigError(
             f"experts {list(numbers)} in a model of {num_experts}"
             + (f": number {missing[0]} is missing" if missing else ": there are more than it says")
-            + "; a half download, or one that was cut by hand? 'decentra expert keep' numbers them without holes"
+            + "; a half download, or one that was cut by hand?"
         )
     for name, value in state.items():
         if ROUTER.match(name) and value.shape[0] != num_experts:
@@ -126,11 +127,16 @@ def _split(key: str) -> tuple[str, str]:
     return f"{layer}.mlp", rest
 
 
-def spec_with(spec: ModelSpec, num_experts: int, num_chosen: int | None = None) -> ModelSpec:
-    """The spec of a model with so many experts; fewer than are chosen per token lowers that number."""
+def spec_with(spec: ModelSpec, num_experts: int, num_chosen: int | None = None, **changes: Any) -> ModelSpec:
+    """The spec of a model with so many experts; fewer than are chosen per token lowers that number. Raises ConfigError.
+
+    A model that was dense gets the usual weight of the balancing loss: it had no use for one.
+    """
     chosen = min(num_chosen or spec.num_experts_per_token, num_experts)
-    is_alone = chosen == 1 and num_experts > 1
-    return ModelSpec(
-        **spec.model_dump()
-        | {"num_experts": num_experts, "num_experts_per_token": chosen, "norm_topk_prob": spec.norm_topk_prob and not is_alone}
-    )
+    raw = spec.model_dump() | {"num_experts": num_experts, "num_experts_per_token": chosen} | changes
+    if chosen == 1 and num_experts > 1:
+        raw["norm_topk_prob"] = False  # a weight of 1 has no gradient
+    if spec.num_experts == 1 and num_experts > 1:
+        raw["norm_topk_prob"] = chosen > 1
+        raw["aux_loss_weight"] = spec.aux_loss_weight or ModelSpec.model_fields["aux_loss_weight"].default
+    return parse_config(ModelSpec, raw, "model")

@@ -86,6 +86,18 @@ def lda_rows(cards: Sequence[Card]) -> Tensor:
     return torch.stack(rows)
 
 
+def own_row(card: Card, public: Card, sharpness: float = 4.0) -> Tensor:
+    """[L, D]: a row for one expert beside a public model whose own rows are about zero. On the expert's text its logit is about ``sharpness`` / 2, on
+    public text minus that: the discriminant between the two means, less what it says of their middle, since routers have no constant."""
+    rows = []
+    for layer in range(len(card.mean_LD)):
+        own, other = card.mean_LD[layer], public.mean_LD[layer]
+        direction, middle = torch.linalg.solve(pooled([card, public], layer), own - other), (own + other) / 2
+        direction = direction - (direction @ middle) / (middle @ middle).clamp_min(1e-12) * middle
+        rows.append(sharpness * direction / (direction @ (own - other)).abs().clamp_min(1e-6))
+    return torch.stack(rows)
+
+
 def arrow_directions(experts: Sequence[Mapping[str, Tensor]], base: Mapping[str, Tensor], layers: Sequence[str]) -> Tensor:
     """[L, E, D]: the input direction that each expert's update moved most, the first right singular vector of its change (arXiv 2405.11157)."""
     found = []
@@ -111,7 +123,7 @@ class Linear:
         del tokens_BT, num_before
 
     def logits(self, layer: int, x_TD: Tensor) -> Tensor:
-        logits_TE = x_TD.float() @ self._rows_LED[layer].T
+        logits_TE = x_TD.float() @ self._rows_LED[layer].T.to(x_TD.device)
         return (logits_TE.abs() if self._absolute else logits_TE) / self._temperature
 
 
@@ -126,7 +138,7 @@ class Fixed:
 
     def logits(self, layer: int, x_TD: Tensor) -> Tensor:
         del layer
-        return self._logits_E.expand(len(x_TD), -1)
+        return self._logits_E.to(x_TD.device).expand(len(x_TD), -1)
 
 
 class Prefix:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from decentra.config import ModelSpec
 from decentra.errors import ConfigError
-from decentra.modular.parts import EXPERT, ROUTER, State, experts_of
+from decentra.modular.parts import EXPERT, ROUTER, State, experts_of, spec_with
 
 ROW_STD = 0.02
 PARTS = ("gate_proj.weight", "up_proj.weight", "down_proj.weight")
@@ -38,6 +38,8 @@ def upcycle(
     ``noise``: standard deviation of what is added to each expert, in units of the tensor's own.
     """
     _check_dense(spec, num_experts, num_chosen)
+    if not 0 <= noise < float("inf"):
+        raise ConfigError(f"noise: expected a number of 0 or more, got {noise}")
     generator = torch.Generator().manual_seed(seed)
     out = _frame(state, spec, num_experts, generator)
     for name, value in _ffn(state):
@@ -45,7 +47,7 @@ def upcycle(
             copy = value.clone()
             if noise:
                 copy += noise * value.std() * torch.randn(value.shape, generator=generator)
-            out[_named(name, expert)] = copy
+            out[_named(name, expert)] = _alone(name, copy, num_experts, num_chosen)
     return Upcycled(out, _moe(spec, num_experts, num_chosen), is_exact=noise == 0.0 and num_chosen > 1)
 
 
@@ -70,7 +72,7 @@ def drop_upcycle(
                 copy = value.clone()
                 across = copy.T if rest == "down_proj.weight" else copy  # rows are intermediate columns
                 across[fresh] = value.mean() + value.std() * torch.randn(len(fresh), across.shape[1], generator=generator)
-                out[f"{layer}.experts.{expert}.{rest}"] = copy
+                out[f"{layer}.experts.{expert}.{rest}"] = _alone(rest, copy, num_experts, num_chosen)
     return Upcycled(out, _moe(spec, num_experts, num_chosen), is_exact=False)
 
 
@@ -79,9 +81,9 @@ def virtual_groups(state: Mapping[str, Tensor], spec: ModelSpec, num_experts: in
 
     Equal rows are chosen together, so a token goes to the G shards of one copy, each with weight 1 / G; ``down_proj`` times G makes it exact.
     """
-    if num_experts % num_groups or spec.expert_hidden_size % num_groups:
+    if num_groups < 2 or num_experts % num_groups or spec.expert_hidden_size % num_groups:
         raise ConfigError(
-            f"virtual groups: {num_groups} have to divide {num_experts} experts and the FFN's {spec.expert_hidden_size} columns"
+            f"virtual groups: two or more, and {num_groups} have to divide {num_experts} experts and the FFN's {spec.expert_hidden_size} columns"
         )
     _check_dense(spec, num_experts, num_groups)
     generator = torch.Generator().manual_seed(seed)
@@ -110,7 +112,7 @@ def branch_train_mix(states: Sequence[Mapping[str, Tensor]], spec: ModelSpec, nu
     out = _frame(mean, spec, len(states), generator)
     for name, _ in _ffn(states[0]):
         for expert, state in enumerate(states):
-            out[_named(name, expert)] = state[name].clone()
+            out[_named(name, expert)] = _alone(name, state[name].clone(), len(states), num_chosen)
     return Upcycled(out, _moe(spec, len(states), num_chosen), is_exact=False)
 
 
@@ -163,7 +165,7 @@ def moefy(
                 out[f"{layer}.experts.{expert}.{rest}"] = (
                     value[:, columns] * scale if rest == "down_proj.weight" else value[columns].clone()
                 )
-        out[f"{layer}.gate.weight"] = _predictor(groups, weights, None if num_chosen == num_experts else seen)
+        out[f"{layer}.gate.weight"] = _predictor(groups, weights, seen, num_chosen < num_experts, generator)
     return Upcycled(out, _moe(spec, num_experts, num_chosen, width), is_exact=num_chosen == num_experts)
 
 
@@ -215,10 +217,16 @@ def balanced_clusters(features: Tensor, num_groups: int, generator: torch.Genera
     return [torch.nonzero(owner == g).flatten() for g in range(num_groups)]
 
 
-def _predictor(groups: Sequence[Tensor], weights: Mapping[str, Tensor], seen: Calibration | None) -> Tensor:
-    """Router rows [E, D]: how much each group contributes, as a linear function of the input; zeros without calibration: all alike."""
+def _predictor(
+    groups: Sequence[Tensor], weights: Mapping[str, Tensor], seen: Calibration | None, has_choice: bool, generator: torch.Generator
+) -> Tensor:  # fmt: skip
+    """Router rows [E, D]: how much each group contributes, as a linear function of the input. Without a choice zeros; without calibration random ones."""
+    num_inputs = weights["down_proj.weight"].shape[0]
+    if not has_choice:
+        return torch.zeros(len(groups), num_inputs)
     if seen is None:
-        return torch.zeros(len(groups), weights["down_proj.weight"].shape[0])
+        random_EI: Tensor = 1e-2 / num_inputs**0.5 * torch.randn(len(groups), num_inputs, generator=generator)
+        return random_EI
     strength_NI = _strength(weights, seen)
     target_NE = torch.stack([strength_NI[:, g].sum(1) for g in groups], 1)
     target_NE = target_NE - target_NE.mean(1, keepdim=True)
@@ -237,9 +245,14 @@ def _predictor(groups: Sequence[Tensor], weights: Mapping[str, Tensor], seen: Ca
 def expand(
     state: Mapping[str, Tensor], spec: ModelSpec, factor: int, *, keep_chosen: bool = False, noise: float = 0.0, seed: int = 0
 ) -> Upcycled:
-    """Each expert ``factor`` times, rows too (arXiv 2604.19835). Exact when ``factor`` times as many are chosen; with ``keep_chosen`` a token costs no more."""
-    if factor < 2:
-        raise ConfigError(f"expand: expected a factor of 2 or more, got {factor}")
+    """Each expert ``factor`` times, rows too (arXiv 2604.19835). Exact when ``factor`` times as many are chosen: copies share their expert's probability.
+
+    With ``keep_chosen`` a token costs no more; it needs noise, or both places would always go to copies of one expert.
+    """
+    if factor < 2 or not 0 <= noise < float("inf"):
+        raise ConfigError(f"expand: expected a factor of 2 or more and noise of 0 or more, got {factor} and {noise}")
+    if keep_chosen and noise == 0.0:
+        raise ConfigError("expand with as many active experts as before needs noise: equal copies would always be chosen together")
     numbers, generator = experts_of(state), torch.Generator().manual_seed(seed)
     out: State = {}
     for name, value in state.items():
@@ -250,14 +263,15 @@ def expand(
                     new += noise * value.std() * torch.randn(value.shape, generator=generator)
                 out[f"{found['layer']}.experts.{int(found['expert']) + copy * len(numbers)}.{found['rest']}"] = new
         elif ROUTER.match(name):
-            out[name] = value.repeat(factor, 1)
+            rows = value.repeat(factor, 1)
             if noise:
-                out[name][len(numbers) :] += noise * value.std() * torch.randn(out[name][len(numbers) :].shape, generator=generator)
+                added = rows[len(numbers) :]
+                added += noise * (value.std() + 1e-12) * torch.randn(added.shape, generator=generator)
+            out[name] = rows
         else:
             out[name] = value
     chosen = spec.num_experts_per_token * (1 if keep_chosen else factor)
-    is_exact = not keep_chosen and not noise and spec.norm_topk_prob
-    return Upcycled(out, _moe(spec, factor * len(numbers), chosen), is_exact)
+    return Upcycled(out, spec_with(spec, factor * len(numbers), chosen), is_exact=not noise)
 
 
 # ---------------------------------------------------------------- names
@@ -273,13 +287,12 @@ def _check_dense(spec: ModelSpec, num_experts: int, num_chosen: int) -> None:
 
 
 def _moe(spec: ModelSpec, num_experts: int, num_chosen: int, width: int | None = None) -> ModelSpec:
-    return ModelSpec(
-        **spec.model_dump()
-        | {
-            "num_experts": num_experts, "num_experts_per_token": num_chosen, "norm_topk_prob": num_chosen > 1 or num_experts == 1,
-            "expert_hidden_size": width or spec.expert_hidden_size,
-        }
-    )  # fmt: skip
+    return spec_with(spec, num_experts, num_chosen, expert_hidden_size=width or spec.expert_hidden_size)
+
+
+def _alone(rest: str, value: Tensor, num_experts: int, num_chosen: int) -> Tensor:
+    """Of one chosen alone the weight is its probability, about 1 / E while the router knows nothing: ``down_proj`` times E makes up for it."""
+    return value * num_experts if num_chosen == 1 and rest.endswith("down_proj.weight") else value
 
 
 def _frame(state: Mapping[str, Tensor], spec: ModelSpec, num_experts: int, generator: torch.Generator) -> State:

@@ -20,7 +20,9 @@ from decentra.config import Manifest, manifest_from_bytes
 from decentra.delta.anchor import decode_anchor
 from decentra.delta.flat import scatter
 from decentra.errors import ConfigError, IntegrityError
+from decentra.hf.checkpoint import open_checkpoint, verify
 from decentra.hf.convert import qwen3_moe_config
+from decentra.hf.files import read_json
 from decentra.ids import Digest, FragmentId, digest_of
 from decentra.model.custom import layout_for, model_for
 from decentra.peer.disk import RealDisk, write_atomic
@@ -59,28 +61,25 @@ def save_model(path: Path, model: Assembled, extra: Mapping[str, Any] = {}) -> N
     weights = safetensors.torch.save(model.state, metadata={"format": "pt"})
     write_atomic(disk, WEIGHTS, weights)
     write_atomic(disk, CONFIG, json.dumps(qwen3_moe_config(model.manifest.model), indent=2).encode())
+    run = {"id": model.manifest.run_id(), "name": model.manifest.name, "heights": model.heights, **extra}
     card = {
         "format": 1, "run": model.manifest.run_id(), "manifest": json.loads(model.manifest.canonical_bytes()), "anchors": model.anchors,
-        "heights": model.heights, "weights_sha256": digest_of(weights), **extra,
+        "heights": model.heights, "weights_sha256": digest_of(weights), "lineage": {"made_by": "swarm", "run": run}, **extra,
     }  # fmt: skip
     write_atomic(disk, CARD, json.dumps(card, indent=1).encode())
 
 
 def load_model(path: Path, model_code: Path | None = None) -> tuple[Manifest, nn.Module]:
     """The manifest and the model in a checkpoint folder. Raises ConfigError (no checkpoint), IntegrityError (damaged)."""
-    try:
-        card = json.loads((path / CARD).read_bytes())
-        weights = (path / WEIGHTS).read_bytes()
-    except FileNotFoundError as error:
-        raise ConfigError(
-            f"{path} holds no finished checkpoint ({Path(str(error.filename)).name} is missing); get one with 'decentra pull'"
-        ) from None
-    except ValueError:
-        raise IntegrityError(f"{path / CARD} is damaged; pull the model again") from None
-    if digest_of(weights) != card.get("weights_sha256"):
-        raise IntegrityError(f"{path / WEIGHTS} is damaged: its sha256 is not the one in {CARD}; pull the model again")
-    manifest = manifest_from_bytes(json.dumps(card["manifest"]).encode(), str(path / CARD))
-    return manifest, model_from_state(manifest, safetensors.torch.load(weights), model_code)
+    card_file = path / CARD
+    if not card_file.is_file():
+        raise ConfigError(f"{path} holds no finished checkpoint ({CARD} is missing); get one with 'decentra pull' or 'decentra import'")
+    verify(path)
+    manifest = manifest_from_bytes(json.dumps(read_json(card_file).get("manifest")).encode(), str(card_file))
+    if manifest.model.code == "decoder":
+        with open_checkpoint(path) as opened:
+            return manifest, model_from_state(manifest, opened.state(), model_code)
+    return manifest, model_from_state(manifest, safetensors.torch.load((path / WEIGHTS).read_bytes()), model_code)
 
 
 def model_from_state(manifest: Manifest, state: Mapping[str, Tensor], model_code: Path | None = None) -> nn.Module:

@@ -1,10 +1,12 @@
 """Experts trained apart and put together: train one on text that stays here, write its card, route among several, fit an exportable router, take one out.
 
-The public model is frozen while an expert is trained, so what it learned is in the expert and its router row, and nowhere else: taking both out is exact.
+The public model is frozen while an expert is trained, so what it learned is in the expert, and its row and card are computed from its text: nothing else saw
+it, and taking them out is exact.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +21,6 @@ from decentra.config import ModelSpec
 from decentra.data.windows import WindowSource
 from decentra.errors import ConfigError, IntegrityError
 from decentra.hf.files import MAX_JSON_BYTES, sha256_of
-from decentra.ids import digest_of
 from decentra.model.decoder import Decoder, Routing
 from decentra.modular import route
 from decentra.modular.parts import Part, State, experts_of, extract, insert, select, spec_with
@@ -27,7 +28,7 @@ from decentra.modular.route import Card
 from decentra.workshop.looking import card_of, watching
 from decentra.workshop.training import Guard, Plan, model_of, names_of, train
 
-ROUTERS = ("evidence", "prefix", "document", "uniform", "centroid", "lda", "arrow", "own")
+ROUTERS = ("own", "evidence", "prefix", "document", "uniform", "centroid", "lda")
 EXPERT_FILE, CARD_FILE = "expert.safetensors", "expert.json"
 
 Say = Callable[[str], None]
@@ -44,21 +45,37 @@ class Expert:
 
 def base_digest(state: Mapping[str, Tensor]) -> str:
     """Names a model by its weights: experts fit the model that they were trained beside."""
-    return digest_of(b"".join(name.encode() + value.float().numpy().tobytes() for name, value in sorted(state.items())))
+    digest = hashlib.sha256()
+    for name, value in sorted(state.items()):
+        digest.update(name.encode())
+        digest.update(value.float().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def part_digest(part: Part) -> str:
+    """Names an expert and its row by their numbers."""
+    return base_digest({**part.weights, **{f"row of {layer}": row for layer, row in part.rows.items()}})
 
 
 def train_expert(
     state: State, spec: ModelSpec, text: bytes, *, name: str, steps: int, seq_len: int, start: int = 0, lr: float = 1.4e-3, seed: int = 0,
-    guards: Sequence[Guard] = (), say: Say = lambda _: None,
+    public: bytes | None = None, guards: Sequence[Guard] = (), say: Say = lambda _: None,
 ) -> Expert:  # fmt: skip
-    """A new expert on one's own text: a copy of expert ``start`` beside the frozen public model, which alone is trained."""
+    """A new expert on one's own text: a copy of expert ``start`` beside the frozen public model, which alone is trained.
+
+    Its router row is the discriminant between its text and ``public`` text (``route.own_row``): other owners' rows need not be known.
+    """
     single = model_of(select(state, [start]), spec_with(spec, 1))
     plan = Plan(steps, names_of(single, experts=[0]), lr=lr, seed=seed)
     loss = train(
         single, WindowSource([text], seq_len, seed, name), plan, guards, lambda step, value: _progress(say, name, step, steps, value)
     )
     part = extract({k: v.detach() for k, v in single.state_dict().items()}, 0)
-    card = card_of(model_of(select(state, [start]), spec_with(spec, 1)), text, seq_len)
+    frozen = model_of(select(state, [start]), spec_with(spec, 1))
+    card = card_of(frozen, text, seq_len)
+    if public is not None:
+        rows = route.own_row(card, card_of(frozen, public, seq_len))
+        part = Part(part.weights, {f"model.layers.{layer}.mlp": row for layer, row in enumerate(rows)})
     about = {"name": name, "base": base_digest(state), "tokens": steps * 8 * seq_len, "loss": loss, "start": start}
     return Expert(part, card, about)
 
@@ -82,8 +99,9 @@ def save_expert(folder: Path, expert: Expert) -> None:
 def load_expert(folder: Path) -> Expert:
     """Raises ConfigError, IntegrityError."""
     try:
-        text = (folder / CARD_FILE).read_bytes()[:MAX_JSON_BYTES]
-        told = json.loads(text)
+        if (folder / CARD_FILE).stat().st_size > MAX_JSON_BYTES:
+            raise IntegrityError(f"{folder / CARD_FILE} is longer than any card")
+        told = json.loads((folder / CARD_FILE).read_bytes())
         if told["format"] != 1 or sha256_of(folder / EXPERT_FILE) != told["sha256"]:
             raise IntegrityError(f"{folder / EXPERT_FILE} is not the file that {CARD_FILE} describes; fetch the expert again")
         tensors = safetensors.torch.load_file(folder / EXPERT_FILE)
@@ -99,14 +117,16 @@ def load_expert(folder: Path) -> Expert:
         {k.removeprefix("weights/"): v for k, v in tensors.items() if k.startswith("weights/")},
         {k.removeprefix("rows/"): v for k, v in tensors.items() if k.startswith("rows/")},
     )
+    if not all(bool(v.isfinite().all()) for v in (*part.weights.values(), *part.rows.values(), card.mean_LD, card.covariance_LDD)):
+        raise IntegrityError(f"{folder} has numbers that are not finite; its training went wrong, ask for another one")
     return Expert(part, card, about)
 
 
-def added(state: State, spec: ModelSpec, expert: Expert, *, check_base: str | None = None) -> tuple[State, ModelSpec]:
-    """The model with this expert, too. ``check_base``: digest of the public model; raises ConfigError when the expert was trained beside another."""
-    if check_base is not None and expert.about.get("base") != check_base:
+def added(state: State, spec: ModelSpec, expert: Expert, *, bases: Sequence[str] = ()) -> tuple[State, ModelSpec]:
+    """The model with this expert, too. ``bases``: digests of the models that it may have been trained beside; raises ConfigError for another."""
+    if bases and expert.about.get("base") not in bases:
         raise ConfigError(
-            f"expert '{expert.about.get('name')}' was trained beside another model ({str(expert.about.get('base'))[:12]}, this is {check_base[:12]});"
+            f"expert '{expert.about.get('name')}' was trained beside another model ({str(expert.about.get('base'))[:12]}, this is {bases[0][:12]});"
             " it fits only that one"
         )
     grown = insert(state, expert.part)

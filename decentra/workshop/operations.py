@@ -13,21 +13,20 @@ from torch import Tensor
 from decentra.config import Manifest, ModelSpec
 from decentra.data.windows import WindowSource
 from decentra.errors import ConfigError
-from decentra.hf.checkpoint import Checkpoint, open_checkpoint, save_checkpoint
+from decentra.hf.checkpoint import Checkpoint, check_target, open_checkpoint, save_checkpoint
 from decentra.model.decoder import Decoder
 from decentra.modular import align, combine, lasting, parts, soup, upcycle
 from decentra.modular.combine import Recipe
 from decentra.modular.parts import State
 from decentra.workshop import experts as made
 from decentra.workshop import texts as text_of
-from decentra.workshop.looking import calibration_of, losses, mean, routing_of
+from decentra.workshop.looking import calibration_of, card_of, losses, mean, routing_of
 from decentra.workshop.training import model_of
 
 Say = Callable[[str], None]
 Result = dict[str, Any]
 
 NUM_WINDOWS = 64
-SHAPE_KEYS = ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "expert_hidden_size", "num_experts")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -38,21 +37,32 @@ def with_spec(manifest: Manifest, spec: ModelSpec, name: str | None = None) -> M
     return manifest.model_copy(update={"model": spec, "genesis": {}, "placement": placement, "name": (name or manifest.name)[:64]})
 
 
-def _lineage(source: Checkpoint, how: str, **more: Any) -> Result:
-    """What a model was made of; a model of models keeps their stories."""
-    return {
-        "made_by": how,
-        "from": str(source.folder),
-        "from_files": source.hashes,
-        "parents": source.lineage,
-        "at": int(time.time()),
-    } | more
+KEPT = ("experts", "public_model", "public_top_k", "run")  # of a lineage, by whatever leaves the experts as they are
+MAX_STEPS_BEFORE = 12
 
 
-def _save(
-    target: Path, source: Checkpoint, spec: ModelSpec, state: Mapping[str, Tensor], lineage: Result, dtype: torch.dtype = torch.float32
-) -> None:
-    save_checkpoint(target, with_spec(source.manifest, spec), state.items(), lineage, dtype=dtype)
+def _lineage(source: Checkpoint, how: str, *, keeps: bool = False, **more: Any) -> Result:
+    """What a model was made of: the steps before, by name and hash, newest first. ``keeps``: its experts are still the same."""
+    before = source.lineage
+    step = {"made_by": before.get("made_by"), "files": source.hashes} | {key: before[key] for key in ("run",) if key in before}
+    earlier = before.get("steps_before")
+    steps = [step, *(earlier if isinstance(earlier, list) else [])][:MAX_STEPS_BEFORE]
+    kept = {key: before[key] for key in KEPT if keeps and key in before}
+    return {"made_by": how, "from": source.folder.resolve().name, "steps_before": steps, "at": int(time.time())} | kept | more
+
+
+def known_experts(lineage: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
+    """Number -> what is known of an added expert. What is not as it should be is left out: a card is a foreign file."""
+    found = lineage.get("experts")
+    known: dict[int, dict[str, Any]] = {}
+    for number, card in found.items() if isinstance(found, dict) else ():
+        if str(number).isdecimal() and isinstance(card, dict) and isinstance(card.get("about"), dict):
+            known[int(number)] = card
+    return known
+
+
+def _save(target: Path, source: Checkpoint, spec: ModelSpec, state: Mapping[str, Tensor], lineage: Result) -> None:
+    save_checkpoint(target, with_spec(source.manifest, spec), state.items(), lineage, tokenizer=source.folder)
 
 
 def _kind(spec: ModelSpec) -> str:
@@ -62,8 +72,9 @@ def _kind(spec: ModelSpec) -> str:
 # ---------------------------------------------------------------- Hugging Face
 
 
-def convert(source: Path, target: Path, how: str, dtype: str = "fp32", keep_extra: bool = True) -> Result:
+def convert(source: Path, target: Path, how: str, dtype: str = "fp32") -> Result:
     """``import`` and ``export`` are this: read a folder, write one that decentra and transformers both load, tensor by tensor."""
+    check_target(target)
     with open_checkpoint(source) as opened:
         manifest = with_spec(opened.manifest, opened.spec)
 
@@ -71,19 +82,9 @@ def convert(source: Path, target: Path, how: str, dtype: str = "fp32", keep_extr
             for name in opened.names:
                 yield name, opened(name)
 
-        card = save_checkpoint(target, manifest, tensors(), _lineage(opened, how), dtype=DTYPES[dtype])
-        copied = _copy_extra(source, target) if keep_extra else []
+        card = save_checkpoint(target, manifest, tensors(), _lineage(opened, how, keeps=True), dtype=DTYPES[dtype], tokenizer=source)
         num = sum(torch.Size(shape).numel() for shape in opened.shapes.values())
-        return {"ok": True, "dir": str(target), "kind": _kind(opened.spec), "num_parameters": num, "files": card["files"], "copied": copied}
-
-
-def _copy_extra(source: Path, target: Path) -> list[str]:
-    from decentra.hf.checkpoint import TOKENIZER_FILES
-
-    copied = [name for name in TOKENIZER_FILES if (source / name).is_file()]
-    for name in copied:
-        (target / name).write_bytes((source / name).read_bytes())
-    return copied
+        return {"ok": True, "dir": str(target), "kind": _kind(opened.spec), "num_parameters": num, "files": card["files"]}
 
 
 # ---------------------------------------------------------------- more experts
@@ -98,6 +99,7 @@ def _start_gap(before: Decoder, after: Decoder) -> float:
 
 def grow(source: Path, target: Path, what: str, make: Callable[[State, ModelSpec, Checkpoint], upcycle.Upcycled], **options: Any) -> Result:
     """Upcycling, MoE-fication and expansion; says how far the start is from the model before."""
+    check_target(target)
     with open_checkpoint(source) as opened:
         state = opened.state()
         new = make(state, opened.spec, opened)
@@ -134,26 +136,25 @@ def upcycled(source: Path, target: Path, *, experts: int, top_k: int, method: st
 
 def _number(text: str, method: str) -> float:
     try:
-        return float(text)
+        value = float(text)
     except ValueError:
-        raise ConfigError(f"method: expected a number after the colon, got {method!r}") from None
+        value = -1.0
+    if not 0 <= value < 1e6:
+        raise ConfigError(f"method: expected a number of 0 or more after the colon, got {method!r}")
+    return value
+
+
+def _same_function(folder: Path, spec: ModelSpec, first: Path) -> None:
+    """Raise ConfigError for a model whose numbers mean something else than the first one's."""
+    with open_checkpoint(folder) as other:
+        for key, ours in spec.model_dump(exclude={"aux_loss_weight", "z_loss_weight", "max_seq_len", "code"}).items():
+            if (theirs := getattr(other.spec, key)) != ours:
+                raise ConfigError(f"{folder}: {key} is {theirs}, {first} has {ours}; they are of different architectures and do not merge")
 
 
 def _same_shape(folder: Path, spec: ModelSpec) -> State:
+    _same_function(folder, spec, Path("the first model"))
     with open_checkpoint(folder) as other:
-        for key, ours in spec.model_dump().items():
-            theirs = getattr(other.spec, key)
-            if theirs != ours and key in (
-                "vocab_size",
-                "hidden_size",
-                "num_layers",
-                "num_heads",
-                "num_kv_heads",
-                "head_dim",
-                "expert_hidden_size",
-                "num_experts",
-            ):
-                raise ConfigError(f"{folder}: {key} is {theirs}, the first model's {ours}; they are of different architectures")
         return other.state()
 
 
@@ -183,30 +184,25 @@ def expanded(source: Path, target: Path, *, factor: int, keep_chosen: bool, nois
 
 
 def merge(folders: Sequence[Path], target: Path, recipe: Recipe, base: Path | None, *, rebasin: bool = False) -> Result:
-    """Models of one architecture into one, a parameter at a time; ``rebasin`` puts their neurons and experts in the first one's order before (in memory)."""
+    """Models of one architecture into one, a parameter at a time. ``rebasin``: first their neurons and experts are put in the base's order, or in the
+    first one's, which takes all of them in memory."""
+    check_target(target)
+    if len(folders) + (base is not None) < 2:
+        raise ConfigError(f"merge: one model, {folders[0]}, is not merged with anything; the first folder is OUT, the models follow")
     opened = [open_checkpoint(folder) for folder in folders]
     origin = None if base is None else open_checkpoint(base)
     try:
         first = opened[0]
-        for other in [*opened[1:], *([] if origin is None else [origin])]:
-            if other.shapes != first.shapes:
-                differing = next(k for k, v in first.spec.model_dump().items() if getattr(other.spec, k) != v)
-                raise ConfigError(
-                    f"{other.folder}: {differing} is {getattr(other.spec, differing)}, {first.folder} has {getattr(first.spec, differing)};"
-                    " models of different architectures do not merge"
-                )
+        for folder in [*folders[1:], *([] if base is None else [base])]:
+            _same_function(folder, first.spec, folders[0])
         picks: list[combine.Pick] = list(opened)
         if rebasin:
-            states = [first.state(), *(align.aligned(o.state(), first.state()) for o in opened[1:])]
-            picks = [s.__getitem__ for s in states]
+            order = first.state() if origin is None else origin.state()  # task vectors are taken from the base: its order is the one
+            picks = [align.aligned(one.state(), order).__getitem__ for one in opened]
         merged = combine.merged(first.shapes, picks, origin, recipe)
-        lineage = {
-            "made_by": "merge",
-            "method": recipe.method,
-            "models": [_lineage(o, "ingredient") for o in opened],
-            "base": str(base) if base else None,
-        }
-        save_checkpoint(target, with_spec(first.manifest, first.spec), merged, lineage)
+        models = [{"name": one.folder.resolve().name, "files": one.hashes} for one in opened]
+        lineage = _lineage(first, "merge", recipe=vars(recipe), models=models, base=None if origin is None else origin.hashes)
+        save_checkpoint(target, with_spec(first.manifest, first.spec), merged, lineage, tokenizer=first.folder)
     finally:
         for one in [*opened, *([] if origin is None else [origin])]:
             one.weights.__exit__()
@@ -215,6 +211,9 @@ def merge(folders: Sequence[Path], target: Path, recipe: Recipe, base: Path | No
 
 def cooked(folders: Sequence[Path], target: Path, texts: Sequence[str], say: Say) -> Result:
     """A greedy soup by held-out loss."""
+    check_target(target)
+    if len(folders) < 2:
+        raise ConfigError(f"soup: one model, {folders[0] if folders else 'none'}, makes none; the first folder is OUT, the models follow")
     opened = [open_checkpoint(folder) for folder in folders]
     text_of.check_bytes(opened[0].spec.vocab_size)
     states = [o.state() if n == 0 else _same_shape(o.folder, opened[0].spec) for n, o in enumerate(opened)]
@@ -233,7 +232,12 @@ def cooked(folders: Sequence[Path], target: Path, texts: Sequence[str], say: Say
         opened[0],
         spec,
         chosen.state,
-        {"made_by": "soup", "models": [str(folders[i]) for i in chosen.ingredients], "loss": chosen.loss},
+        _lineage(
+            opened[0],
+            "soup",
+            models=[{"name": folders[i].resolve().name, "files": opened[i].hashes} for i in chosen.ingredients],
+            loss=chosen.loss,
+        ),
     )
     for one in opened:
         one.weights.__exit__()
@@ -249,78 +253,119 @@ def cooked(folders: Sequence[Path], target: Path, texts: Sequence[str], say: Say
 def expert_train(
     source: Path, target: Path, texts: Sequence[str], *, name: str, steps: int, lr: float, seed: int, start: int, say: Say
 ) -> Result:
+    """Train an expert beside a frozen model; its row tells its text from the embedded domains' (as far as they are not its own)."""
+    check_target(target)
     with open_checkpoint(source) as opened:
         text_of.check_bytes(opened.spec.vocab_size)
         train, held_out = text_of.split(texts, opened.manifest.data)
         state, seq_len = opened.state(), opened.manifest.data.seq_len
-        before = mean(losses(model_of(state, opened.spec), held_out, seq_len, NUM_WINDOWS))
+        alone = parts.spec_with(opened.spec, 1)
+        before = mean(losses(model_of(parts.select(state, [start]), alone), held_out, seq_len, NUM_WINDOWS))
+        public = text_of.public(opened.manifest.data, without=texts)
         text = b"\n".join(train.values())
         expert = made.train_expert(
-            state, opened.spec, text, name=name, steps=steps, seq_len=seq_len, start=start, lr=lr, seed=seed, say=say
+            state, opened.spec, text, name=name, steps=steps, seq_len=seq_len, start=start, lr=lr, seed=seed, public=public, say=say
         )
-        spec = parts.spec_with(opened.spec, 1)
-        alone = parts.select(parts.insert(parts.select(state, [start]), expert.part), [1])
-        after = mean(losses(model_of(alone, spec), held_out, seq_len, NUM_WINDOWS))
-        expert.about.update({"texts": list(train), "loss_before": before, "loss_after": after, "base_dir": str(source)})
+        trained = parts.select(parts.insert(parts.select(state, [start]), expert.part), [1])
+        after = mean(losses(model_of(trained, alone), held_out, seq_len, NUM_WINDOWS))
+        expert.about.update({"texts": list(train), "loss_before": before, "loss_after": after})
         made.save_expert(target, expert)
         return {"ok": True, "dir": str(target)} | expert.about
 
 
+def expert_card(source: Path, target: Path, texts: Sequence[str], *, number: int, name: str) -> Result:
+    """A model's own expert as one that can be carried, with the card of a text that it is for: routers by cards need one of each."""
+    check_target(target)
+    with open_checkpoint(source) as opened:
+        text_of.check_bytes(opened.spec.vocab_size)
+        train, _ = text_of.split(texts, opened.manifest.data)
+        state = opened.state()
+        frozen = model_of(parts.select(state, [number]), parts.spec_with(opened.spec, 1))
+        card = card_of(frozen, b"\n".join(train.values()), opened.manifest.data.seq_len)
+        about = {"name": name, "base": made.base_digest(state), "texts": list(train), "start": number}
+        made.save_expert(target, made.Expert(parts.extract(state, number), card, about))
+        return {"ok": True, "dir": str(target), "num_tokens": card.num_tokens} | about
+
+
 def expert_add(source: Path, target: Path, folders: Sequence[Path], *, any_base: bool) -> Result:
+    check_target(target)
     with open_checkpoint(source) as opened:
         state, spec = opened.state(), opened.spec
-        digest, cards = made.base_digest(state), dict(opened.lineage.get("experts") or {})
-        base = str(opened.lineage.get("public_model") or digest)
+        digest, cards = made.base_digest(state), {str(n): c for n, c in known_experts(opened.lineage).items()}
+        public = str(opened.lineage.get("public_model") or digest)
+        top_k = opened.lineage.get("public_top_k") or spec.num_experts_per_token
         for folder in folders:
             expert = made.load_expert(folder)
-            state, spec = made.added(state, spec, expert, check_base=None if any_base else base)
-            cards[str(spec.num_experts - 1)] = {"about": expert.about, "folder": str(folder)}
-        _save(target, opened, spec, state, _lineage(opened, "expert add", experts=cards, public_model=base))
+            state, spec = made.added(state, spec, expert, bases=() if any_base else (digest, public))
+            cards[str(spec.num_experts - 1)] = {"about": expert.about, "sha256": made.part_digest(expert.part)}
+        _save(target, opened, spec, state, _lineage(opened, "expert add", experts=cards, public_model=public, public_top_k=top_k))
         return {"ok": True, "dir": str(target), "kind": _kind(spec), "experts": cards}
 
 
-def expert_keep(source: Path, target: Path, numbers: Sequence[int], how: str = "expert keep") -> Result:
+def expert_keep(
+    source: Path, target: Path, numbers: Sequence[int], how: str = "expert keep", top_k: int | None = None, **more: Any
+) -> Result:
     """The model with these experts only, numbered anew; everything about the others is gone from it."""
+    check_target(target)
     with open_checkpoint(source) as opened:
         state = parts.select(opened.state(), numbers)
-        spec = parts.spec_with(opened.spec, len(numbers))
-        known = dict(opened.lineage.get("experts") or {})
-        cards = {str(new): known[str(old)] for new, old in enumerate(numbers) if str(old) in known}
-        lineage = {
-            "made_by": how,
-            "from": str(source),
-            "kept": list(numbers),
-            "experts": cards,
-            "public_model": opened.lineage.get("public_model"),
-        }
+        spec = parts.spec_with(opened.spec, len(numbers), top_k)
+        known = known_experts(opened.lineage)
+        cards = {str(new): known[old] for new, old in enumerate(numbers) if old in known}
+        lineage = _lineage(opened, how, keeps=True, kept=list(numbers)) | {"experts": cards} | more
         _save(target, opened, spec, state, lineage)
         return {"ok": True, "dir": str(target), "kind": _kind(spec), "kept": list(numbers), "experts": cards}
 
 
 def forget(source: Path, target: Path, *, experts: Sequence[int], owner: str | None) -> Result:
-    """Isolated experts out: exact, since nothing else of the model was trained on their text. Says the hashes before and after."""
+    """Experts out of a model, and a verdict: isolated, when hashes prove that what is left is the model that never had them; joint otherwise."""
+    check_target(target)
     with open_checkpoint(source) as opened:
-        known = dict(opened.lineage.get("experts") or {})
+        known, count, before = known_experts(opened.lineage), opened.spec.num_experts, opened.hashes
         gone = set(experts)
+        if unknown := sorted(e for e in gone if not 0 <= e < count):
+            raise ConfigError(f"expert {unknown[0]} is not there: this model has experts 0 to {count - 1}")
         if owner is not None:
-            gone |= {int(n) for n, card in known.items() if card.get("about", {}).get("name") == owner}
+            gone |= {n for n, card in known.items() if card["about"].get("name") == owner}
             if not gone:
-                raise ConfigError(
-                    f"no expert of {owner!r} is in {source}; its lineage names {', '.join(sorted(c['about']['name'] for c in known.values())) or 'none'}"
-                )
-        joint = sorted(e for e in gone if str(e) not in known)
-        left = [e for e in range(opened.spec.num_experts) if e not in gone]
+                names = ", ".join(sorted(str(c["about"].get("name")) for c in known.values())) or "none"
+                raise ConfigError(f"no expert of {owner!r} is in {source}; its lineage names {names}")
+        if not gone:
+            raise ConfigError("forget: no expert was named")
+        left = [e for e in range(count) if e not in gone]
         if not left:
             raise ConfigError("forgetting every expert leaves no model")
-        before = opened.hashes
-    result = expert_keep(source, target, left, "forget")
-    mode = "isolated" if not joint else "joint"
+        state = opened.state()
+        doubt = _doubt(state, known, gone, left, str(opened.lineage.get("public_model")))
+        top_k = opened.lineage.get("public_top_k")
+        is_public = all(e not in known for e in left)
+    mode = "joint" if doubt else "isolated"
     why = (
-        "the model is bitwise the one that never had them" if mode == "isolated"
-        else f"experts {joint} were not added with 'expert add': what they saw may be in the trunk and the router, too; this is approximate"
-    )  # fmt: skip
+        f"{doubt}; what they saw may be elsewhere in the model, too: this is approximate"
+        if doubt
+        else "the model is bitwise the one that never had them"
+    )
+    original = int(top_k) if is_public and isinstance(top_k, int) and not doubt else None
+    result = expert_keep(source, target, left, "forget", original, forgotten=sorted(gone), mode=mode)
     with open_checkpoint(target) as after:
         return result | {"forgotten": sorted(gone), "mode": mode, "why": why, "files_before": before, "files_after": after.hashes}
+
+
+def _doubt(state: State, known: Mapping[int, Mapping[str, Any]], gone: set[int], left: Sequence[int], public: str) -> str:
+    """Why it is not proven that only the experts that go knew what they know; empty when it is."""
+    if strangers := sorted(e for e in gone if e not in known):
+        return f"expert {strangers[0]} was not put in with 'expert add'"
+    own = [e for e in range(len(left) + len(gone)) if e not in known]
+    if not own or made.base_digest(parts.select(state, own)) != public:
+        return "the public model is not as it was before experts were added: it, or its router, was trained since"
+    for number in left:
+        if number in known:
+            card = known[number]
+            if card["about"].get("base") != public:
+                return f"expert {number} was trained beside another model than the public one"
+            if made.part_digest(parts.extract(state, number)) != card.get("sha256"):
+                return f"expert {number} is not as it was when it was added: it was trained since"
+    return ""
 
 
 def audit(source: Path, members: Sequence[str], others: Sequence[str]) -> Result:
@@ -332,7 +377,7 @@ def audit(source: Path, members: Sequence[str], others: Sequence[str]) -> Result
         def each(lines: Sequence[str]) -> list[float]:
             found = []
             for line in lines:
-                data = line.encode()[: opened.spec.max_seq_len]
+                data = line.encode(errors="replace")[: opened.spec.max_seq_len]
                 if len(data) > 1:
                     found.append(losses(model, {"": data}, len(data) - 1)[""])
             return found
@@ -369,9 +414,11 @@ def inspect(source: Path, texts: Sequence[str]) -> Result:
 
 def routed(source: Path, text: str, router: str, experts: Sequence[Path]) -> Result:
     """Which expert serves each byte of a text, and how well the text is predicted."""
+    if router not in made.ROUTERS:
+        raise ConfigError(f"router: expected one of {', '.join(made.ROUTERS)}, got {router!r}")
     with open_checkpoint(source) as opened:
         text_of.check_bytes(opened.spec.vocab_size)
-        spec, data = opened.spec, text.encode()[: opened.spec.max_seq_len]
+        spec, data = opened.spec, text.encode(errors="replace")[: opened.spec.max_seq_len]
         if len(data) < 2:
             raise ConfigError("the text is too short; give two characters or more")
         model = model_of(opened.state(), spec)
@@ -396,6 +443,9 @@ def _with_cards(router: str, cards: Sequence[Any], spec: ModelSpec, model: Decod
         raise ConfigError(
             f"router {router} needs a card of each of the {spec.num_experts} experts, got {len(cards)}; give them with --expert DIR, in order"
         )
+    shape = (spec.num_layers, spec.hidden_size)
+    if wrong := [c for c in cards if tuple(c.mean_LD.shape) != shape]:
+        raise ConfigError(f"a card is of a model of {tuple(wrong[0].mean_LD.shape)} layers and hidden size, this one has {shape}")
     if router == "document":
         return made.document_routing(model, cards, data)[0]
     return made.routing(router, cards)
@@ -435,6 +485,7 @@ class _noting:
 
 def tuned(source: Path, target: Path, texts: Sequence[str], *, steps: int, lr: float, seed: int, say: Say) -> Result:
     """Router rows trained on public text, everything else frozen: after experts were added or swarm peers held a part each."""
+    check_target(target)
     with open_checkpoint(source) as opened:
         text_of.check_bytes(opened.spec.vocab_size)
         train, held_out = text_of.split(texts, opened.manifest.data)
@@ -442,10 +493,7 @@ def tuned(source: Path, target: Path, texts: Sequence[str], *, steps: int, lr: f
         before = mean(losses(model_of(state, opened.spec), held_out, seq_len, NUM_WINDOWS))
         new = made.tune_router(state, opened.spec, text_of.joined(train), steps=steps, seq_len=seq_len, lr=lr, seed=seed, say=say)
         after = mean(losses(model_of(new, opened.spec), held_out, seq_len, NUM_WINDOWS))
-        lineage = _lineage(
-            opened, "tune router", steps=steps, experts=opened.lineage.get("experts"), public_model=opened.lineage.get("public_model")
-        )
-        _save(target, opened, opened.spec, new, lineage)
+        _save(target, opened, opened.spec, new, _lineage(opened, "tune router", keeps=True, steps=steps))
         return {"ok": True, "dir": str(target), "loss_before": before, "loss_after": after}
 
 
@@ -455,6 +503,7 @@ def continual(source: Path, target: Path, texts: Sequence[str], *, strategy: str
 
     if strategy not in STRATEGIES:
         raise ConfigError(f"strategy: expected one of {', '.join(STRATEGIES)}, got {strategy!r}")
+    check_target(target)
     with open_checkpoint(source) as opened:
         text_of.check_bytes(opened.spec.vocab_size)
         stream, held_out = text_of.split(texts, opened.manifest.data)
@@ -462,13 +511,18 @@ def continual(source: Path, target: Path, texts: Sequence[str], *, strategy: str
         model = model_of(state, spec)
         matrix = [list(losses(model, held_out, seq_len, NUM_WINDOWS).values())]
         seen: list[bytes] = []
+        cards: dict[str, Any] = {str(n): c for n, c in known_experts(opened.lineage).items()}
         for name, text in stream.items():
             source_of = WindowSource([text], seq_len, seed, name)
             plan = Plan(steps, frozenset(n for n, _ in model.named_parameters()), lr=lr, seed=seed)
             guards = []
             if strategy == "grow":
-                expert = made.train_expert(state, spec, text, name=name, steps=steps, seq_len=seq_len, lr=lr, seed=seed, say=say)
+                public = b"\n".join(seen) if seen else text_of.public(opened.manifest.data, without=texts)
+                expert = made.train_expert(
+                    state, spec, text, name=name, steps=steps, seq_len=seq_len, lr=lr, seed=seed, public=public, say=say
+                )
                 state, spec = made.added(state, spec, expert)
+                cards[str(spec.num_experts - 1)] = {"about": expert.about, "sha256": made.part_digest(expert.part)}
                 model = model_of(state, spec)
                 model.routing = made.evidence_of(model)
             else:
@@ -484,10 +538,10 @@ def continual(source: Path, target: Path, texts: Sequence[str], *, strategy: str
             matrix.append(list(losses(model, held_out, seq_len, NUM_WINDOWS).values()))
             say(f"after {name}: " + ", ".join(f"{d} {value:.3f}" for d, value in zip(stream, matrix[-1], strict=True)))
         found = lasting.transfer(matrix)
-        _save(target, opened, spec, state, _lineage(opened, f"continual {strategy}", stream=list(stream)))
+        _save(target, opened, spec, state, _lineage(opened, f"continual {strategy}", stream=list(stream), experts=cards))
         return {
             "ok": True, "dir": str(target), "strategy": strategy, "stream": list(stream), "loss_matrix": matrix, "backward_transfer": found.backward,
-            "forward_transfer": found.forward, "loss": found.final,
+            "forward_transfer": found.forward, "loss": found.final, "router": "evidence" if strategy == "grow" else "own",
         }  # fmt: skip
 
 

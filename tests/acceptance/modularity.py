@@ -29,7 +29,6 @@ from decentra.data.windows import WindowSource
 from decentra.model.decoder import Decoder, build_model
 from decentra.modular import lasting, route, soup, upcycle
 from decentra.modular.parts import State, extract, insert, select, spec_with
-from decentra.modular.route import Fixed
 from decentra.workshop import experts as made
 from decentra.workshop.looking import calibration_of, card_of, losses, mean, routing_of
 from decentra.workshop.training import Plan, model_of, train
@@ -113,7 +112,7 @@ class Story:
     def merged(self) -> tuple[State, ModelSpec]:
         state, spec = self.base, DENSE
         for expert in self.experts[1:]:
-            state, spec = made.added(state, spec, expert, check_base=None)
+            state, spec = made.added(state, spec, expert)
         return state, spec
 
     def routed(self, kind: str | None, num_chosen: int, routing: Any = None) -> dict[str, float]:
@@ -168,7 +167,8 @@ def upcycling(story: Story) -> Found:
     up = upcycle.upcycle(story.all_dense, DENSE, 4, seed=story.seed)
     dense = mean(story.loss(story.fit(model_of(story.all_dense, DENSE), DOMAINS, story.steps, "go on"), DENSE))
     moe = mean(story.loss(story.fit(model_of(up.state, up.spec), DOMAINS, story.steps, "go on"), up.spec))
-    wide = upcycle.upcycle(story.all_dense, DENSE, 2, seed=story.seed)  # both chosen: a dense FFN of twice the width, the same FLOPs
+    # both chosen: a dense FFN of twice the width and the same FLOPs; noise, so that its halves part as a wide FFN's would
+    wide = upcycle.upcycle(story.all_dense, DENSE, 2, noise=0.02, seed=story.seed)
     iso = mean(story.loss(story.fit(model_of(wide.state, wide.spec), DOMAINS, story.steps, "go on"), wide.spec))
     return [
         ("upcycle", f"upcycled over dense after {story.steps} equal steps: loss ratio", moe / dense, 0.995, False),
@@ -210,7 +210,10 @@ def soups(story: Story) -> Found:
 
     chosen = soup.greedy_soup(ingredients, judge(half))
     best = min(judge(other)(s) for s in ingredients)
-    return [("merge", "greedy soup over its best ingredient, separate text: loss ratio", judge(other)(chosen.state) / best, 1.002, False)]
+    return [
+        ("merge", "greedy soup over its best ingredient, separate text: loss ratio", judge(other)(chosen.state) / best, 1.002, False),
+        ("merge", "ingredients of the soup", float(len(chosen.ingredients)), 2.0, True),
+    ]
 
 
 def routing(story: Story) -> Found:
@@ -272,6 +275,7 @@ def forgetting(story: Story) -> Found:
         if number != gone:
             never, never_spec = made.added(never, never_spec, expert)
     is_equal = without.keys() == never.keys() and all(without[n].equal(never[n]) for n in never)
+    is_equal = is_equal and spec_with(spec, len(left)) == never_spec
     before = _by_evidence(story, state, spec_with(spec, spec.num_experts, 2))
     after = _by_evidence(story, without, spec_with(never_spec, len(left), 2))
     others = max(after[d] / before[d] for d in DOMAINS if d != "headers")
@@ -287,26 +291,25 @@ def forgetting(story: Story) -> Found:
 
 
 def canaries(story: Story) -> Found:
-    """Random strings that an expert learned can be told from strings it did not see; once it is out, they cannot."""
+    """Random strings that an expert learned can be told from strings it did not see; once it is out of a model of several, they cannot."""
     generator = torch.Generator().manual_seed(1000 + story.seed)
-    strings = [bytes(torch.randint(97, 123, (64,), generator=generator).tolist()) for _ in range(40)]
-    members, others = strings[:20], strings[20:]
+    strings = [bytes(torch.randint(97, 123, (64,), generator=generator).tolist()) for _ in range(240)]
+    members, count = strings[:40], 40
     text = b"\n".join([story.train_text["math"][:20_000], *members * 12])
-    expert = made.train_expert(story.base, DENSE, text, name="canary", steps=2 * story.steps, seq_len=SEQ_LEN, lr=3e-3, seed=story.seed)
-    state, spec = made.added(story.base, DENSE, expert)
+    secret = made.train_expert(story.base, DENSE, text, name="canary", steps=2 * story.steps, seq_len=SEQ_LEN, lr=3e-3, seed=story.seed)
+    state, spec = made.added(story.base, DENSE, story.experts[1])
+    state, spec = made.added(state, spec, secret)
+    left = select(state, [0, 1])
 
-    def trace(state: State, spec: ModelSpec, routing: Any) -> float:
-        model = _with_routing(state, spec, routing)
+    def trace(state: State, num_experts: int) -> float:
+        model = _with_routing(state, spec_with(spec, num_experts, 2), None)
+        model.routing = made.evidence_of(model)
         told = [losses(model, {"c": s}, len(s) - 1)["c"] for s in strings]
-        return lasting.auc(told[:20], told[20:])
+        return lasting.auc(told[:count], told[count:])
 
-    alone = torch.tensor([-20.0, 20.0])
-    known = trace(state, spec_with(spec, 2, 2), Fixed(alone))
-    gone = trace(select(state, [0]), DENSE, None)
-    del others
     return [
-        ("forget", "canaries: AUC with the expert", known, 0.95, True),
-        ("forget", "canaries: distance of the AUC from chance once it is out", abs(gone - 0.5), 0.1, False),
+        ("forget", "canaries: AUC with the expert, 40 members against 200 others", trace(state, 3), 0.95, True),
+        ("forget", "canaries: distance of the AUC from chance once it is out", abs(trace(left, 2) - 0.5), 0.1, False),
     ]
 
 

@@ -76,9 +76,11 @@ def test_an_expert_comes_and_goes_without_a_trace(base: Path, tmp_path: Path) ->
     assert ran("expert", "add", str(base), plus, "--expert", mine)["kind"] == "2 experts, 2 per token"
     assert "alice" in decentra("expert", "list", plus).out
     page = tmp_path / "page.html"
-    for router in ("own", "evidence", "uniform"):
+    card = str(tmp_path / "card")
+    assert ran("expert", "card", str(base), card, "--text", "prose")["name"] == "public"
+    for router in ("own", "evidence", "prefix"):
         more = ("--html", str(page)) if router == "evidence" else ()
-        cards = ("--expert", mine, "--expert", mine) if router == "uniform" else ()
+        cards = ("--expert", card, "--expert", mine) if router == "prefix" else ()
         told = ran("route", plus, "int main(void) { return 0; }", "--router", router, *more, *cards)
         assert sum(map(float, told["share_per_expert"])) == pytest.approx(1.0, abs=1e-3)  # type: ignore[call-overload]
     assert "<span" in page.read_text()
@@ -87,9 +89,16 @@ def test_an_expert_comes_and_goes_without_a_trace(base: Path, tmp_path: Path) ->
     assert (gone["mode"], gone["forgotten"]) == ("isolated", [1])
     with open_checkpoint(base) as before, open_checkpoint(Path(without)) as after:
         assert before.hashes == after.hashes, "the very bytes of the model that never had it"
-    joint = ran("forget", str(tmp_path / "plus"), str(tmp_path / "joint"), "--experts", "0")
-    assert joint["mode"] == "joint"
-    assert "approximate" in str(joint["why"])
+    for source, expert, words in ((plus, ("--experts", "0"), "not put in with"), (tuned, ("--owner", "alice"), "was trained since")):
+        joint = ran("forget", source, f"{source}-joint", *expert)
+        assert joint["mode"] == "joint", "it cannot be proven, so it is not said"
+        assert words in str(joint["why"])
+    second, both, kept = (str(tmp_path / name) for name in ("second", "both", "kept"))
+    ran("expert", "train", plus, second, "--text", "math", "--name", "bob", "--steps", "5")
+    ran("expert", "add", plus, both, "--expert", second)
+    told = ran("forget", both, kept, "--owner", "alice")
+    assert told["mode"] == "joint", "bob's was trained beside a model that had alice's"
+    assert "beside another model" in str(told["why"])
     seen, unseen = tmp_path / "seen", tmp_path / "unseen"
     seen.write_text("the same line of text\nanother line of text\n")
     unseen.write_text("zq#kx!w vvv qqq\nxx ## zz ww\n")
@@ -128,12 +137,18 @@ def test_wrong_input_is_said_in_one_line(base: Path, tmp_path: Path) -> None:
         (("upcycle", moe, out), ("has 3 experts already",)),
         (("upcycle", str(tmp_path / "none"), out), ("is no folder",)),
         (("upcycle", str(base), out, "--method", "magic"), ("method", "virtual-group")),
-        (("upcycle", str(base), out, "--method", "drop:x"), ("a number after the colon",)),
+        (("upcycle", str(base), out, "--method", "drop:x"), ("after the colon",)),
         (("upcycle", str(base), out, "--method", "btx"), ("--with",)),
-        (("merge", out, str(base), moe), ("num_experts is 3", "do not merge")),
+        (("merge", out, str(base), moe), ("num_experts", "do not merge")),
         (("merge", out, str(base), str(base), "--method", "ties"), ("--base",)),
-        (("merge", out, str(base), "--weights", "a,b"), ("0.5,0.5",)),
+        (("merge", out, str(base), str(base), "--weights", "a,b"), ("0.5,0.5",)),
         (("merge", out), ("no model",)),
+        (("merge", out, str(base)), ("is not merged with anything",)),
+        (("merge", str(base), moe, moe), ("nothing is written over",)),
+        (("upcycle", str(base), out, "--experts", "5000"), ("num_experts",)),
+        (("forget", moe, out, "--experts", "99"), ("expert 99 is not there",)),
+        (("route", moe, "text", "--router", "magic"), ("expected one of own",)),
+        (("inspect", moe, "--text", "code", "--text", "code"), ("two texts are called",)),
         (("expert", "keep", moe, out, "--experts", "7"), ("expert 7 is not there",)),
         (("expert", "add", str(base), out, "--expert", moe), ("is no expert",)),
         (("expert", "train", str(base), out), ("--text",)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -59,8 +60,20 @@ def test_saved_and_opened_is_the_same(tmp_path: Path, spec: ModelSpec, monkeypat
         assert all(found[k].equal(v) for k, v in state.items() if not (spec.num_experts == 1 and "gate.weight" in k))
         assert opened.lineage == {"made_by": "a test"}
     assert verify(tmp_path).keys() == opened.hashes.keys()
-    saved(tmp_path, spec, seed=4)
-    assert len(verify(tmp_path)) == len(opened.hashes), "written over, nothing of the old one is left"
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    with pytest.raises(ConfigError, match="nothing is written over"):
+        saved(tmp_path, spec, seed=4)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+def test_what_goes_wrong_on_the_way_leaves_nothing(tmp_path: Path) -> None:
+    def broken() -> Iterator[tuple[str, torch.Tensor]]:
+        yield "lm_head.weight", torch.zeros(64, 16)
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        save_checkpoint(tmp_path / "out", Manifest(name="m", model=MOE, data=DataSpec(seq_len=24)), broken(), {})
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("spec", [MOE, DENSE], ids=["moe", "dense"])
@@ -86,8 +99,15 @@ def test_a_tied_head_is_the_embedding(tmp_path: Path) -> None:
     del tensors["lm_head.weight"]
     safetensors.torch.save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     (tmp_path / "decentra.json").unlink()
+    with pytest.raises(IntegrityError, match=r"no tensor lm_head\.weight"):
+        open_checkpoint(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text()) | {"tie_word_embeddings": True}
+    (tmp_path / "config.json").write_text(json.dumps(config))
     with open_checkpoint(tmp_path) as opened:
         assert opened("lm_head.weight").equal(opened("model.embed_tokens.weight"))
+        save_checkpoint(tmp_path / "out", opened.manifest, ((n, opened(n)) for n in opened.names), {})
+    with open_checkpoint(tmp_path / "out") as written:
+        assert written("lm_head.weight").equal(written("model.embed_tokens.weight"))
 
 
 @pytest.mark.parametrize(
@@ -102,6 +122,8 @@ def test_a_tied_head_is_the_embedding(tmp_path: Path) -> None:
         ({"rope_parameters": {"rope_type": "yarn"}}, "yarn"),
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"hidden_size": None}, "hidden_size"),
+        ({"rope_parameters": "x"}, "another kind"),
+        ({"num_attention_heads": 0, "head_dim": None}, "another kind"),
     ],
 )
 def test_what_cannot_be_imported_says_why(change: dict[str, object], words: str) -> None:
@@ -131,6 +153,16 @@ def test_every_damage_is_named(tmp_path: Path) -> None:
     safetensors.torch.save_file(tensors | {"model.layers.0.mlp.experts.9.up_proj.weight": torch.zeros(12, 16)}, weights)
     with pytest.raises(ConfigError, match="numbered with holes"):
         open_checkpoint(tmp_path)
+    weights.write_bytes(whole)
+    safetensors.torch.save_file(tensors, tmp_path / "evil.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(tensors, "evil.safetensors")}))
+    with pytest.raises(IntegrityError, match=r"read from evil.safetensors, which decentra.json does not name"):
+        verify(tmp_path)
+    card = json.loads((tmp_path / "decentra.json").read_text())
+    (tmp_path / "decentra.json").write_text(json.dumps(card | {"files": {"../secret": "00"}}))
+    with pytest.raises(IntegrityError, match="no file of its folder"):
+        verify(tmp_path)
+    (tmp_path / "decentra.json").write_text(json.dumps(card))
     index = {"weight_map": {"a": "model-00001-of-00002.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(ConfigError, match="half a download"):

@@ -127,12 +127,15 @@ def test_a_mergekit_configuration() -> None:
         "merge_method": "ties", "base_model": "base", "parameters": {"normalize": True, "density": 0.3},
         "models": [{"model": "base"}, {"model": "a", "parameters": {"weight": 0.5}}, {"model": "b", "parameters": {"weight": 2, "density": 0.9}}],
     }  # fmt: skip
+    slerp_raw = {"merge_method": "slerp", "base_model": "a", "models": [{"model": "a"}, {"model": "b"}], "parameters": {"t": 0.2}}
+    assert recipe_from(slerp_raw)[1] == ["a", "b"], "there the base is one of the two"
     recipe, models, base = recipe_from(raw)
     assert (models, base) == (["a", "b"], "base")
     assert recipe == Recipe("ties", (0.5, 2.0), (0.3, 0.9), is_normalised=True)
     for bad, words in (
         ({**raw, "slices": []}, "slices"), ({"models": "x"}, "merge_method and models"), ({**raw, "models": [{"model": 3}]}, "model: PATH"),
         ({**raw, "models": [{"model": "a", "parameters": {"weight": [0, 1]}}]}, "gradients"),
+        ({**raw, "base_model": 3}, "to be a path"), ({**raw, "parameters": "x"}, "to be a table"), ({**raw, "parameters": {"lambda": [1]}}, "gradients"),
     ):  # fmt: skip
         with pytest.raises(ConfigError, match=words):
             recipe_from(bad)
@@ -143,9 +146,7 @@ ORACLE: dict[str, tuple[Recipe, dict[str, Any]]] = {
     "task_arithmetic": (Recipe("task_arithmetic", weights=(0.3, 1.2, 0.5)), {"weight": [0.3, 1.2, 0.5]}),
     "ties": (Recipe("ties", weights=(0.3, 1.2, 0.5), densities=(0.5,), is_normalised=True), {"weight": [0.3, 1.2, 0.5], "density": 0.5, "normalize": True}),
     "breadcrumbs": (Recipe("breadcrumbs", densities=(0.5,), gamma=0.1), {"weight": 1.0, "density": 0.5, "gamma": 0.1}),
-    "breadcrumbs_ties": (
-        Recipe("breadcrumbs_ties", densities=(0.5,), gamma=0.1, is_normalised=True), {"weight": 1.0, "density": 0.5, "gamma": 0.1, "normalize": True},
-    ),
+    "breadcrumbs_ties": (Recipe("breadcrumbs_ties", densities=(0.5,), gamma=0.1), {"weight": 1.0, "density": 0.5, "gamma": 0.1}),
     "model_stock": (Recipe("model_stock"), {}),
     "slerp": (Recipe("slerp", t=0.3), {"t": 0.3}),
     "karcher": (Recipe("karcher"), {"max_iter": 200, "tol": 1e-12}),

@@ -50,8 +50,25 @@ def test_expanded_with_all_copies_chosen_is_exact_and_with_as_many_as_before_is_
     large = up.expand(small.state, small.spec, 2)
     assert (large.spec.num_experts, large.spec.num_experts_per_token, large.is_exact) == (6, 4, True)
     torch.testing.assert_close(logits(large.state, large.spec), logits(small.state, small.spec), atol=1e-5, rtol=1e-5)
-    cheap = up.expand(small.state, small.spec, 2, keep_chosen=True)
+    cheap = up.expand(small.state, small.spec, 2, keep_chosen=True, noise=0.01)
     assert (cheap.spec.num_experts_per_token, cheap.is_exact) == (2, False)
+    loose = ModelSpec(**small.spec.model_dump() | {"norm_topk_prob": False})
+    wide = up.expand(small.state, loose, 2)
+    assert not wide.spec.norm_topk_prob, "weights that do not add up to one stay such"
+    torch.testing.assert_close(logits(wide.state, wide.spec), logits(small.state, loose), atol=1e-5, rtol=1e-5)
+
+
+def test_a_dense_model_gets_a_balancing_loss_with_its_experts() -> None:
+    imported = ModelSpec(**DENSE.model_dump() | {"aux_loss_weight": 0.0})
+    assert up.upcycle(STATE, imported, 4).spec.aux_loss_weight > 0
+    assert not up.upcycle(STATE, imported, 4, 1).is_exact
+
+
+def test_one_chosen_alone_still_speaks_with_its_whole_voice() -> None:
+    made = up.upcycle(STATE, DENSE, 4, 1)
+    quiet = {k: v / 4 if "experts" in k and "down_proj" in k else v for k, v in made.state.items()}
+    gap, before = ((logits(state, made.spec) - logits(STATE, DENSE)).norm() for state in (made.state, quiet))
+    assert float(gap) < 0.5 * float(before), "its weight is about 1/4, its output four times as large"
 
 
 def test_dropped_experts_differ_and_say_that_they_are_not_exact() -> None:
@@ -97,6 +114,10 @@ def test_the_predictor_ranks_groups_by_what_they_contribute() -> None:
         (lambda: up.moefy(STATE, DENSE, 4, 2, cluster="magic"), "coact, kmeans or random"),
         (lambda: up.drop_upcycle(STATE, DENSE, 4, ratio=2.0), "above 0 and at most 1"),
         (lambda: up.expand(STATE, DENSE, 1), "factor of 2"),
+        (lambda: up.expand(STATE, DENSE, 2, keep_chosen=True), "needs noise"),
+        (lambda: up.upcycle(STATE, DENSE, 4, noise=float("nan")), "0 or more"),
+        (lambda: up.virtual_groups(STATE, DENSE, 4, 1), "two or more"),
+        (lambda: up.upcycle(STATE, DENSE, 5000), "num_experts"),
         (lambda: up.branch_train_mix([STATE, {"x": torch.zeros(1)}], DENSE), "model 2 is of another architecture"),
     ],
 )
