@@ -248,6 +248,20 @@ def expert_card(
     _done(operations.expert_card(source, target, text, number=number, name=name), as_json, "dir", "name", "num_tokens")
 
 
+@expert_app.command("lora")
+def expert_lora(
+    source: SourceArg,
+    adapter: Annotated[Path, typer.Argument(help="folder of a PEFT LoRA adapter of this model's FFNs", metavar="ADAPTER")],
+    target: TargetArg,
+    name: Annotated[str, typer.Option(help="whose it is")] = "me",
+    as_json: JsonOpt = False,
+) -> None:
+    """Make an expert of a LoRA adapter that was trained elsewhere. Example: decentra expert lora my-dense my-adapter my-expert"""
+    from decentra.workshop import operations
+
+    _done(operations.expert_lora(source, adapter, target, name=name), as_json, "dir", "name", "adapter")
+
+
 @expert_app.command("add")
 def expert_add(
     source: SourceArg,
@@ -333,6 +347,27 @@ def tune(
 
     found = operations.tuned(source, target, text or _default_texts(source), steps=steps, lr=lr, seed=seed, say=_say)
     _done(found, as_json, "dir", "loss_before", "loss_after")
+
+
+@app.command()
+def distil(
+    source: SourceArg,
+    target: TargetArg,
+    text: TextOpt = None,
+    router: Annotated[str, typer.Option(help="evidence, prefix, centroid, lda, uniform, document")] = "evidence",
+    expert: Annotated[
+        list[Path] | None, typer.Option("--expert", help="folder with the card of expert 0, 1, ...; for routers by cards")
+    ] = None,
+    steps: StepsOpt = 100,
+    seed: SeedOpt = 0,
+    as_json: JsonOpt = False,
+) -> None:
+    """Bake a runtime router into rows that can be exported, and say what is lost (KL). Example: decentra distil my-model baked --router evidence"""
+    from decentra.workshop import operations
+
+    names = text or _default_texts(source)
+    found = operations.distilled(source, target, names, router=router, experts=expert or (), steps=steps, seed=seed, say=_say)
+    _done(found, as_json, "dir", "router", "kl", "loss_with_router", "loss_with_rows")
 
 
 @app.command()

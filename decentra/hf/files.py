@@ -42,9 +42,9 @@ def read_json(path: Path) -> dict[str, Any]:
 class Weights:
     """The tensors of a folder by name, read when asked for. Close it, or use it in a ``with``."""
 
-    def __init__(self, folder: Path) -> None:
-        """Raises ConfigError (no weights, a part is missing), IntegrityError (damaged)."""
-        self.folder = folder
+    def __init__(self, folder: Path, one: str = ONE) -> None:
+        """``one``: the file where there are no shards. Raises ConfigError (no weights, a part is missing), IntegrityError (damaged)."""
+        self.folder, self._one = folder, one
         self._files: dict[str, Any] = {}
         self._stack = contextlib.ExitStack()
         self._of: dict[str, str] = {}
@@ -57,7 +57,7 @@ class Weights:
             raise ConfigError(f"{folder}: its safetensors files hold no tensor")
 
     def _parts(self) -> list[str]:
-        if (self.folder / INDEX).is_file():
+        if self._one == ONE and (self.folder / INDEX).is_file():
             index = read_json(self.folder / INDEX)
             of = index.get("weight_map")
             if not isinstance(of, dict) or not all(isinstance(f, str) and "/" not in f and f != ".." for f in of.values()):
@@ -65,13 +65,13 @@ class Weights:
             self._promised = set(of)
             return sorted(set(of.values()))
         self._promised = set()
-        return [ONE]
+        return [self._one]
 
     def _open(self, file: str) -> None:
         path = self.folder / file
         if not path.is_file():
-            what = "no finished model" if file == ONE else f"half a download: {file} is missing"
-            raise ConfigError(f"{self.folder} has {what}; expected {ONE} or {INDEX} with all its parts")
+            what = "no finished model" if file == self._one else f"half a download: {file} is missing"
+            raise ConfigError(f"{self.folder} has {what}; expected {self._one} or {INDEX} with all its parts")
         try:
             opened = self._stack.enter_context(safetensors.safe_open(path, framework="pt"))
         except (safetensors.SafetensorError, OSError) as error:

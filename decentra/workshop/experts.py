@@ -80,6 +80,65 @@ def train_expert(
     return Expert(part, card, about)
 
 
+@dataclass(frozen=True)
+class Sliced:
+    """An expert trained slice by slice (SISA, arXiv 1912.03817), with what it was after each: a slice can be unlearned by going back and on without it."""
+
+    after: tuple[Expert, ...]
+    num_steps: int  # that it took
+
+    @property
+    def expert(self) -> Expert:
+        return self.after[-1]
+
+
+def train_sliced(
+    state: State, spec: ModelSpec, slices: Sequence[bytes], *, name: str, steps: int, seq_len: int, lr: float = 1.4e-3, seed: int = 0,
+    begin: Sequence[Expert] = (), numbers: Sequence[int] | None = None, say: Say = lambda _: None,
+) -> Sliced:  # fmt: skip
+    """``steps`` on each slice of a text, one after the other; each begins with fresh moments and an order that depends on its own ``number`` alone.
+
+    ``begin``: experts after slices that are learned already. The result does not depend on whether they were just trained or kept.
+    """
+    after = list(begin)
+    numbers = range(len(slices)) if numbers is None else numbers
+    for index in range(len(begin), len(slices)):
+        from_state = state if not after else insert(select(state, [0]), after[-1].part)
+        start = 0 if not after else 1
+        key = f"{name}/{numbers[index]}"
+        made = train_expert(
+            from_state,
+            spec_with(spec, start + 1),
+            slices[index],
+            name=key,
+            steps=steps,
+            seq_len=seq_len,
+            start=start,
+            lr=lr,
+            seed=seed,
+            say=say,
+        )
+        after.append(
+            Expert(made.part, made.card, made.about | {"name": name, "base": base_digest(state), "slices": [*numbers[: index + 1]]})
+        )
+    return Sliced(tuple(after), steps * (len(slices) - len(begin)))
+
+
+def unlearned(
+    sliced: Sliced, without: int, state: State, spec: ModelSpec, slices: Sequence[bytes], *, name: str, steps: int, seq_len: int, lr: float = 1.4e-3,
+    seed: int = 0, say: Say = lambda _: None,
+) -> Sliced:  # fmt: skip
+    """The expert as if slice ``without`` had never been there: from the expert before it, on with the slices after it. Exact."""
+    if not 0 <= without < len(slices):
+        raise ConfigError(f"slice {without} is not there: the expert was trained on slices 0 to {len(slices) - 1}")
+    left = [n for n in range(len(slices)) if n != without]
+    if not left:
+        raise ConfigError("the expert was trained on one slice; without it there is none")
+    return train_sliced(
+        state, spec, [slices[n] for n in left], name=name, steps=steps, seq_len=seq_len, lr=lr, seed=seed, begin=sliced.after[:without], numbers=left, say=say
+    )  # fmt: skip
+
+
 def _progress(say: Say, what: str, step: int, steps: int, loss: float) -> None:
     if step == 1 or step == steps or step % max(1, steps // 10) == 0:
         say(f"{what}: step {step} of {steps}, loss {loss:.3f}")
@@ -269,3 +328,24 @@ def distil(
     finally:
         model.routing = kept
     return rows.detach(), left
+
+
+def divergence(
+    model: Decoder, teacher: Routing, rows: Tensor, texts: Sequence[bytes], seq_len: int, *, num_batches: int = 4, seed: int = 1
+) -> float:
+    """KL in nats per token between a routing and linear rows [L, E, D], on text that neither was fitted to."""
+    source, watched, kept = WindowSource(list(texts), seq_len, seed, "divergence"), _Watched(teacher), model.routing
+    model.routing = watched
+    try:
+        with torch.no_grad():
+            for _ in range(num_batches):
+                model(source.next_batch(8)[:, :-1])
+            parts = [
+                torch.nn.functional.kl_div(
+                    (x_TD @ rows[layer].T).log_softmax(-1), wanted.log_softmax(-1), reduction="batchmean", log_target=True
+                )
+                for layer, x_TD, wanted in watched.seen
+            ]
+    finally:
+        model.routing = kept
+    return float(torch.stack(parts).mean())

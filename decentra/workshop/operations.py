@@ -14,10 +14,12 @@ from decentra.config import Manifest, ModelSpec
 from decentra.data.windows import WindowSource
 from decentra.errors import ConfigError
 from decentra.hf.checkpoint import Checkpoint, check_target, open_checkpoint, save_checkpoint
+from decentra.hf.files import Weights, read_json
 from decentra.model.decoder import Decoder
 from decentra.modular import align, combine, lasting, parts, soup, upcycle
 from decentra.modular.combine import Recipe
 from decentra.modular.parts import State
+from decentra.modular.route import Card
 from decentra.workshop import experts as made
 from decentra.workshop import texts as text_of
 from decentra.workshop.looking import calibration_of, card_of, losses, mean, routing_of
@@ -495,6 +497,54 @@ def tuned(source: Path, target: Path, texts: Sequence[str], *, steps: int, lr: f
         after = mean(losses(model_of(new, opened.spec), held_out, seq_len, NUM_WINDOWS))
         _save(target, opened, opened.spec, new, _lineage(opened, "tune router", keeps=True, steps=steps))
         return {"ok": True, "dir": str(target), "loss_before": before, "loss_after": after}
+
+
+def distilled(
+    source: Path, target: Path, texts: Sequence[str], *, router: str, experts: Sequence[Path], steps: int, seed: int, say: Say
+) -> Result:
+    """A runtime routing baked into linear rows, which any Qwen3-MoE runtime follows; how much of it they hold is said as KL on held-out text."""
+    from decentra.model.decoder import Routing
+
+    check_target(target)
+    with open_checkpoint(source) as opened:
+        text_of.check_bytes(opened.spec.vocab_size)
+        train, held_out = text_of.split(texts, opened.manifest.data)
+        seq_len, state, spec = opened.manifest.data.seq_len, opened.state(), opened.spec
+        model = model_of(state, spec)
+        cards = [made.load_expert(folder).card for folder in experts]
+        first = next(iter(held_out.values()))
+        teacher: Routing | None = (
+            made.evidence_of(model) if router == "evidence" else _with_cards(router, cards, spec, model, first[: spec.max_seq_len])
+        )
+        if teacher is None:
+            raise ConfigError("distil: the model's own router is linear already; name another one with --router")
+        say(f"fitting rows to {router}")
+        rows, _ = made.distil(model, teacher, text_of.joined(train), seq_len, steps=steps, seed=seed)
+        left = made.divergence(model, teacher, rows, text_of.joined(held_out), seq_len)
+        model.routing = teacher
+        before = mean(losses(model, held_out, seq_len, NUM_WINDOWS))
+        new = made.with_rows(state, rows)
+        after = mean(losses(model_of(new, spec), held_out, seq_len, NUM_WINDOWS))
+        _save(target, opened, spec, new, _lineage(opened, "distil router", keeps=True, router=router, kl=left))
+        return {"ok": True, "dir": str(target), "router": router, "kl": left, "loss_with_router": before, "loss_with_rows": after}
+
+
+def expert_lora(source: Path, adapter: Path, target: Path, *, name: str) -> Result:
+    """A PEFT LoRA adapter of a dense model as an expert that can be added to it."""
+    from decentra.modular.adapter import expert_from, scale_of
+
+    check_target(target)
+    with open_checkpoint(source) as opened:
+        if opened.spec.num_experts != 1:
+            raise ConfigError(f"{source} has {opened.spec.num_experts} experts; an adapter is of a dense model's FFN")
+        scale = scale_of(read_json(adapter / "adapter_config.json"))
+        with Weights(adapter, "adapter_model.safetensors") as weights:
+            part = expert_from(opened.state(), {n: weights(n) for n in weights}, scale)
+        about = {"name": name, "base": made.base_digest(opened.state()), "adapter": adapter.resolve().name, "start": 0}
+        nothing = torch.zeros(opened.spec.num_layers, opened.spec.hidden_size)
+        card = Card(nothing, torch.zeros(*nothing.shape, opened.spec.hidden_size), 0)
+        made.save_expert(target, made.Expert(part, card, about))
+        return {"ok": True, "dir": str(target)} | about
 
 
 def continual(source: Path, target: Path, texts: Sequence[str], *, strategy: str, steps: int, lr: float, seed: int, say: Say) -> Result:

@@ -313,6 +313,21 @@ def canaries(story: Story) -> Found:
     ]
 
 
+def slices(story: Story) -> Found:
+    """A part of an owner's text out of its expert: back to the expert before that slice and on without it, which is the expert that never saw it."""
+    text, steps = story.train_text["math"], story.steps // 4
+    parts = [text[i * 20_000 : (i + 1) * 20_000] for i in range(4)]
+    common: dict[str, Any] = {"name": "sliced", "steps": steps, "seq_len": SEQ_LEN, "seed": story.seed}
+    whole = made.train_sliced(story.base, DENSE, parts, **common)
+    found = made.unlearned(whole, 2, story.base, DENSE, parts, **common)
+    never = made.train_sliced(story.base, DENSE, [parts[n] for n in (0, 1, 3)], numbers=(0, 1, 3), **common)
+    same = all(found.expert.part.weights[k].equal(v) for k, v in never.expert.part.weights.items())
+    return [
+        ("forget", "a slice out of an expert: bitwise the expert that never saw it (1: yes)", float(same), 1.0, True),
+        ("forget", "steps that took, as a share of training without it from the start", found.num_steps / never.num_steps, 0.6, False),
+    ]
+
+
 def continual(story: Story) -> Found:
     """One domain after another: growing an expert for each keeps the old ones; training the whole model does not."""
     stream = ("code", "headers", "math")
@@ -359,7 +374,7 @@ def mixture(story: Story) -> Found:
 
 TOPICS: dict[str, Callable[[Story], Found]] = {
     "exactness": exactness, "upcycling": upcycling, "moefication": moefication, "soups": soups, "routing": routing, "forgetting": forgetting,
-    "canaries": canaries, "continual": continual, "mixture": mixture,
+    "canaries": canaries, "slices": slices, "continual": continual, "mixture": mixture,
 }  # fmt: skip
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from tests.acceptance.modularity import run
 
-QUICK = ("exactness", "moefication", "forgetting")
+QUICK = ("exactness", "moefication", "forgetting", "slices")
 STATISTICAL = ("loss of its domain", "worst loss", "co-activation")  # with so few steps they say nothing
 
 

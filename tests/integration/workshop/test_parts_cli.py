@@ -172,3 +172,27 @@ def test_wrong_input_is_said_in_one_line(base: Path, tmp_path: Path) -> None:
     for file in base.iterdir():
         (weights / file.name).write_bytes(file.read_bytes()[: -1 if file.suffix == ".safetensors" else None])
     decentra("verify", str(weights)).refused(5, "changed or damaged")
+
+
+def test_a_router_is_baked_and_an_adapter_becomes_an_expert(base: Path, tmp_path: Path) -> None:
+    mine, plus, baked, adapted = (str(tmp_path / name) for name in ("mine", "plus", "baked", "adapted"))
+    ran("expert", "train", str(base), mine, "--text", "headers", "--steps", "20", "--lr", "4e-3")
+    ran("expert", "add", str(base), plus, "--expert", mine)
+    told = ran("distil", plus, baked, "--text", "prose", "--text", "headers", "--steps", "5")
+    assert float(str(told["kl"])) > 0
+    with open_checkpoint(Path(plus)) as before, open_checkpoint(Path(baked)) as after:
+        gate, other = "model.layers.0.mlp.gate.weight", "model.layers.0.mlp.experts.1.up_proj.weight"
+        assert not before(gate).equal(after(gate))
+        assert before(other).equal(after(other))
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    at = "base_model.model.model.layers.0.mlp.up_proj"
+    import safetensors.torch
+
+    safetensors.torch.save_file(
+        {f"{at}.lora_A.weight": torch.ones(2, 32), f"{at}.lora_B.weight": torch.ones(64, 2)}, adapter / "adapter_model.safetensors"
+    )
+    (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 4}))
+    assert ran("expert", "lora", str(base), str(adapter), adapted, "--name", "carol")["adapter"] == "adapter"
+    assert ran("expert", "add", str(base), str(tmp_path / "with"), "--expert", adapted)["kind"] == "2 experts, 2 per token"
+    decentra("expert", "lora", plus, str(adapter), str(tmp_path / "no")).refused(2, "an adapter is of a dense model's FFN")
