@@ -42,6 +42,12 @@ class ModelSpec(_Frozen):
     rms_norm_eps: float = Field(1e-6, gt=0)
     max_seq_len: int = Field(1024, ge=2, le=1 << 20)
     aux_loss_weight: float = Field(0.01, ge=0, description="Switch load-balancing loss, eq. 4-6 of arXiv 2101.03961")
+    bias_rate: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="loss-free balancing, arXiv 2408.15664: each step moves a bias on every expert's logit, for the choice only, by so much",
+    )
     z_loss_weight: float = Field(0.001, ge=0, description="router z-loss, eq. 5 of arXiv 2202.08906")
 
     @model_validator(mode="after")

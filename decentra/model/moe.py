@@ -58,6 +58,7 @@ class MoE(nn.Module):
         self.present = tuple(present)
         self.spec, self.num_experts = spec, spec.num_experts
         self.is_renormalised = spec.norm_topk_prob
+        self.bias_P: Tensor | None = None  # of loss-free balancing; lives while training goes on, and is in no checkpoint
         self.affinity_P: Tensor | None = None  # added to the logits of the choice, and to nothing else
         self.gives_zeros = False  # gradients of experts without tokens: zeros instead of none, where processes have to agree
 
@@ -88,16 +89,27 @@ class MoE(nn.Module):
             z_loss = logits_TE.logsumexp(-1).square().mean()
             logits_TP = logits_TE if len(self.present) == self.num_experts else logits_TE[:, list(self.present)]
             probs_TP = logits_TP.softmax(-1)
-            if self.affinity_P is None:
+            if self.affinity_P is None and self.bias_P is None:
                 weights_TK, choice_TK = probs_TP.topk(self.num_chosen, dim=-1)
             else:
-                choice_TK = (logits_TP + self.affinity_P).topk(self.num_chosen, dim=-1).indices
+                favoured_TP = logits_TP.detach() + sum(b for b in (self.affinity_P, self.bias_P) if b is not None)
+                choice_TK = favoured_TP.topk(self.num_chosen, dim=-1).indices
                 weights_TK = probs_TP.gather(-1, choice_TK)
             if self.is_renormalised:
                 weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
         num_slots_P = torch.bincount(choice_TK.flatten(), minlength=len(self.present))
+        if self.training and self.spec.bias_rate:
+            self._rebalance(num_slots_P)
         y_TD = self._dispatch(x_TD, weights_TK, choice_TK, num_slots_P)
         return y_TD, RouterStats(probs_TP.mean(0), num_slots_P, z_loss)
+
+    @torch.no_grad()
+    def _rebalance(self, num_slots_P: Tensor) -> None:
+        """Who had fewer tokens than the mean is chosen more easily from the next step on, by ``bias_rate``."""
+        if self.bias_P is None or len(self.bias_P) != len(num_slots_P):
+            self.bias_P = torch.zeros(len(num_slots_P), device=num_slots_P.device)
+        load_P = num_slots_P.float()
+        self.bias_P = self.bias_P + self.spec.bias_rate * (load_P.mean() - load_P).sign()
 
     def _dispatch(self, x_TD: Tensor, weights_TK: Tensor, choice_TK: Tensor, num_slots_P: Tensor) -> Tensor:
         order_S = choice_TK.flatten().argsort(stable=True)

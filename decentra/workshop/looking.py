@@ -83,9 +83,10 @@ def routing_of(model: Decoder, texts: Mapping[str, bytes], seq_len: int, num_win
     slots_LE = torch.zeros(model.spec.num_layers, model.spec.num_experts)
 
     def see(layer: int, moe: MoE, x_TD: Tensor) -> None:
-        probs = (x_TD.float() @ moe.gate.weight.T).softmax(-1)
+        logits = x_TD.float() @ moe.gate.weight.T
+        probs = logits.softmax(-1)
         entropy.append(float(-(probs * probs.clamp_min(1e-12).log()).sum(-1).mean()))
-        chosen = probs.topk(moe.num_chosen, -1).indices.flatten()
+        chosen = (logits if moe.bias_P is None else logits + moe.bias_P).topk(moe.num_chosen, -1).indices.flatten()
         slots_LE[layer] += torch.bincount(chosen, minlength=model.spec.num_experts)
 
     total_LE = torch.zeros_like(slots_LE)

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from decentra.config import DataSpec, ModelSpec
+from decentra.config import DataSpec, Manifest, ModelSpec, PlacementSpec, RoundSpec, TrainSpec
 from decentra.data.domains import embedded_domain
 from decentra.data.windows import WindowSource
 from decentra.model.decoder import Decoder, build_model
@@ -32,6 +32,7 @@ from decentra.modular.parts import State, extract, insert, select, spec_with
 from decentra.workshop import experts as made
 from decentra.workshop.looking import calibration_of, card_of, losses, mean, routing_of
 from decentra.workshop.training import Plan, model_of, train
+from tests.bench.lab import Lab, build_swarm, run_steps
 
 SEQ_LEN = 128
 DOMAINS = ("prose", "code", "headers", "math")
@@ -353,28 +354,61 @@ def continual(story: Story) -> Found:
     ]
 
 
+def together(story: Story) -> Found:
+    """A model that a swarm trained and an expert that somebody trained alone, in one."""
+    moe = upcycle.upcycle(story.base, DENSE, 2, seed=story.seed)
+    manifest = Manifest(
+        name="swarm", seed=story.seed, model=moe.spec, data=DATA, train=TrainSpec(lr=2e-3), rounds=RoundSpec(inner_steps=10),
+        placement=PlacementSpec(experts_per_peer=2),
+    )  # fmt: skip
+    swarm = build_swarm(manifest, Lab(steps=story.steps, peers=2), ("prose", "code"), moe.state)
+    trained, _ = run_steps(swarm, Lab(steps=story.steps, peers=2, report_every=0), lambda _: None)
+    state = state_of(trained)
+    private = made.train_expert(
+        state, moe.spec, story.train_text["headers"], name="private", steps=story.steps, seq_len=SEQ_LEN, lr=2e-3, seed=story.seed
+    )
+    both, spec = made.added(state, moe.spec, private)
+    domains = ("code", "headers")
+    merged = mean(_by_evidence(story, both, spec_with(spec, 3, 2), domains))
+    alone = {
+        "the swarm's": mean(losses(model_of(state, moe.spec), {d: story.held_out[d] for d in domains}, SEQ_LEN, NUM_WINDOWS)),
+        "the private one": mean(
+            losses(model_of(select(both, [2]), spec_with(spec, 1)), {d: story.held_out[d] for d in domains}, SEQ_LEN, NUM_WINDOWS)
+        ),
+    }
+    story.say(f"together {merged:.3f}, alone {alone}")
+    return [
+        (
+            "compose",
+            "a swarm's model and a private expert in one, over the better of the two alone: loss ratio",
+            merged / min(alone.values()),
+            0.99,
+            False,
+        )
+    ]
+
+
 def mixture(story: Story) -> Found:
     """More experts for the same cost per token learn more; balance keeps them all at work."""
     half = ModelSpec(**DENSE.model_dump() | {"num_experts": 8, "num_experts_per_token": 2, "expert_hidden_size": 128})
-    moe = story.fit(build_model(half, story.seed), DOMAINS, 2 * story.steps, "all")
-    loose = ModelSpec(**half.model_dump() | {"aux_loss_weight": 0.0})
-    none = story.fit(build_model(loose, story.seed), DOMAINS, 2 * story.steps, "all")
-    balanced, free = (routing_of(model_of(s, half), story.held_out, SEQ_LEN)["max_violation"] for s in (moe, none))
+    moe = mean(story.loss(story.fit(build_model(half, story.seed), DOMAINS, 2 * story.steps, "all"), half))
+    dense = mean(story.loss(story.all_dense, DENSE))
+    found = {}
+    for name, changes in {"none": {"aux_loss_weight": 0.0}, "loss-free": {"aux_loss_weight": 0.0, "bias_rate": 0.01}}.items():
+        model = build_model(ModelSpec(**half.model_dump() | changes), story.seed)
+        story.fit(model, DOMAINS, 2 * story.steps, "all")
+        load = routing_of(model.eval(), story.held_out, SEQ_LEN)["max_violation"]
+        found[name] = (load, mean(losses(model, story.held_out, SEQ_LEN, NUM_WINDOWS)))
     return [
-        (
-            "moe",
-            "8 experts, 2 of half the width chosen, over dense at equal steps: loss ratio",
-            mean(story.loss(moe, half)) / mean(story.loss(story.all_dense, DENSE)),
-            1.0,
-            False,
-        ),
-        ("moe", "MaxVio with balancing over without: ratio", balanced / free, 0.5, False),
+        ("moe", "8 experts, 2 of half the width chosen, over dense at equal steps: loss ratio", moe / dense, 1.0, False),
+        ("moe", "MaxVio of loss-free balancing over none: ratio", found["loss-free"][0] / found["none"][0], 0.5, False),
+        ("moe", "loss of loss-free balancing over the balancing loss: ratio", found["loss-free"][1] / moe, 1.01, False),
     ]
 
 
 TOPICS: dict[str, Callable[[Story], Found]] = {
     "exactness": exactness, "upcycling": upcycling, "moefication": moefication, "soups": soups, "routing": routing, "forgetting": forgetting,
-    "canaries": canaries, "slices": slices, "continual": continual, "mixture": mixture,
+    "canaries": canaries, "slices": slices, "continual": continual, "together": together, "mixture": mixture,
 }  # fmt: skip
 
 

@@ -19,7 +19,7 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -182,20 +182,24 @@ def placements(manifest: Manifest, ids: Sequence[PeerId]) -> dict[PeerId, tuple[
     return placed
 
 
-def build_swarm(manifest: Manifest, lab: Lab) -> Swarm:
-    """Peer i trains on domain i (modulo their number) from the common genesis of ``manifest.seed``."""
+def build_swarm(manifest: Manifest, lab: Lab, domains: Sequence[str] = (), start: Mapping[str, torch.Tensor] | None = None) -> Swarm:
+    """Peer i trains on domain i (modulo their number; default: the manifest's) from the common genesis of ``manifest.seed``, or from ``start``."""
+    domains = domains or manifest.data.domains
     ids = [PeerId(f"peer-{i}") for i in range(lab.peers)]
     layout = _layout(manifest)
-    genesis = dict(build_model(manifest.model, manifest.seed).named_parameters())
+    genesis = dict(build_model(manifest.model, manifest.seed).named_parameters()) if start is None else dict(start)
     anchors = {f.id: AnchorState(gather(genesis, f)) for f in layout.fragments}
     digests = {f.id: anchor_digest(encode_anchor(f, anchors[f.id])) for f in layout.fragments}
     placed, speeds = placements(manifest, ids), _speeds(lab)
     peers = []
     for index, peer in enumerate(ids):
         trained = [f for f in layout.fragments if (e := expert_of(f.module)) is None or e in placed[peer]]
-        config = PeerConfig(domain=manifest.data.domains[index % len(manifest.data.domains)])
+        config = PeerConfig(domain=domains[index % len(domains)])
         held = placed[peer] if manifest.placement.mode == "held" else None
         inner = inner_loop(manifest, lab, layout, config, peer, frozenset(f.id for f in trained), held)
+        if start is not None:
+            for fragment in layout.fragments:
+                inner.load(fragment.id, anchors[fragment.id].anchor_N)
         accounts = {f.id: Account(f, anchors[f.id], Digest(digests[f.id])) for f in trained}
         peers.append(LabPeer(peer, inner, accounts, speeds[index]))
     return Swarm(manifest, layout, peers, anchors)
@@ -210,7 +214,12 @@ def _speeds(lab: Lab) -> list[int]:
 
 def run_swarm(manifest: Manifest, lab: Lab, say: Callable[[str], None]) -> tuple[Decoder, Swarm]:
     """All steps of all peers; a round begins every ``rounds.inner_steps`` and its result is adopted ``lab.delay_steps`` later."""
-    swarm, horizon = build_swarm(manifest, lab), manifest.rounds.inner_steps
+    return run_steps(build_swarm(manifest, lab), lab, say)
+
+
+def run_steps(swarm: Swarm, lab: Lab, say: Callable[[str], None]) -> tuple[Decoder, Swarm]:
+    """The same with a swarm that is there."""
+    manifest, horizon = swarm.manifest, swarm.manifest.rounds.inner_steps
     if not 0 <= lab.delay_steps < horizon:
         raise ConfigError(f"lab.delay_steps: expected 0 to rounds.inner_steps - 1 = {horizon - 1}, got {lab.delay_steps}")
     for step in range(1, lab.steps + 1):

@@ -153,3 +153,27 @@ def test_affinity_moves_the_choice_and_nothing_else() -> None:
     assert not torch.equal(moved, plain)
     moe.favour([], 0.0)
     assert torch.equal(moe(x_TD)[0], plain)
+
+
+def test_loss_free_balancing_evens_the_load_outside_the_gradient() -> None:
+    spec = ModelSpec(hidden_size=16, expert_hidden_size=8, num_experts=4, num_experts_per_token=1, norm_topk_prob=False, bias_rate=0.05)
+    moe = MoE(spec, range(4))
+    with torch.no_grad():
+        for parameter in moe.parameters():
+            parameter.normal_(0.0, 0.3, generator=torch.Generator().manual_seed(3))
+        moe.gate.weight[2] += 0.5
+    x_TD = torch.randn(256, 16, generator=torch.Generator().manual_seed(4)) + 0.3
+    moe.eval()
+    _, before = moe(x_TD)
+    assert moe.bias_P is None, "evaluation moves nothing"
+    moe.train()
+    for _ in range(200):
+        y_TD, _ = moe(x_TD)
+    y_TD.sum().backward()
+    assert moe.bias_P is not None
+    assert not moe.bias_P.requires_grad
+    assert "bias_P" not in moe.state_dict()
+    moe.eval()
+    _, after = moe(x_TD)
+    assert int(after.num_slots_P.max()) < 0.6 * int(before.num_slots_P.max())
+    assert torch.equal(after.mean_prob_P, before.mean_prob_P), "weights are the router's own"
