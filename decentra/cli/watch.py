@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -153,6 +154,49 @@ def evaluate(
         print_json(result)
     else:
         print_table({**{k: f"{v:.4f}" for k, v in result["loss_per_domain"].items()}, "mean": f"{result['loss']:.4f} nats per byte"})
+
+
+@app.command()
+def simulate(
+    seeds: Annotated[int, typer.Option(min=1, help="how many")] = 20,
+    first: Annotated[int, typer.Option(min=0, help="the first one; a broken promise names the one that shows it")] = 0,
+    peers: Annotated[int | None, typer.Option(min=1, max=1000, help="trainers; default: each seed's own number")] = None,
+    faults: Annotated[int | None, typer.Option(min=0, help="crashes, cuts, losses; default: each seed's own number")] = None,
+    as_json: JsonOpt = False,
+) -> None:
+    """The whole swarm on virtual time, with faults that a seed decides, and its promises checked at every step. Example: decentra simulate --seeds 100"""
+    from dataclasses import replace
+
+    from decentra.cli.console import print_json
+    from decentra.sim.scenario import Scenario, Violation
+    from decentra.sim.world import simulate as run
+
+    violations: list[str] = []
+    confirmed = crashes = 0
+    for seed in range(first, first + seeds):
+        changes = {key: value for key, value in (("num_trainers", peers), ("num_faults", faults)) if value is not None}
+        try:
+            report = run(replace(Scenario.from_seed(seed), **changes))  # type: ignore[arg-type]
+            confirmed, crashes = confirmed + report.num_confirmed, crashes + report.num_crashes
+            if not as_json:
+                print(report, flush=True)
+        except Violation as violation:
+            violations.append(str(violation))
+            print(f"VIOLATION {violation}", file=sys.stderr, flush=True)
+    found = {
+        "ok": not violations,
+        "seeds": seeds,
+        "violations": len(violations),
+        "rounds_confirmed": confirmed,
+        "crashes": crashes,
+        "why": violations[:5],
+    }
+    if as_json:
+        print_json(found)
+    else:
+        print(f"{seeds} seeds, {len(violations)} violations, {confirmed} rounds confirmed, {crashes} crashes")
+    if violations:
+        raise typer.Exit(int(ExitCode.FAILED))
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""The user's own text: files and folders of plain text or JSONL, read as bytes. No windows, no sampling, no other formats."""
+"""The user's own text: files and folders of plain text, JSONL or Parquet, read as bytes. No windows, no sampling, no other formats."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from pathlib import Path
 from decentra.errors import DataError
 
 JSONL_SUFFIXES = (".jsonl", ".ndjson")
+PARQUET_SUFFIX = ".parquet"
+_ROWS_AT_ONCE = 4096
 # share of undecodable characters above which a file is not text; old 8-bit European text stays below it
 MAX_UNDECODABLE_SHARE = 0.1
 _SAMPLE_BYTES = 1 << 16
@@ -28,7 +30,8 @@ class FileTexts:
 def read_texts(paths: Sequence[str | Path], *, text_field: str = "text", min_bytes: int = 1) -> FileTexts:
     """Read files and folders (recursively, hidden names left out) in path order.
 
-    A ``.jsonl`` or ``.ndjson`` file has one JSON object per line whose ``text_field`` is the text; every other file is text as it is.
+    A ``.jsonl`` or ``.ndjson`` file has one JSON object per line whose ``text_field`` is the text, a ``.parquet`` file a column of that name (pyarrow, the
+    ``data`` extra, reads it); every other file is text as it is.
     Raises DataError: a path that is missing or cannot be read, a given file that is empty or binary, a JSONL line that is not as
     described (named by file and line), less than ``min_bytes`` of text in all.
     """
@@ -39,6 +42,10 @@ def read_texts(paths: Sequence[str | Path], *, text_field: str = "text", min_byt
     num_files = 0
     for given in (Path(p).expanduser() for p in paths):
         for path in _files_of(given):
+            if path.suffix.lower() == PARQUET_SUFFIX:
+                num_files += 1
+                documents += _parquet_documents(path, text_field)
+                continue
             data = _read(path)
             if problem := _why_not_text(data):
                 if path == given:
@@ -106,3 +113,26 @@ def _jsonl_documents(path: Path, data: bytes, text_field: str) -> Iterable[bytes
             keys = ", ".join(map(str, list(row)[:10])) if isinstance(row, dict) else type(row).__name__
             raise DataError(f"{path}:{number}: expected a string field '{text_field}', got: {keys}; name the right one as text_field")
         yield row[text_field].encode("utf-8", errors="replace")
+
+
+def _parquet_documents(path: Path, text_field: str) -> Iterator[bytes]:
+    try:
+        from pyarrow import ArrowException
+        from pyarrow.parquet import ParquetFile
+    except ImportError:
+        raise DataError(f"{path}: reading Parquet needs pyarrow: pip install 'decentra[data]', or give JSONL") from None
+    try:
+        with ParquetFile(path) as file:
+            if text_field not in file.schema_arrow.names:
+                raise DataError(
+                    f"{path}: expected a column '{text_field}', got: {', '.join(file.schema_arrow.names[:10])}; name the right one as text_field"
+                )
+            for batch in file.iter_batches(_ROWS_AT_ONCE, columns=[text_field]):
+                for value in batch.column(0).to_pylist():
+                    if value is None:
+                        continue
+                    if not isinstance(value, str):
+                        raise DataError(f"{path}: column '{text_field}' holds {type(value).__name__}, text was expected")
+                    yield value.encode("utf-8", errors="replace")
+    except (ArrowException, OSError) as error:
+        raise DataError(f"{path}: not a whole Parquet file ({str(error)[:120]}); fetch it again") from None

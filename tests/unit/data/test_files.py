@@ -74,3 +74,23 @@ def test_missing_paths_and_empty_folders_are_data_errors(tmp_path: Path) -> None
         read_texts([tmp_path])
     with pytest.raises(DataError, match="at least one"):
         read_texts([])
+
+
+def test_parquet(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    path.write_bytes(b"PAR1 nothing")
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        with pytest.raises(DataError, match=r"pip install 'decentra\[data\]'"):
+            read_texts([path])
+        pytest.skip("the data extra is not installed")
+    with pytest.raises(DataError, match="not a whole Parquet file"):
+        read_texts([path])
+    parquet.write_table(pyarrow.table({"text": ["one", None, "zwei \u00e4"], "n": [1, 2, 3]}), path)
+    assert read_texts([tmp_path]).data == "one\nzwei \u00e4".encode()
+    with pytest.raises(DataError, match="expected a column 'body', got: text, n"):
+        read_texts([path], text_field="body")
+    with pytest.raises(DataError, match="holds int"):
+        read_texts([path], text_field="n")
