@@ -150,10 +150,12 @@ class OuterSpec(_Frozen):
     """The outer optimizer (DiLoCo, arXiv 2311.08105, alg. 1). Its scalars are computed by the service and travel in the settlement."""
 
     rule: Literal["average", "nesterov"] = "average"
-    merge: Literal["mean", "contributors", "radial"] = Field(
+    merge: Literal["mean", "contributors", "radial", "trimmed"] = Field(
         "mean",
-        description="contributors: mean over those whose packets hold an element; radial: mean norm and mean direction of each matrix",
+        description="contributors: mean over those whose packets hold an element; radial: mean norm and mean direction of each matrix; trimmed: of each"
+        " element without its largest and smallest values, against hostile members",
     )
+    trim: float = Field(0.375, ge=0, lt=0.5, description="trimmed: share of the peers that is left out at each end; so many may be hostile")
     lr: float = Field(1.0, gt=0, le=10)
     momentum: float = Field(0.9, ge=0, lt=1, description="used by nesterov only")
     restart_every: int | None = Field(None, ge=1, description="nesterov: forget the momentum every so many rounds (arXiv 2605.28585)")
@@ -270,6 +272,11 @@ class Manifest(_Frozen):
     def _check(self) -> Manifest:
         if self.data.seq_len > self.model.max_seq_len:
             raise ValueError(f"data.seq_len {self.data.seq_len} is more than model.max_seq_len {self.model.max_seq_len}")
+        is_trimmed = any(outer is not None and outer.merge == "trimmed" for outer in (self.outer, self.outer_experts))
+        if is_trimmed and (sparse := [c for c in (self.codec.name, self.codec.sparsest) if c is not None and c.startswith("topk")]):
+            raise ValueError(
+                f"outer.merge 'trimmed' needs packets that hold every element; codec {sparse[0]!r} does not, int4 and denser ones do"
+            )
         return self
 
     def canonical_bytes(self) -> bytes:

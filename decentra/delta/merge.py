@@ -22,11 +22,14 @@ from decentra.modules import Fragment, Slot
 
 # N elements of a fragment, S of one tensor of it, P peers
 
+_TRIMMED_AT_ONCE = 1 << 18  # elements that are sorted at a time
 AGREEMENT = 2.0**-10  # mean of unit directions below which peers agree on none; 4096 peers at right angles have 2**-6
 _EMBEDDING = re.compile(r"(^|[._])embed", re.IGNORECASE)
 
 
-def merge(fragment: Fragment, deltas: Mapping[PeerId, Decoded], weight_bits: Bits, clip_bits: Bits | None = None, *, rule: str) -> Tensor:
+def merge(
+    fragment: Fragment, deltas: Mapping[PeerId, Decoded], weight_bits: Bits, clip_bits: Bits | None = None, *, rule: str, trim: float = 0.375
+) -> Tensor:  # fmt: skip
     """The merged delta, fp32 [N], of all deltas times their clips, by the manifest's ``outer.merge``.
 
     ``mean``: the weighted sum over all peers (``aggregate``); what a sparse packet left out counts as zero.
@@ -41,7 +44,12 @@ def merge(fragment: Fragment, deltas: Mapping[PeerId, Decoded], weight_bits: Bit
 
     ``rows``: a row of a tensor is the mean over the peers that moved it; a row of zeros is no evidence and weighs nothing. It is the router's in
     runs whose members hold a part of the experts: who lacks an expert leaves its row alone, and must not hold back who trains it. Where all
-    moved all rows it is the mean, bit for bit. Raises what ``aggregate`` does, and ConfigError for another rule.
+    moved all rows it is the mean, bit for bit.
+
+    ``trimmed`` (coordinate-wise trimmed mean, arXiv 1803.01498): of each element the largest and the smallest ``trim`` of the peers are left out, and the
+    rest is averaged with equal weights, so what fewer than that send moves nothing beyond what honest peers sent.
+
+    Raises what ``aggregate`` does, and ConfigError for another rule.
     """
     if rule == "mean":
         return aggregate(deltas, weight_bits, clip_bits)
@@ -49,8 +57,10 @@ def merge(fragment: Fragment, deltas: Mapping[PeerId, Decoded], weight_bits: Bit
         return _over_contributors(deltas, weight_bits, clip_bits)
     if rule == "rows":
         return _over_rows(fragment, deltas, weight_bits, clip_bits)
+    if rule == "trimmed":
+        return _trimmed(deltas, weight_bits, clip_bits, trim)
     if rule != "radial":
-        raise ConfigError(f"outer.merge: expected 'mean', 'contributors' or 'radial', got {rule!r}")
+        raise ConfigError(f"outer.merge: expected 'mean', 'contributors', 'radial' or 'trimmed', got {rule!r}")
     scalars = checked_scalars(deltas, weight_bits, clip_bits)
     spans = [(slot.offset, slot.size) for slot in fragment.slots]
     parts = {peer: deltas[peer].cut(spans) for peer in scalars}
@@ -90,6 +100,30 @@ def _over_rows(fragment: Fragment, deltas: Mapping[PeerId, Decoded], weight_bits
         rows = total_N.numpy()[span].reshape(num_rows, -1)
         rows[share > 0] /= share[share > 0, None]
     return total_N
+
+
+def num_trimmed(num_peers: int, trim: float) -> int:
+    """How many are left out at each end: a share, and never so many that nobody is left."""
+    return max(0, min(int(trim * num_peers), (num_peers - 1) // 2))
+
+
+def _trimmed(deltas: Mapping[PeerId, Decoded], weight_bits: Bits, clip_bits: Bits | None, trim: float) -> Tensor:
+    """fp32 mul, compare and add, from the smallest value that is kept to the largest; who has no weight has no voice."""
+    scalars = {peer: s for peer, s in checked_scalars(deltas, weight_bits, clip_bits).items() if s[0] > 0}
+    num_elements = next(iter(deltas.values())).num_elements
+    merged_N = np.zeros(num_elements, np.float32)
+    if not scalars:
+        return torch.from_numpy(merged_N)
+    left_out = num_trimmed(len(scalars), trim)
+    dense = [deltas[peer].dense().numpy() * np.float32(clip) for peer, (_, clip) in scalars.items()]
+    share = np.float32(1.0 / (len(dense) - 2 * left_out))
+    for start in range(0, num_elements, _TRIMMED_AT_ONCE):
+        span = slice(start, start + _TRIMMED_AT_ONCE)
+        sorted_PN = np.sort(np.stack([values_N[span] for values_N in dense]) + np.float32(0), axis=0)  # + 0: equal values have equal bits
+        for row_N in sorted_PN[left_out : len(dense) - left_out]:
+            merged_N[span] += row_N
+    merged_N *= share
+    return torch.from_numpy(merged_N)
 
 
 def is_radial(slot: Slot) -> bool:

@@ -347,9 +347,13 @@ class Replica:
             deltas[peer] = await self.compute.run(decode)
         return deltas
 
+    def _merged(self, deltas: dict[PeerId, Decoded], weights: dict[PeerId, int], clips: dict[PeerId, int]) -> Tensor:
+        rule, trim = self.manifest.merge_of(self.fragment.id), self.manifest.outer_of(self.fragment.id).trim
+        return merge(self.fragment, deltas, weights, clips, rule=rule, trim=trim)
+
     def _reduce(self, settlement: Settlement, deltas: dict[PeerId, Decoded], residual: bytes | None) -> tuple[bytes, bytes]:
-        codec, rule = self.manifest.codec, self.manifest.merge_of(self.fragment.id)
-        merged_N = merge(self.fragment, deltas, *_scalars(settlement), rule=rule)
+        codec = self.manifest.codec
+        merged_N = self._merged(deltas, *_scalars(settlement))
         return reduce_packets(self.fragment, merged_N, residual, codec.merged or codec.name, settlement.round)
 
     def _aggregate(self, settlement: Settlement, deltas: dict[PeerId, Decoded]) -> tuple[AnchorState, bytes, Digest]:
@@ -361,7 +365,7 @@ class Replica:
         if settlement.merged is not None:
             merged_N = aggregate(deltas, dict.fromkeys(deltas, ONE_BITS))
         else:
-            merged_N = merge(self.fragment, deltas, weights, clips, rule=self.manifest.merge_of(self.fragment.id))
+            merged_N = self._merged(deltas, weights, clips)
         state = outer_step(
             account.anchor_state,
             merged_N,

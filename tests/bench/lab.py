@@ -31,6 +31,7 @@ from decentra.data.domains import embedded_domain
 from decentra.data.windows import source_for
 from decentra.delta.account import Account
 from decentra.delta.anchor import AnchorState, anchor_digest, encode_anchor
+from decentra.delta.decoded import Decoded
 from decentra.delta.flat import gather, scatter, with_untouched
 from decentra.delta.merge import merge
 from decentra.delta.outer import outer_step
@@ -149,6 +150,13 @@ class Swarm:
                 if account is not None or self.manifest.placement.mode == "mirror":
                     peer.inner.shift(fragment.id, shift_N)
 
+    def altered(
+        self, fragment: FragmentId, deltas: dict[PeerId, Decoded], norms: dict[PeerId, float]
+    ) -> tuple[dict[PeerId, Decoded], dict[PeerId, float]]:  # fmt: skip
+        """What arrives instead of what was sent: nothing else, where all are honest."""
+        del fragment
+        return deltas, norms
+
     def _aggregated(self, fragment: FragmentId, old: AnchorState) -> tuple[AnchorState, dict[PeerId, int]]:
         """The next anchor and every peer's clip; weights are tokens, as a settlement computes them."""
         pendings = {p.id: p.accounts[fragment].pending for p in self.peers if fragment in p.accounts}
@@ -156,11 +164,11 @@ class Swarm:
         total = sum(tokens.values())
         weights = {id: float_bits(n / total if total else 1.0 / len(tokens)) for id, n in tokens.items()}
         deltas = {id: decode_packet(p.packet, self.layout[fragment]) for id, p in pendings.items() if p is not None}
+        deltas, norms = self.altered(fragment, deltas, {id: bits_float(p.norm_bits) for id, p in pendings.items() if p is not None})
         outer = self.manifest.outer_of(fragment)
         lr, momentum = outer.scalars(self.num_rounds, total)
-        norms = {id: bits_float(p.norm_bits) for id, p in pendings.items() if p is not None}
         clips = dict(zip(norms, map(float_bits, outer.clips(list(norms.values()))), strict=True))
-        merged_N = merge(self.layout[fragment], deltas, weights, clips, rule=self.manifest.merge_of(fragment))
+        merged_N = merge(self.layout[fragment], deltas, weights, clips, rule=self.manifest.merge_of(fragment), trim=outer.trim)
         return outer_step(old, merged_N, rule=outer.rule, lr_bits=float_bits(lr), momentum_bits=float_bits(momentum)), clips
 
     def assembled(self) -> Decoder:

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from decentra.bits import float_bits
+from decentra.config import Manifest, parse_config
 from decentra.delta.aggregate import aggregate
 from decentra.delta.decoded import Decoded
-from decentra.delta.merge import is_radial, merge
+from decentra.delta.merge import is_radial, merge, num_trimmed
 from decentra.delta.norm import norm_of
 from decentra.delta.packet import decode_packet, encode_packet
 from decentra.errors import ConfigError, IntegrityError, RejectedPayload
@@ -266,3 +267,48 @@ def test_rows_are_merged_alike_whether_packets_are_sparse_or_dense() -> None:
         values_N[seed * 4 : seed * 4 + 8] = 0.0
     dense = merge(FRAGMENT, {p: Decoded.of(v) for p, v in values.items()}, WEIGHTS, rule="rows")
     assert same_bits(dense, merge(FRAGMENT, {p: sparse(v) for p, v in values.items()}, WEIGHTS, rule="rows"))
+
+
+# ---------------------------------------------------------------- trimmed
+
+
+@settings(deadline=None)
+@given(st.integers(3, 9), st.integers(0, 5), st.floats(0.0, 0.49), st.randoms(use_true_random=False))
+def test_few_liars_move_nothing_beyond_the_honest(num_peers: int, seed: int, trim: float, rng: object) -> None:
+    names = [PeerId(f"p{i}") for i in range(num_peers)]
+    values = {p: vector(N, seed + i, 1.0) for i, p in enumerate(names)}
+    hostile = rng.sample(names, num_trimmed(num_peers, trim))  # type: ignore[attr-defined]
+    for i, p in enumerate(hostile):
+        values[p] = vector(N, 99 + i, 1e6)
+    weights = {p: float_bits(1.0 / num_peers) for p in names}
+    merged_N = merge(FRAGMENT, {p: Decoded.of(v) for p, v in values.items()}, weights, rule="trimmed", trim=trim)
+    honest = torch.stack([values[p] for p in names if p not in hostile])
+    slack = 1e-6 * honest.abs().max()
+    assert bool((merged_N <= honest.max(0).values + slack).all())
+    assert bool((merged_N >= honest.min(0).values - slack).all())
+
+
+def test_trimmed_is_the_mean_of_the_middle_and_of_equals_it_is_them() -> None:
+    names = [PeerId(f"p{i}") for i in range(5)]
+    weights = {p: float_bits(0.2) for p in names}
+    x_N = vector(N, 1, 1.0)
+    same = merge(FRAGMENT, {p: Decoded.of(x_N) for p in names}, weights, rule="trimmed")
+    assert torch.allclose(same, x_N, rtol=1e-6)
+    values = torch.stack([vector(N, i, 1.0) for i in range(5)])
+    found = merge(FRAGMENT, {p: Decoded.of(v) for p, v in zip(names, values, strict=True)}, weights, rule="trimmed", trim=0.2)
+    assert torch.allclose(found, values.sort(0).values[1:4].mean(0), rtol=1e-5, atol=1e-7)
+    backwards = merge(
+        FRAGMENT, {p: Decoded.of(v) for p, v in reversed(list(zip(names, values, strict=True)))}, weights, rule="trimmed", trim=0.2
+    )
+    assert same_bits(found, backwards)
+    shuffled = merge(FRAGMENT, {p: Decoded.of(v) for p, v in zip(names, values.flip(0), strict=True)}, weights, rule="trimmed", trim=0.2)
+    assert same_bits(found, shuffled), "it does not matter who said what"
+    silent = weights | {names[0]: float_bits(0.0)}
+    assert not same_bits(
+        merge(FRAGMENT, {p: Decoded.of(v) for p, v in zip(names, values, strict=True)}, silent, rule="trimmed", trim=0.2), found
+    )
+
+
+def test_a_trimmed_merge_of_sparse_packets_is_refused() -> None:
+    with pytest.raises(ConfigError, match="int4 and denser"):
+        parse_config(Manifest, {"name": "x", "outer": {"merge": "trimmed"}, "codec": {"name": "int8", "sparsest": "topk64"}}, "test")

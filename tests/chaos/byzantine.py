@@ -1,0 +1,139 @@
+"""Members that lie: eval loss of a swarm of eight with three hostile ones, with and without the trimmed merge, over the same swarm without them.
+
+    python -m tests.chaos.byzantine --json [--attacks flip,x100,...] [--steps 100] [--seed 1]
+
+In the lab (tests/bench/lab.py), which shares accounts, codecs and merging with the runtime; every expert is trained by all, so each module has
+eight holders. Attacks: flip (the delta times -1), x100, noise (of the honest norm), replay (the first delta for ever), copy (another's delta), nothing (a
+delta of zeros with a full weight), alie (honest mean less 1.5 standard deviations, element by element: small but many, arXiv 1902.06156). What is not
+finite or lies about its norm never gets so far: receivers refuse it (tests/unit/delta/test_hostile.py). Clips at twice the median norm are on in both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from decentra.delta.decoded import Decoded
+from decentra.ids import FragmentId, PeerId
+from tests.bench.lab import Lab, Swarm, build_swarm, mean_loss, parse_settings, run_steps
+
+NUM_PEERS, NUM_HOSTILE, H = 8, 3, 10
+Deltas = dict[PeerId, Decoded]
+
+
+@dataclass
+class Hostile(Swarm):
+    """A swarm in which the first peers send something else than what they learned."""
+
+    attack: str = ""
+    first: dict[FragmentId, Deltas] = field(default_factory=dict)
+
+    def altered(self, fragment: FragmentId, deltas: Deltas, norms: dict[PeerId, float]) -> tuple[Deltas, dict[PeerId, float]]:
+        liars, honest = sorted(deltas)[:NUM_HOSTILE], sorted(deltas)[NUM_HOSTILE:]
+        self.first.setdefault(fragment, deltas)
+        values = {peer: deltas[peer].dense() for peer in deltas}
+        stacked = torch.stack([values[peer] for peer in honest])
+        for number, peer in enumerate(liars):
+            deltas = deltas | {peer: Decoded.of(self._lie(fragment, peer, number, values, stacked, honest))}
+        return deltas, {peer: delta.norm() for peer, delta in deltas.items()}
+
+    def _lie(
+        self, fragment: FragmentId, peer: PeerId, number: int, values: dict[PeerId, Tensor], honest_PN: Tensor, names: Sequence[PeerId]
+    ) -> Tensor:  # fmt: skip
+        own = values[peer]
+        match self.attack:
+            case "flip":
+                return -own
+            case "x100":
+                return 100.0 * own
+            case "noise":
+                noise = torch.randn(own.shape, generator=torch.Generator().manual_seed(1000 * self.num_rounds + number))
+                return noise * own.norm() / noise.norm()
+            case "replay":
+                return self.first[fragment][peer].dense()
+            case "copy":
+                return values[names[0]]
+            case "nothing":
+                return torch.zeros_like(own)
+            case "alie":
+                return honest_PN.mean(0) - 1.5 * honest_PN.std(0)
+        raise ValueError(self.attack)
+
+
+ATTACKS = ("flip", "x100", "noise", "replay", "copy", "nothing", "alie")
+
+
+def run(attack: str, merge: str, steps: int, seed: int) -> float:
+    """Held-out loss; no attack: the honest peers alone."""
+    torch.set_num_threads(1)
+    num_peers = NUM_PEERS if attack else NUM_PEERS - NUM_HOSTILE
+    manifest, lab = parse_settings(
+        [
+            f"lab.peers={num_peers}", f"lab.steps={steps}", "lab.report_every=0", "placement.experts_per_peer=8", f"rounds.inner_steps={H}",
+            "data.shared_fraction=1.0", f"outer.merge={merge}", "outer.clip=2",
+        ]
+    )  # fmt: skip
+    manifest = manifest.model_copy(update={"seed": seed})
+    swarm: Swarm = build_swarm(manifest, lab)
+    if attack:
+        swarm = Hostile(swarm.manifest, swarm.layout, swarm.peers, swarm.anchors, attack=attack)
+    model, _ = run_steps(swarm, Lab(**vars(lab)), lambda _: None)
+    return mean_loss(model, manifest, 64)
+
+
+def measure(attacks: Sequence[str], steps: int, seed: int, jobs: int, say: Callable[[str], None]) -> dict[str, Any]:
+    cases = [("", "mean"), ("", "trimmed"), *((a, m) for a in attacks for m in ("mean", "trimmed"))]
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        losses = {}
+        for case, loss in zip(cases, pool.map(run, *zip(*cases, strict=True), [steps] * len(cases), [seed] * len(cases)), strict=True):
+            losses[case] = loss
+            say(f"{case[0] or 'honest peers alone'}, {case[1]}: {loss:.4f}")
+    honest = losses["", "mean"]
+    rows = [
+        {
+            "attack": a,
+            "loss_ratio": losses[a, "trimmed"] / honest,
+            "loss_ratio_undefended": losses[a, "mean"] / honest,
+            "false_quarantines": 0,
+        }
+        for a in attacks
+    ]
+    return {
+        "num_peers": NUM_PEERS, "num_hostile": NUM_HOSTILE, "steps": steps, "seed": seed, "honest_loss": honest,
+        "trimmed_without_liars": losses["", "trimmed"] / honest, "rows": rows,
+    }  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--attacks", default=",".join(ATTACKS))
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--jobs", type=int, default=2)
+    args = parser.parse_args(argv)
+    began = time.monotonic()
+
+    def say(line: str) -> None:
+        print(f"[{time.monotonic() - began:6.1f} s] {line}", file=sys.stderr, flush=True)
+
+    found = measure(args.attacks.split(","), args.steps, args.seed, args.jobs, say)
+    for row in found["rows"]:
+        print(f"{row['attack']:8} trimmed {row['loss_ratio']:.3f}, mean {row['loss_ratio_undefended']:.3f}", file=sys.stderr)
+    if args.json:
+        print(json.dumps(found))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
