@@ -60,10 +60,7 @@ def drop_upcycle(
         raise ConfigError(f"drop: expected a share above 0 and at most 1, got {ratio:g}")
     generator = torch.Generator().manual_seed(seed)
     out = _frame(state, spec, num_experts, generator)
-    ffn: dict[str, dict[str, Tensor]] = {}
-    for name, value in _ffn(state):
-        layer, rest = _at(name)
-        ffn.setdefault(layer, {})[rest] = value
+    ffn = _by_layer(state)
     for layer, weights in ffn.items():
         width = weights["gate_proj.weight"].shape[0]
         for expert in range(num_experts):
@@ -150,10 +147,7 @@ def moefy(
         raise ConfigError(f"shared: expected fewer than the {num_chosen} experts that are chosen, and calibration text, got {num_shared}")
     generator = torch.Generator().manual_seed(seed)
     out = _frame(state, spec, num_experts, generator)
-    ffn: dict[str, dict[str, Tensor]] = {}
-    for name, value in _ffn(state):
-        layer, rest = _at(name)
-        ffn.setdefault(layer, {})[rest] = value
+    ffn = _by_layer(state)
     width = spec.expert_hidden_size // num_experts
     scale = num_chosen if num_chosen > 1 else num_experts  # of one alone the weight is its probability, which is about 1 / E
     for layer, weights in ffn.items():
@@ -307,6 +301,15 @@ def _frame(state: Mapping[str, Tensor], spec: ModelSpec, num_experts: int, gener
 
 def _ffn(state: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
     return [(name, value) for name, value in state.items() if EXPERT.match(name)]
+
+
+def _by_layer(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """The FFN's matrices of every layer, by what follows the expert's number."""
+    ffn: dict[str, dict[str, Tensor]] = {}
+    for name, value in _ffn(state):
+        layer, rest = _at(name)
+        ffn.setdefault(layer, {})[rest] = value
+    return ffn
 
 
 def _at(name: str) -> tuple[str, str]:
