@@ -66,6 +66,7 @@ class Story:
     seed: int
     steps: int
     say: Callable[[str], None]
+    num_windows: int = NUM_WINDOWS  # of held-out text per domain
     train_text: dict[str, bytes] = field(init=False)
     held_out: dict[str, bytes] = field(init=False)
 
@@ -74,7 +75,7 @@ class Story:
         self.held_out = {d: embedded_domain(d, DATA).held_out for d in DOMAINS}
 
     def loss(self, state: State, spec: ModelSpec, domains: Sequence[str] = DOMAINS) -> dict[str, float]:
-        return losses(model_of(state, spec), {d: self.held_out[d] for d in domains}, SEQ_LEN, NUM_WINDOWS)
+        return losses(model_of(state, spec), {d: self.held_out[d] for d in domains}, SEQ_LEN, self.num_windows)
 
     def fit(self, model: Decoder, domains: Sequence[str], steps: int, key: str, **plan: Any) -> State:
         source = WindowSource([self.train_text[d] for d in domains], SEQ_LEN, self.seed, key)
@@ -121,16 +122,16 @@ class Story:
         state, spec = self.merged
         model = model_of(state, spec_with(spec, spec.num_experts, num_chosen))
         model.routing = routing if routing is not None else made.routing(kind or "own", [e.card for e in self.experts], state, self.base)
-        return losses(model, self.held_out, SEQ_LEN, NUM_WINDOWS)
+        return losses(model, self.held_out, SEQ_LEN, self.num_windows)
 
     @cached_property
     def oracle(self) -> dict[str, float]:
         """Each domain by its own expert."""
         state, spec = self.merged
         return {
-            domain: losses(model_of(select(state, [number]), spec_with(spec, 1)), {domain: self.held_out[domain]}, SEQ_LEN, NUM_WINDOWS)[
-                domain
-            ]
+            domain: losses(
+                model_of(select(state, [number]), spec_with(spec, 1)), {domain: self.held_out[domain]}, SEQ_LEN, self.num_windows
+            )[domain]
             for number, domain in enumerate(DOMAINS)
         }
 
@@ -207,7 +208,7 @@ def soups(story: Story) -> Found:
     other = {d: t[len(t) // 2 :] for d, t in story.held_out.items()}
 
     def judge(text: dict[str, bytes]) -> Callable[[State], float]:
-        return lambda state: mean(losses(model_of(state, DENSE), text, SEQ_LEN, NUM_WINDOWS // 2))
+        return lambda state: mean(losses(model_of(state, DENSE), text, SEQ_LEN, story.num_windows // 2))
 
     chosen = soup.greedy_soup(ingredients, judge(half))
     best = min(judge(other)(s) for s in ingredients)
@@ -232,12 +233,12 @@ def routing(story: Story) -> Found:
     texts = list(story.train_text.values())
     model = model_of(state, spec)
     model.routing = made.evidence_of(model)
-    evidence = closed(mean(losses(model, story.held_out, SEQ_LEN, NUM_WINDOWS)))
+    evidence = closed(mean(losses(model, story.held_out, SEQ_LEN, story.num_windows)))
     every = spec_with(spec, num_experts, num_experts)  # all of them, weighted: what a linear router does best
     tuned = made.tune_router(
         state, every, texts, steps=100, seq_len=SEQ_LEN, rows=route.lda_rows([e.card for e in story.experts]), seed=story.seed
     )
-    linear["tuned"] = closed(mean(losses(model_of(tuned, every), story.held_out, SEQ_LEN, NUM_WINDOWS)))
+    linear["tuned"] = closed(mean(losses(model_of(tuned, every), story.held_out, SEQ_LEN, story.num_windows)))
     averaged = mean(story.loss(_average(story), DENSE))
     story.say(
         f"uniform {uniform:.3f}, oracle {oracle:.3f}, evidence {evidence:.2f}, prefix {prefix:.2f}, linear {linear}, average of weights {averaged:.3f}"
@@ -258,7 +259,7 @@ def _with_routing(state: State, spec: ModelSpec, routing: Any) -> Decoder:
 def _by_evidence(story: Story, state: State, spec: ModelSpec, domains: Sequence[str] = DOMAINS) -> dict[str, float]:
     model = model_of(state, spec)
     model.routing = made.evidence_of(model)
-    return losses(model, {d: story.held_out[d] for d in domains}, SEQ_LEN, NUM_WINDOWS)
+    return losses(model, {d: story.held_out[d] for d in domains}, SEQ_LEN, story.num_windows)
 
 
 def _average(story: Story) -> State:
@@ -371,9 +372,9 @@ def together(story: Story) -> Found:
     domains = ("code", "headers")
     merged = mean(_by_evidence(story, both, spec_with(spec, 3, 2), domains))
     alone = {
-        "the swarm's": mean(losses(model_of(state, moe.spec), {d: story.held_out[d] for d in domains}, SEQ_LEN, NUM_WINDOWS)),
+        "the swarm's": mean(losses(model_of(state, moe.spec), {d: story.held_out[d] for d in domains}, SEQ_LEN, story.num_windows)),
         "the private one": mean(
-            losses(model_of(select(both, [2]), spec_with(spec, 1)), {d: story.held_out[d] for d in domains}, SEQ_LEN, NUM_WINDOWS)
+            losses(model_of(select(both, [2]), spec_with(spec, 1)), {d: story.held_out[d] for d in domains}, SEQ_LEN, story.num_windows)
         ),
     }
     story.say(f"together {merged:.3f}, alone {alone}")
@@ -398,7 +399,7 @@ def mixture(story: Story) -> Found:
         model = build_model(ModelSpec(**half.model_dump() | changes), story.seed)
         story.fit(model, DOMAINS, 2 * story.steps, "all")
         load = routing_of(model.eval(), story.held_out, SEQ_LEN)["max_violation"]
-        found[name] = (load, mean(losses(model, story.held_out, SEQ_LEN, NUM_WINDOWS)))
+        found[name] = (load, mean(losses(model, story.held_out, SEQ_LEN, story.num_windows)))
     return [
         ("moe", "8 experts, 2 of half the width chosen, over dense at equal steps: loss ratio", moe / dense, 1.0, False),
         ("moe", "MaxVio of loss-free balancing over none: ratio", found["loss-free"][0] / found["none"][0], 0.5, False),
@@ -415,7 +416,7 @@ TOPICS: dict[str, Callable[[Story], Found]] = {
 Values = list[tuple[tuple[str, str, float, bool], float]]
 
 
-def run_seed(seed: int, topics: Sequence[str], steps: int) -> Values:
+def run_seed(seed: int, topics: Sequence[str], steps: int, num_windows: int = NUM_WINDOWS) -> Values:
     """All relations of one seed, told on stderr as they come."""
     torch.set_num_threads(1)
     began = time.monotonic()
@@ -423,7 +424,7 @@ def run_seed(seed: int, topics: Sequence[str], steps: int) -> Values:
     def say(line: str) -> None:
         print(f"[seed {seed}, {time.monotonic() - began:5.1f} s] {line}", file=sys.stderr, flush=True)
 
-    story, found = Story(seed, steps, say), []
+    story, found = Story(seed, steps, say, num_windows), []
     for topic in topics:
         cpu_s = time.process_time()
         for kind, relation, value, threshold, larger in TOPICS[topic](story):
@@ -433,11 +434,11 @@ def run_seed(seed: int, topics: Sequence[str], steps: int) -> Values:
     return found
 
 
-def run(seeds: Sequence[int], topics: Sequence[str], steps: int, jobs: int) -> list[Row]:
+def run(seeds: Sequence[int], topics: Sequence[str], steps: int, jobs: int, num_windows: int = NUM_WINDOWS) -> list[Row]:
     """Seeds side by side in ``jobs`` processes; a row's value is their mean."""
     found: dict[tuple[str, str, float, bool], list[float]] = {}
     if jobs == 1:
-        per_seed = [run_seed(seed, topics, steps) for seed in seeds]
+        per_seed = [run_seed(seed, topics, steps, num_windows) for seed in seeds]
     else:
         with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
             per_seed = list(pool.map(run_seed, seeds, [topics] * len(seeds), [steps] * len(seeds)))

@@ -13,7 +13,7 @@ STATISTICAL = ("loss of its domain", "worst loss", "co-activation")  # with so f
 @pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_relations_that_hold_at_any_size() -> None:
-    rows = run([1], QUICK, 30, 1)
+    rows = run([1], QUICK, 16, 1, num_windows=8)
     assert len(rows) >= 8
     for row in rows:
         if not any(words in row.relation for words in STATISTICAL):
