@@ -122,7 +122,9 @@ def verify(folder: Path) -> dict[str, str]:
         if not path.is_file():
             raise IntegrityError(f"{path} is missing, {CARD} names it")
         if (digest := sha256_of(path)) != expected:
-            raise IntegrityError(f"{path} has sha256 {digest[:12]}, {CARD} says {expected[:12]}: it was changed or damaged")
+            raise IntegrityError(
+                f"{path} has sha256 {digest[:12]}, {CARD} says {expected[:12]}: it was changed or damaged; pull the model again"
+            )
         found[name] = digest
     if not found:
         raise ConfigError(f"{folder / CARD} names no file with a hash; it was made by another program")

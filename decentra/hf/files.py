@@ -33,7 +33,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise ConfigError(f"{path.parent} has no {path.name}; give the folder of a whole model") from None
     except (ValueError, RecursionError):
-        raise IntegrityError(f"{path} is not JSON; fetch it again") from None
+        raise IntegrityError(f"{path} is not JSON, it is damaged; pull the model again, or fetch it anew") from None
     if not isinstance(value, dict):
         raise IntegrityError(f"{path}: expected a JSON object, got {type(value).__name__}")
     return value
