@@ -137,7 +137,10 @@ def merge(
     target: TargetArg,
     models: Annotated[list[Path] | None, typer.Argument(help="checkpoints of one architecture", metavar="[MODEL]...")] = None,
     method: Annotated[
-        str, typer.Option(help="linear, slerp, karcher, task_arithmetic, ties, dare_linear, dare_ties, breadcrumbs, model_stock")
+        str,
+        typer.Option(
+            help="linear, slerp, karcher, task_arithmetic, ties, dare_linear, dare_ties, breadcrumbs, model_stock, fisher, regmean"
+        ),
     ] = "linear",
     base: Annotated[Path | None, typer.Option(help="their common ancestor")] = None,
     weights: Annotated[str | None, typer.Option(help="one per model, such as 0.5,0.5")] = None,
@@ -150,6 +153,11 @@ def merge(
     ] = None,
     config: Annotated[Path | None, typer.Option("--yaml", help="a mergekit configuration with models; instead of the options")] = None,
     rebasin: Annotated[bool, typer.Option("--rebasin", help="first put neurons and experts in the first model's order")] = False,
+    text: Annotated[
+        list[str] | None,
+        typer.Option("--text", help="fisher, regmean: embedded domain or NAME=PATH, one for all or one per model, in their order"),
+    ] = None,
+    alpha: Annotated[float, typer.Option(min=0.0, max=1.0, help="regmean: what correlations between inputs count")] = 0.9,
     seed: SeedOpt = 0,
     as_json: JsonOpt = False,
 ) -> None:
@@ -170,10 +178,11 @@ def merge(
         recipe, named, named_base = recipe_from(raw)
         folders, base = [config.parent / n for n in named], base or (None if named_base is None else config.parent / named_base)
     else:
-        recipe = Recipe(method, _numbers(weights), (density,), t=t, scale=scale, seed=seed, only=tuple(only or ()))
+        recipe = Recipe(method, _numbers(weights), (density,), t=t, scale=scale, alpha=alpha, seed=seed, only=tuple(only or ()))
     if not folders:
         raise ConfigError("merge: no model was given; name two folders or more, or --yaml")
-    _done(operations.merge(folders, target, recipe, base, rebasin=rebasin), as_json, "dir", "method", "num_models", "kind")
+    found = operations.merge(folders, target, recipe, base, rebasin=rebasin, texts=text or (), say=_say)
+    _done(found, as_json, "dir", "method", "num_models", "kind")
 
 
 def _numbers(text: str | None) -> tuple[float, ...]:

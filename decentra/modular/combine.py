@@ -17,6 +17,7 @@ from torch import Tensor
 from decentra.errors import ConfigError
 
 Pick = Callable[[str], Tensor]  # a parameter of one model by name
+Statistics = Callable[[str], Tensor | None]  # what one model's own text says of a parameter; None: nothing
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Recipe:
     t: float = 0.5  # slerp: 0 is the first model, 1 the second
     scale: float = 1.0  # lambda: what the merged task vector is multiplied with
     gamma: float = 0.01  # breadcrumbs: share of the largest elements that is dropped, too
+    alpha: float = 0.9  # regmean: what correlations between inputs count
     is_normalised: bool | None = None  # divide by the weights' sum; None: as the method usually does
     seed: int = 0  # dare: of its random masks
     only: tuple[str, ...] = ()  # patterns of parameter names; the others come from the base, else from the first model
@@ -54,16 +56,21 @@ class Recipe:
 
 
 def merged(
-    shapes: Mapping[str, tuple[int, ...]], models: Sequence[Pick], base: Pick | None, recipe: Recipe
+    shapes: Mapping[str, tuple[int, ...]], models: Sequence[Pick], base: Pick | None, recipe: Recipe, seen: Sequence[Statistics] = ()
 ) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter of the merged model, one after the other, fp32. Raises ConfigError, for what cannot be done at all before the first one."""
+    """Every parameter of the merged model, one after the other, fp32. ``seen``: of each model, for methods in ``STATISTICAL``.
+
+    Raises ConfigError, for what cannot be done at all before the first one.
+    """
     check(recipe, len(models), base is not None)
     recipe.weights_of("", len(models))
-    return _merged(shapes, models, base, recipe)
+    if (recipe.method in STATISTICAL) != bool(seen):
+        raise ConfigError(f"{recipe.method} {'needs' if not seen else 'has no use for'} text of each model; give it with --text")
+    return _merged(shapes, models, base, recipe, seen)
 
 
 def _merged(
-    shapes: Mapping[str, tuple[int, ...]], models: Sequence[Pick], base: Pick | None, recipe: Recipe
+    shapes: Mapping[str, tuple[int, ...]], models: Sequence[Pick], base: Pick | None, recipe: Recipe, seen: Sequence[Statistics]
 ) -> Iterator[tuple[str, Tensor]]:
     for name, shape in shapes.items():
         if not recipe.concerns(name):
@@ -74,13 +81,19 @@ def _merged(
         for index, tensor in enumerate([*tensors, *([] if origin is None else [origin])]):
             if tuple(tensor.shape) != shape:
                 raise ConfigError(f"{name}: expected shape {shape} in every model, number {index + 1} has {tuple(tensor.shape)}")
-        yield name, merge_tensors(name, tensors, origin, recipe)
+        statistics = [found for found in (one(name) for one in seen) if found is not None]
+        yield name, merge_tensors(name, tensors, origin, recipe, statistics)
 
 
-def merge_tensors(name: str, tensors: Sequence[Tensor], base: Tensor | None, recipe: Recipe) -> Tensor:
-    """One parameter. ``name`` seeds random masks and finds its weights. Raises ConfigError."""
+def merge_tensors(name: str, tensors: Sequence[Tensor], base: Tensor | None, recipe: Recipe, statistics: Sequence[Tensor] = ()) -> Tensor:
+    """One parameter. ``name`` seeds random masks and finds its weights; ``statistics``: fisher [N] or regmean [I, I] of each model, or of none
+    (then it is averaged). Raises ConfigError."""
     weights = recipe.weights_of(name, len(tensors))
-    if recipe.method == "linear":
+    if recipe.method == "fisher" and statistics:
+        return fisher(tensors, statistics, weights)
+    if recipe.method == "regmean" and statistics:
+        return regmean(tensors, [w * gram for w, gram in zip(weights, statistics, strict=True)], recipe.alpha)
+    if recipe.method == "linear" or recipe.method in STATISTICAL:
         return _weighted(tensors, weights, True if recipe.is_normalised is None else recipe.is_normalised)
     if recipe.method == "slerp":
         return slerp(tensors[0], tensors[1], recipe.t)
@@ -107,8 +120,9 @@ def check(recipe: Recipe, num_models: int, has_base: bool) -> None:
 # method -> whether it needs a base
 METHODS: dict[str, bool] = {
     "linear": False, "slerp": False, "karcher": False, "task_arithmetic": True, "ties": True, "dare_linear": True, "dare_ties": True,
-    "breadcrumbs": True, "breadcrumbs_ties": True, "model_stock": True,
+    "breadcrumbs": True, "breadcrumbs_ties": True, "model_stock": True, "fisher": False, "regmean": False,
 }  # fmt: skip
+STATISTICAL = ("fisher", "regmean")  # those that read text
 
 
 # ---------------------------------------------------------------- between whole weights
@@ -230,15 +244,17 @@ def fisher(tensors: Sequence[Tensor], informations: Sequence[Tensor], weights: S
 def regmean(weights_OI: Sequence[Tensor], grams_II: Sequence[Tensor], alpha: float = 1.0) -> Tensor:
     """Linear layers W [O, I] whose outputs are nearest to each model's own on its own inputs (arXiv 2212.09849, eq. 2).
 
-    ``grams_II``: X^T X of each model's inputs; ``alpha`` shrinks their off-diagonal elements.
+    ``grams_II``: X^T X of each model's inputs; ``alpha`` shrinks their off-diagonal elements. Where no model has seen an input (an expert without
+    tokens), the mean: it is the distance from the mean that is solved for, with the least norm.
     """
+    mean_OI = torch.stack([w.double() for w in weights_OI]).mean(0)
     shrunk = [alpha * g.double() + (1 - alpha) * torch.diag(g.double().diagonal()) for g in grams_II]
     total = sum(shrunk, torch.zeros_like(shrunk[0]))
-    right = sum((g @ w.double().T for g, w in zip(shrunk, weights_OI, strict=True)), torch.zeros_like(weights_OI[0].double().T))
+    right = sum((g @ (w.double() - mean_OI).T for g, w in zip(shrunk, weights_OI, strict=True)), torch.zeros_like(mean_OI.T))
     solved: Tensor = (
         torch.linalg.lstsq(total, right, driver="gelsd").solution if total.device.type == "cpu" else torch.linalg.solve(total, right)
     )
-    return solved.T.to(weights_OI[0].dtype)
+    return (mean_OI + solved.T).to(weights_OI[0].dtype)
 
 
 # ---------------------------------------------------------------- recipes in mergekit's YAML

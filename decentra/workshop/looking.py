@@ -13,7 +13,7 @@ from torch import Tensor
 from decentra.data.windows import WindowSource
 from decentra.model.decoder import Decoder, Layer
 from decentra.model.evaluate import evaluate
-from decentra.model.moe import MoE
+from decentra.model.moe import Linear, MoE
 from decentra.modular.route import Card, CardWriter
 from decentra.modular.upcycle import Calibration
 
@@ -70,6 +70,46 @@ def calibration_of(model: Decoder, text: bytes, seq_len: int, num_windows: int =
     }
 
 
+def grams_of(model: Decoder, text: bytes, seq_len: int, num_windows: int = 32, seed: int = 0) -> dict[str, Tensor]:
+    """X^T X [I, I] of the inputs of every matrix that multiplies hidden states, by parameter name; an expert's are of the tokens that were sent to it."""
+    grams: dict[str, Tensor] = {}
+
+    def add(name: str, x_TI: Tensor) -> None:
+        x_TI = x_TI.detach().flatten(0, -2).double()
+        grams[name] = grams.get(name, torch.zeros(())) + x_TI.T @ x_TI
+
+    def see(layer: int, moe: MoE, x_TD: Tensor) -> None:
+        start = f"model.layers.{layer}.mlp"
+        add(f"{start}.gate.weight", x_TD)
+        _, choice_TK = _choice(moe, x_TD)
+        for position, (expert, weights) in enumerate(moe.experts.items()):
+            gate, up, _ = weights.weights()  # type: ignore[operator]
+            x_SD = x_TD[(choice_TK == position).any(-1)]
+            add(f"{start}.experts.{expert}.gate_proj.weight", x_SD)
+            grams[f"{start}.experts.{expert}.up_proj.weight"] = grams[f"{start}.experts.{expert}.gate_proj.weight"]
+            add(f"{start}.experts.{expert}.down_proj.weight", torch.nn.functional.silu(x_SD @ gate.T) * (x_SD @ up.T))
+
+    hooks = [
+        module.register_forward_pre_hook(lambda _module, given, name=name: add(f"{name}.weight", given[0]))
+        for name, module in model.named_modules()
+        if isinstance(module, Linear) and ".mlp." not in name
+    ]
+    try:
+        with watching(model, see), torch.no_grad():
+            _read(model, text, seq_len, num_windows, seed)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return grams
+
+
+def _choice(moe: MoE, x_TD: Tensor) -> tuple[Tensor, Tensor]:
+    """(logits [T, E], chosen of those present [T, K]) as the layer itself has them in evaluation."""
+    logits_TE = x_TD.float() @ moe.gate.weight.T
+    logits_TP = logits_TE if len(moe.present) == moe.num_experts else logits_TE[:, list(moe.present)]
+    return logits_TE, (logits_TP if moe.bias_P is None else logits_TP + moe.bias_P).topk(moe.num_chosen, -1).indices
+
+
 def _read(model: Decoder, text: bytes, seq_len: int, num_windows: int, seed: int) -> None:
     source = WindowSource([text], seq_len, seed, "looking")
     for _ in range(math.ceil(num_windows / 8)):
@@ -83,11 +123,10 @@ def routing_of(model: Decoder, texts: Mapping[str, bytes], seq_len: int, num_win
     slots_LE = torch.zeros(model.spec.num_layers, model.spec.num_experts)
 
     def see(layer: int, moe: MoE, x_TD: Tensor) -> None:
-        logits = x_TD.float() @ moe.gate.weight.T
+        logits, choice_TK = _choice(moe, x_TD)
         probs = logits.softmax(-1)
         entropy.append(float(-(probs * probs.clamp_min(1e-12).log()).sum(-1).mean()))
-        chosen = (logits if moe.bias_P is None else logits + moe.bias_P).topk(moe.num_chosen, -1).indices.flatten()
-        slots_LE[layer] += torch.bincount(chosen, minlength=model.spec.num_experts)
+        slots_LE[layer] += torch.bincount(choice_TK.flatten(), minlength=model.spec.num_experts)
 
     total_LE = torch.zeros_like(slots_LE)
     for name, text in texts.items():

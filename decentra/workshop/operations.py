@@ -22,8 +22,8 @@ from decentra.modular.parts import State
 from decentra.modular.route import Card
 from decentra.workshop import experts as made
 from decentra.workshop import texts as text_of
-from decentra.workshop.looking import calibration_of, card_of, losses, mean, routing_of
-from decentra.workshop.training import model_of
+from decentra.workshop.looking import calibration_of, card_of, grams_of, losses, mean, routing_of
+from decentra.workshop.training import model_of, squared_gradients
 
 Say = Callable[[str], None]
 Result = dict[str, Any]
@@ -185,9 +185,13 @@ def expanded(source: Path, target: Path, *, factor: int, keep_chosen: bool, nois
 # ---------------------------------------------------------------- merging
 
 
-def merge(folders: Sequence[Path], target: Path, recipe: Recipe, base: Path | None, *, rebasin: bool = False) -> Result:
+def merge(
+    folders: Sequence[Path], target: Path, recipe: Recipe, base: Path | None, *, rebasin: bool = False, texts: Sequence[str] = (),
+    say: Say = lambda _: None,
+) -> Result:  # fmt: skip
     """Models of one architecture into one, a parameter at a time. ``rebasin``: first their neurons and experts are put in the base's order, or in the
-    first one's, which takes all of them in memory."""
+    first one's, which takes all of them in memory. ``texts``: one for all or one of each model, for fisher and regmean, which keep what they see of each
+    model in memory: as much as the model, or a matrix of its inputs per matrix."""
     check_target(target)
     if len(folders) + (base is not None) < 2:
         raise ConfigError(f"merge: one model, {folders[0]}, is not merged with anything; the first folder is OUT, the models follow")
@@ -197,11 +201,12 @@ def merge(folders: Sequence[Path], target: Path, recipe: Recipe, base: Path | No
         first = opened[0]
         for folder in [*folders[1:], *([] if base is None else [base])]:
             _same_function(folder, first.spec, folders[0])
+        seen = [] if not texts else _seen(opened, recipe.method, texts, say, rebasin=rebasin)
         picks: list[combine.Pick] = list(opened)
         if rebasin:
             order = first.state() if origin is None else origin.state()  # task vectors are taken from the base: its order is the one
             picks = [align.aligned(one.state(), order).__getitem__ for one in opened]
-        merged = combine.merged(first.shapes, picks, origin, recipe)
+        merged = combine.merged(first.shapes, picks, origin, recipe, seen)
         models = [{"name": one.folder.resolve().name, "files": one.hashes} for one in opened]
         lineage = _lineage(first, "merge", recipe=vars(recipe), models=models, base=None if origin is None else origin.hashes)
         save_checkpoint(target, with_spec(first.manifest, first.spec), merged, lineage, tokenizer=first.folder)
@@ -209,6 +214,33 @@ def merge(folders: Sequence[Path], target: Path, recipe: Recipe, base: Path | No
         for one in [*opened, *([] if origin is None else [origin])]:
             one.weights.__exit__()
     return {"ok": True, "dir": str(target), "method": recipe.method, "num_models": len(folders), "kind": _kind(first.spec)}
+
+
+def _seen(opened: Sequence[Checkpoint], method: str, texts: Sequence[str], say: Say, *, rebasin: bool) -> list[combine.Statistics]:
+    """What each model's own text says of its parameters."""
+    if method not in combine.STATISTICAL:
+        raise ConfigError(f"--text is for {' and '.join(combine.STATISTICAL)}; {method} looks at weights only")
+    if rebasin:
+        raise ConfigError(
+            f"--rebasin changes the order of what {method} has measured; align each model first: decentra merge OUT MODEL --base BASE --rebasin"
+        )
+    if len(texts) not in (1, len(opened)):
+        raise ConfigError(f"--text: expected one for all or one for each of {len(opened)} models, in their order, got {len(texts)}")
+    text_of.check_bytes(opened[0].spec.vocab_size)
+    data = opened[0].manifest.data
+    found: list[combine.Statistics] = []
+    for index, one in enumerate(opened):
+        name = texts[index % len(texts)]
+        train, _ = text_of.split([name], data)
+        model = model_of(one.state(), one.spec)
+        [text] = train.values()
+        if method == "fisher":
+            values = squared_gradients(model, WindowSource([text], data.seq_len, 0, "fisher"), NUM_WINDOWS)
+        else:
+            values = grams_of(model, text, data.seq_len, NUM_WINDOWS)
+        say(f"{one.folder.name}: {method} has read {NUM_WINDOWS} windows of {name}")
+        found.append(values.get)
+    return found
 
 
 def cooked(folders: Sequence[Path], target: Path, texts: Sequence[str], say: Say) -> Result:

@@ -27,11 +27,12 @@ from decentra.config import DataSpec, Manifest, ModelSpec, PlacementSpec, RoundS
 from decentra.data.domains import embedded_domain
 from decentra.data.windows import WindowSource
 from decentra.model.decoder import Decoder, build_model
-from decentra.modular import lasting, route, soup, upcycle
+from decentra.modular import combine, lasting, route, soup, upcycle
+from decentra.modular.combine import Recipe
 from decentra.modular.parts import State, extract, insert, select, spec_with
 from decentra.workshop import experts as made
 from decentra.workshop.looking import calibration_of, card_of, losses, mean, routing_of
-from decentra.workshop.training import Plan, model_of, train
+from decentra.workshop.training import Plan, model_of, squared_gradients, train
 from tests.bench.lab import Lab, build_swarm, run_steps
 
 SEQ_LEN = 128
@@ -215,6 +216,27 @@ def soups(story: Story) -> Found:
     return [
         ("merge", "greedy soup over its best ingredient, separate text: loss ratio", judge(other)(chosen.state) / best, 1.002, False),
         ("merge", "ingredients of the soup", float(len(chosen.ingredients)), 2.0, True),
+    ]
+
+
+def specialists(story: Story) -> Found:
+    """Two models of a common base, each of a domain of its own: what their text says of them merges them better than their mean."""
+    pair = DOMAINS[1:3]
+    made_of = [story.fit(model_of(story.all_dense, DENSE), [d], story.steps, f"specialist {d}") for d in pair]
+    shapes = {name: tuple(value.shape) for name, value in made_of[0].items()}
+    models = [model_of(state, DENSE) for state in made_of]
+    texts = [story.train_text[d] for d in pair]
+
+    def of(method: str, seen: Sequence[combine.Statistics]) -> float:
+        state = dict(combine.merged(shapes, [s.__getitem__ for s in made_of], None, Recipe(method), seen))
+        return mean(story.loss(state, DENSE, pair))
+
+    linear = of("linear", [])
+    diagonals = [
+        squared_gradients(model, WindowSource([text], SEQ_LEN, 0, "fisher"), 64).get for model, text in zip(models, texts, strict=True)
+    ]
+    return [
+        ("merge", "fisher over the mean, two specialists: loss ratio", of("fisher", diagonals) / linear, 1.0, False),
     ]
 
 
@@ -408,8 +430,8 @@ def mixture(story: Story) -> Found:
 
 
 TOPICS: dict[str, Callable[[Story], Found]] = {
-    "exactness": exactness, "upcycling": upcycling, "moefication": moefication, "soups": soups, "routing": routing, "forgetting": forgetting,
-    "canaries": canaries, "slices": slices, "continual": continual, "together": together, "mixture": mixture,
+    "exactness": exactness, "upcycling": upcycling, "moefication": moefication, "soups": soups, "specialists": specialists, "routing": routing,
+    "forgetting": forgetting, "canaries": canaries, "slices": slices, "continual": continual, "together": together, "mixture": mixture,
 }  # fmt: skip
 
 

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -122,6 +122,10 @@ class Command:
     def heights(self) -> dict[str, int]:
         """A service's newest confirmed height of every fragment, from its log."""
         return {e["fragment"]: e["height"] for e in self.events("round-confirmed")}
+
+    def has_advanced(self, before: Mapping[str, int], num_rounds: int, num_fragments: int) -> bool:
+        """A service has confirmed so many more rounds of each of its fragments."""
+        return sum(h >= before.get(f, 0) + num_rounds for f, h in self.heights().items()) == num_fragments
 
     def tail(self, num_lines: int = 25) -> str:
         return f"--- {self.name} stderr\n" + "\n".join(self.err.splitlines()[-num_lines:])

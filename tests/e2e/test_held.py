@@ -12,6 +12,7 @@ from decentra.ids import FragmentId, expert_of, module_of_fragment
 from decentra.protocol import ledger
 
 NUM_ROUNDS = 3
+NUM_FRAGMENTS = 6  # trunk, router, four experts
 ALONE_S, ADOPT_S = 4, 20
 
 
@@ -34,22 +35,20 @@ def test_a_peer_has_only_what_it_trains_and_takes_over_from_the_dead(tmp_path: P
         own, others = (set(p.events("placed-here")[-1]["experts"]) for p in (first, second))
         assert (len(own), len(others), own | others) == (2, 2, {0, 1, 2, 3})
         before = host.heights()
-        world.wait_for("rounds of all experts", lambda: all(h >= before.get(f, 0) + NUM_ROUNDS for f, h in host.heights().items()), 120)
+        world.wait_for("rounds of all experts", lambda: host.has_advanced(before, NUM_ROUNDS, NUM_FRAGMENTS), 120)
 
         first.kill()
         world.wait_for(
             "the dead peer's experts are trained by the other", lambda: set(second.events("placed-here")[-1]["experts"]) == {0, 1, 2, 3}
         )
         before = host.heights()
-        world.wait_for(
-            "rounds of all experts again", lambda: all(h >= before.get(f, 0) + NUM_ROUNDS for f, h in host.heights().items()), 120
-        )
+        world.wait_for("rounds of all experts again", lambda: host.has_advanced(before, NUM_ROUNDS, NUM_FRAGMENTS), 120)
         mirror = world.member("join", invite, "peer-2", "--threads", "1", "--mode", "mirror").start()
         world.wait_for("a mirroring peer trains, too", lambda: bool(mirror.events("training")))
         first.start()
         world.wait_for("the dead peer is back", lambda: len(first.events("training")) == 2)
         before = host.heights()
-        world.wait_for("rounds with all three", lambda: all(h >= before.get(f, 0) + NUM_ROUNDS for f, h in host.heights().items()), 120)
+        world.wait_for("rounds with all three", lambda: host.has_advanced(before, NUM_ROUNDS, NUM_FRAGMENTS), 120)
 
         assert world.run("stop", str(run.root), "--json")[0] == 0
         assert [p.exit_code(100) for p in (first, second, mirror)] == [0, 0, 0]
@@ -82,6 +81,6 @@ def test_who_leaves_for_good_hands_its_experts_over_and_who_is_paused_keeps_them
         assert ctrl_c(first)[0] == 0
         world.wait_for("its experts are the other's at once", lambda: len(second.events("placed-here")[-1]["experts"]) == 4)
         before = host.heights()
-        world.wait_for("all experts go on", lambda: sum(h > before.get(f, 0) for f, h in host.heights().items()) == 6, 60)
+        world.wait_for("all experts go on", lambda: host.has_advanced(before, 1, NUM_FRAGMENTS), 60)
         assert [ctrl_c(p)[0] for p in (second, host)] == [0, 0]
         world.assert_nothing_left()

@@ -6,7 +6,7 @@ import re
 from random import Random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from decentra.ids import TRUNK
@@ -39,7 +39,6 @@ def test_a_part_takes_every_third_layer() -> None:
     assert where["model.embed_tokens.weight"] != where["lm_head.weight"], "the large tensors outside the layers are spread"
 
 
-@settings(deadline=None)
 @given(st.integers(1, 9), st.integers(1, 12), st.randoms(use_true_random=False))
 def test_every_parameter_is_in_one_part_and_order_does_not_matter(num_layers: int, num_parts: int, rng: Random) -> None:
     parameters = decoder(num_layers)

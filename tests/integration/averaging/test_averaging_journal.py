@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[3]
 
 
 @given(st.lists(st.lists(st.binary(max_size=50), max_size=4), max_size=8))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_what_is_appended_is_loaded_in_order(batches: list[list[bytes]]) -> None:
     import tempfile
 

@@ -131,7 +131,7 @@ def test_threads_may_put_the_same_and_other_blobs(tmp_path: Path) -> None:
 STEPS = st.lists(st.tuples(st.sampled_from(["put", "read", "drop", "pin", "unpin", "restart"]), st.integers(0, 7)), max_size=30)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(STEPS)
 def test_the_budget_holds_and_pins_stay(tmp_path_factory: pytest.TempPathFactory, steps: list[tuple[str, int]]) -> None:
     root = tmp_path_factory.mktemp("blobs")

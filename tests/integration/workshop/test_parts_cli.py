@@ -119,6 +119,10 @@ def test_merging_and_lasting(base: Path, tmp_path: Path) -> None:
     )
     (tmp_path / "b").symlink_to(base)
     assert ran("merge", str(tmp_path / "yaml"), "--yaml", str(tmp_path / "recipe.yml"))["method"] == "task_arithmetic"
+    for method, texts in (("fisher", ("code",)), ("regmean", ("code", "headers"))):
+        named = [part for text in texts for part in ("--text", text)]
+        assert ran("merge", str(tmp_path / method), *models, "--method", method, *named)["method"] == method
+        assert float(str(ran("inspect", str(tmp_path / method), "--text", "code")["loss_per_domain"]["code"])) < 6  # type: ignore[index]
     soup = ran("soup", str(tmp_path / "soup"), *models, "--text", "code")
     assert float(str(soup["loss"])) <= min(float(t["loss"]) for t in soup["tried"] if t["model"] in soup["ingredients"][:1])  # type: ignore[attr-defined,index,operator]
     grown = ran("continual", str(base), str(tmp_path / "grown"), "--text", "code", "--text", "headers", "--steps", "10", "--lr", "3e-3")
@@ -142,6 +146,10 @@ def test_wrong_input_is_said_in_one_line(base: Path, tmp_path: Path) -> None:
         (("merge", out, str(base), moe), ("num_experts", "do not merge")),
         (("merge", out, str(base), str(base), "--method", "ties"), ("--base",)),
         (("merge", out, str(base), str(base), "--weights", "a,b"), ("0.5,0.5",)),
+        (("merge", out, str(base), str(base), "--method", "fisher"), ("--text",)),
+        (("merge", out, str(base), str(base), "--text", "code"), ("fisher and regmean", "linear looks at weights only")),
+        (("merge", out, str(base), str(base), "--method", "regmean", *3 * ("--text", "code")), ("one for each of 2 models", "got 3")),
+        (("merge", out, str(base), str(base), "--method", "regmean", "--text", "code", "--rebasin"), ("align each model first",)),
         (("merge", out), ("no model",)),
         (("merge", out, str(base)), ("is not merged with anything",)),
         (("merge", str(base), moe, moe), ("nothing is written over",)),

@@ -20,7 +20,7 @@ def own_source(seed: int = 0, peer: str = "p") -> WindowSource:
     return WindowSource([OWN], 8, seed, peer)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     texts=st.lists(st.binary(max_size=40), min_size=1, max_size=5),
     common=st.binary(min_size=5, max_size=40),

@@ -112,7 +112,7 @@ def play(codec_name: str, story: list[Round]) -> tuple[Tensor, AnchorState, list
 
 
 @pytest.mark.parametrize("codec_name", CODEC_NAMES)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(story=st.lists(rounds, max_size=8))
 def test_all_that_was_trained_is_in_one_place_exactly_once(codec_name: str, story: list[Round]) -> None:
     first_N, last, peers = play(codec_name, story)
@@ -126,7 +126,7 @@ def test_all_that_was_trained_is_in_one_place_exactly_once(codec_name: str, stor
     assert float((trained_N - found_N).abs().max()) <= tolerance
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(story=st.lists(rounds, max_size=8))
 def test_a_lossless_codec_leaves_nothing_in_the_residual_of_those_who_were_in(story: list[Round]) -> None:
     everyone = frozenset(range(3))
@@ -319,7 +319,6 @@ def pending_record() -> bytes:
     return to_record(a)
 
 
-@settings(deadline=None)
 @given(st.data())
 def test_a_damaged_record_is_refused(data: st.DataObject) -> None:
     record = bytearray(pending_record())
@@ -332,7 +331,6 @@ def test_a_damaged_record_is_refused(data: st.DataObject) -> None:
         account_from_record(FRAGMENT, bytes(record), account().anchor_state)
 
 
-@settings(deadline=None)
 @given(st.binary(max_size=400))
 def test_random_records_are_refused(data: bytes) -> None:
     with pytest.raises(IntegrityError):

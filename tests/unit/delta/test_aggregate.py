@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from decentra.delta.aggregate import aggregate, bits_float, float_bits
@@ -21,7 +21,6 @@ ONE, HALF = float_bits(1.0), float_bits(0.5)
 A, B, C = PeerId("a"), PeerId("b"), PeerId("c")
 
 
-@settings(deadline=None)
 @given(finite_floats)
 def test_bits_round_trip(x: float) -> None:
     assert math.copysign(1.0, bits_float(float_bits(x))) == math.copysign(1.0, x)
@@ -39,7 +38,6 @@ def test_bits_are_ieee_float32() -> None:
             bits_float(bits)
 
 
-@settings(deadline=None)
 @given(st.permutations([A, B, C]))
 def test_sum_does_not_depend_on_the_order_of_arrival(order: list[PeerId]) -> None:
     deltas = {p: vector(1000, i, 10.0 ** (3 * i)) for i, p in enumerate((A, B, C))}

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from decentra.delta.anchor import AnchorState, anchor_digest, decode_anchor, encode_anchor, max_anchor_bytes
@@ -71,7 +71,6 @@ def test_an_infinite_anchor_is_never_published() -> None:
         encode_anchor(FRAGMENT, bad)
 
 
-@settings(deadline=None)
 @given(st.binary(max_size=max_anchor_bytes(FRAGMENT) + 8), st.booleans())
 def test_any_bytes_decode_or_are_refused(tail: bytes, has_header: bool) -> None:
     data = encode_anchor(FRAGMENT, state(False))[:24] + tail if has_header else tail

@@ -4,7 +4,7 @@ import struct
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from decentra.delta.codec import CODECS, Codec, codec_by_code, codec_named
@@ -25,7 +25,6 @@ def test_registry_knows_names_and_codes() -> None:
 
 
 @pytest.mark.parametrize("codec", [codec_named(n) for n in DENSE_NAMES], ids=lambda c: c.name)
-@settings(deadline=None)
 @given(st.lists(finite_floats, max_size=300))
 @example([FLT_MAX, -FLT_MAX])
 @example([1e-45] * 130)

@@ -53,7 +53,6 @@ def sparse(values_N: Tensor) -> Decoded:
 # ---------------------------------------------------------------- norms
 
 
-@settings(deadline=None)
 @given(st.lists(finite_floats, max_size=60), st.integers(0, 60), st.randoms(use_true_random=False))
 def test_a_norm_does_not_depend_on_order_cuts_or_zeros(values: list[float], cut: int, rng: object) -> None:
     x = np.array(values, np.float32)
@@ -191,7 +190,6 @@ def test_norms_of_every_size_give_finite_steps(scales: tuple[float, float, float
     assert math.isclose(norm_of([of(merged_N, "up.weight").numpy()]), length, rel_tol=1e-4, abs_tol=2.0**-146)
 
 
-@settings(deadline=None)
 @given(st.permutations([A, B, C]), st.integers(0, 20))
 def test_order_of_arrival_and_form_of_a_delta_change_no_bit(order: list[PeerId], seed: int) -> None:
     deltas = {p: vector(N, seed + i) * (vector(N, 99 + i) > 0) for i, p in enumerate((A, B, C))}
@@ -272,7 +270,6 @@ def test_rows_are_merged_alike_whether_packets_are_sparse_or_dense() -> None:
 # ---------------------------------------------------------------- trimmed
 
 
-@settings(deadline=None)
 @given(st.integers(3, 9), st.integers(0, 5), st.floats(0.0, 0.49), st.randoms(use_true_random=False))
 def test_few_liars_move_nothing_beyond_the_honest(num_peers: int, seed: int, trim: float, rng: object) -> None:
     names = [PeerId(f"p{i}") for i in range(num_peers)]

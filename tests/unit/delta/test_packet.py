@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from decentra.delta.packet import decode_packet, encode_packet, max_packet_bytes
@@ -154,7 +154,6 @@ def decodes_or_is_refused(data: bytes, fragment: Fragment = FRAGMENT) -> None:
     assert bool(torch.isfinite(y_N).all())
 
 
-@settings(deadline=None)
 @given(st.binary(max_size=800))
 def test_random_bytes_never_crash(data: bytes) -> None:
     decodes_or_is_refused(data)
@@ -164,7 +163,6 @@ def test_random_bytes_never_crash(data: bytes) -> None:
     decodes_or_is_refused(sealed(sparse[:HEADER_BYTES] + body), LARGE)
 
 
-@settings(deadline=None)
 @given(st.sampled_from(CODEC_NAMES), st.data())
 def test_mutated_and_cut_packets_never_crash(codec_name: str, data: st.DataObject) -> None:
     fragment = data.draw(st.sampled_from([FRAGMENT, LARGE]))
@@ -179,7 +177,6 @@ def test_mutated_and_cut_packets_never_crash(codec_name: str, data: st.DataObjec
     decodes_or_is_refused(sealed(body[: data.draw(st.integers(0, len(body)))]), fragment)
 
 
-@settings(deadline=None)
 @given(st.integers(0, len(packet()) * 8 - 1))
 def test_one_flipped_bit_is_always_seen(bit: int) -> None:
     data = bytearray(packet())

@@ -75,7 +75,7 @@ def test_loss_adds_the_weighted_router_losses() -> None:
     torch.testing.assert_close(loss.total, expected + 0.01 * output.aux_loss + 0.001 * output.z_loss)
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(length=st.integers(2, 20), at=st.integers(0, 18))
 def test_a_token_never_sees_the_future(length: int, at: int) -> None:
     at = min(at, length - 2)

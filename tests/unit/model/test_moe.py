@@ -49,7 +49,7 @@ def gradients(moe: MoE, y_TD: Tensor, x_TD: Tensor) -> dict[str, Tensor | None]:
     return {"x": x_TD.grad, **{name: p.grad for name, p in moe.named_parameters()}}
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     num_tokens=st.integers(1, 12),
     present=st.sets(st.integers(0, 4), min_size=1).map(lambda s: tuple(sorted(s))),

@@ -87,6 +87,28 @@ def test_regmean_is_pooled_least_squares(num_models: int, seed: int) -> None:
     torch.testing.assert_close(found, pooled, atol=1e-4, rtol=1e-4)
 
 
+def test_regmean_leaves_what_nobody_has_seen_at_the_mean() -> None:
+    a, b = tensors(2, 3, 4)
+    seen = torch.zeros(4, 4)
+    torch.testing.assert_close(regmean([a, b], [seen, seen]), (a + b) / 2)
+    seen = torch.diag(torch.tensor([1.0, 1.0, 0.0, 0.0]))  # the first model alone has seen the first two inputs
+    torch.testing.assert_close(regmean([a, b], [seen, torch.zeros(4, 4)]), torch.cat([a[:, :2], (a + b)[:, 2:] / 2], 1))
+
+
+def test_methods_that_read_text_say_so() -> None:
+    a, b = tensors(2, 3, 4)
+    shapes, picks = {"w": (3, 4)}, [lambda _: a, lambda _: b]
+    with pytest.raises(ConfigError, match="--text"):
+        merged(shapes, picks, None, Recipe("fisher"))
+    with pytest.raises(ConfigError, match="no use"):
+        merged(shapes, picks, None, Recipe("linear"), [{}.get] * 2)
+    found = dict(merged(shapes, picks, None, Recipe("fisher"), [{"w": torch.ones(3, 4)}.get, {"w": torch.zeros(3, 4)}.get]))
+    torch.testing.assert_close(found["w"], a)
+    assert dict(merged(shapes, picks, None, Recipe("regmean"), [{}.get] * 2))["w"].equal((a + b) / 2), (
+        "neither a matrix nor measured: the mean"
+    )
+
+
 def test_fisher_listens_to_who_knows() -> None:
     a, b = tensors(2, 4, 4)
     only_a = fisher([a, b], [torch.ones(4, 4), torch.zeros(4, 4)])

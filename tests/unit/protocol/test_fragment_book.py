@@ -312,7 +312,7 @@ def act(d: Desk, move: tuple[str, object, object]) -> None:
 
 
 @given(st.lists(moves, max_size=60))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_any_story_keeps_the_law_and_survives_a_restart_at_its_end(story: list[tuple[str, object, object]]) -> None:
     d = Desk(FragmentBook(FRAGMENT, BASE), MEMBERS)
     for move in story:

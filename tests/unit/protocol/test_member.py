@@ -307,7 +307,7 @@ def lives(draw: st.DrawFn) -> FragmentLife:
 
 
 @given(lives(), st.integers(0, 2 * H), st.floats(0, 20))
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=250)
 def test_reconciling_twice_is_reconciling_once(life: FragmentLife, num_steps: int, now: float) -> None:
     once, effects = reconcile(life, SELF, num_steps, now)
     twice, none = reconcile(once, SELF, num_steps, now)

@@ -420,7 +420,7 @@ def work(house: House, peer: PeerId, fragment: FragmentId) -> list[Effect]:
 
 
 @given(st.lists(words, max_size=60))
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 def test_a_restart_after_any_story_gives_an_equal_book(story: list[tuple[str, object, object]]) -> None:
     house = House()
     for word in story:
@@ -430,7 +430,7 @@ def test_a_restart_after_any_story_gives_an_equal_book(story: list[tuple[str, ob
 
 
 @given(st.lists(words, min_size=10, max_size=40), st.lists(words, max_size=20))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_story_goes_on_after_a_restart(before: list[tuple[str, object, object]], after: list[tuple[str, object, object]]) -> None:
     house = House()
     for word in before:

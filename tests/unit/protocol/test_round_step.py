@@ -48,7 +48,7 @@ def play(round_: Round, *events: object, now: float = 1.0, rules: Rules = RULES)
 
 
 @given(rosters, timed_events, st.sampled_from([RULES, CLIPPING]))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_the_law_holds_after_any_events(roster: tuple[int, int, bool], events: Sequence[tuple[float, object]], rules: Rules) -> None:
     round_, now = new_round(*roster), 0.0
     ends = 0
@@ -134,7 +134,7 @@ def expected_effects(before: Round, after: Round) -> list[type]:
 
 
 @given(rosters, timed_events)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_every_round_ends_by_itself(roster: tuple[int, int, bool], events: Sequence[tuple[float, object]]) -> None:
     round_, now = new_round(*roster), 0.0
     for wait_s, event in events:
@@ -147,7 +147,7 @@ def test_every_round_ends_by_itself(roster: tuple[int, int, bool], events: Seque
 
 
 @given(rosters, timed_events, round_events())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_hearing_a_thing_twice_is_hearing_it_once(
     roster: tuple[int, int, bool], events: Sequence[tuple[float, object]], event: object
 ) -> None:

@@ -66,7 +66,7 @@ def strategy(hint: Any, name: str = "") -> st.SearchStrategy[Any]:
 @pytest.mark.parametrize("cls", PAIRS, ids=lambda cls: cls.__name__)
 def test_round_trip(cls: type) -> None:
     @given(strategy(cls))
-    @settings(max_examples=40, deadline=None)
+    @settings(max_examples=40)
     def check(value: Any) -> None:
         back = decode(cls, encode(value))
         assert back == value
@@ -89,7 +89,7 @@ def test_every_pair_has_the_same_field_names() -> None:
 @pytest.mark.parametrize("cls", PAIRS, ids=lambda cls: cls.__name__)
 def test_foreign_bytes_are_a_value_or_malformed(cls: type) -> None:
     @given(st.binary(max_size=300))
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=60)
     def check(data: bytes) -> None:
         value_or_reason(cls, data)
 
@@ -97,7 +97,7 @@ def test_foreign_bytes_are_a_value_or_malformed(cls: type) -> None:
 
 
 @given(strategy(domain.FragmentView), st.data())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_damaged_views_are_a_value_or_malformed(view: domain.FragmentView, data: st.DataObject) -> None:
     raw = bytearray(encode(view))
     for _ in range(data.draw(st.integers(1, 4))):

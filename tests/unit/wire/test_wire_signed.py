@@ -120,7 +120,7 @@ def test_a_relabelled_statement_with_intact_protobuf_is_a_forgery() -> None:
 
 
 @given(st.data())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_one_changed_byte_never_opens_as_something_else(data: st.DataObject) -> None:
     real = seal(ALICE, "offer", RUN, b"body", not_after_s=NOW_S)
     index = data.draw(st.integers(0, len(real) - 1))
