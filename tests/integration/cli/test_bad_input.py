@@ -254,26 +254,29 @@ def test_a_state_directory_that_is_a_file(hosted: Hosted, tmp_path: Path) -> Non
 HOST_ARGS = ("--address", "127.0.0.1", "--listen", "127.0.0.1", "--bootstrap-port", "0", "--service-port", "0")
 
 
+def copy_of(run: RunDir, target: Path) -> RunDir:
+    """The folder of a run that goes on, less what comes and goes while it does."""
+    return RunDir(Path(shutil.copytree(run.root, target, ignore=shutil.ignore_patterns("lock", "blobs", "*.tmp"))))
+
+
 def test_a_manifest_edited_after_the_run_began_names_the_keys(hosted: Hosted, tmp_path: Path) -> None:
-    root = tmp_path / "run"
-    ledger_free = shutil.ignore_patterns("lock", "blobs")
-    run = RunDir(Path(shutil.copytree(hosted.run.root, root, ignore=ledger_free)))
+    run = copy_of(hosted.run, tmp_path / "run")
     manifest = run.root / "manifest.json"
     text = manifest.read_text()
     manifest.write_text(text.replace('"lr":0.005', '"lr":0.5').replace('"inner_steps":5', '"inner_steps":50'))
-    for said in (decentra("host", str(root), *HOST_ARGS), decentra("averager", str(root), "--listen", "127.0.0.1:0")):
+    for said in (decentra("host", str(run.root), *HOST_ARGS), decentra("averager", str(run.root), "--listen", "127.0.0.1:0")):
         said.refused(6, "manifest.json was changed", "rounds.inner_steps, train.lr", "put it back")
 
 
 def test_another_run_key_is_noticed(hosted: Hosted, tmp_path: Path) -> None:
-    run = RunDir(Path(shutil.copytree(hosted.run.root, tmp_path / "run", ignore=shutil.ignore_patterns("lock", "blobs"))))
+    run = copy_of(hosted.run, tmp_path / "run")
     run.run_key_file.unlink()
     save_key(run.run_key_file, Keypair.generate())
     decentra("host", str(run.root), *HOST_ARGS).refused(2, "run.key is not the key this run began with", "Restore it")
 
 
 def test_damaged_files_of_the_host(hosted: Hosted, tmp_path: Path) -> None:
-    run = RunDir(Path(shutil.copytree(hosted.run.root, tmp_path / "run", ignore=shutil.ignore_patterns("lock", "blobs"))))
+    run = copy_of(hosted.run, tmp_path / "run")
     (run.host / "addresses.json").write_text("{")
     decentra("invite", str(run.root)).refused(2, "addresses.json is damaged", "decentra host")
     decentra("stop", str(run.root)).refused(2, "addresses.json is damaged")
