@@ -47,9 +47,9 @@ def _told(value: Any) -> str:
 @app.command("import")
 def import_(source: SourceArg, target: TargetArg, as_json: JsonOpt = False) -> None:
     """Read a Hugging Face model (Qwen3 dense or Qwen3-MoE) exactly, as a checkpoint of decentra. Example: decentra import Qwen3-0.6B my-dense"""
-    from decentra.workshop import operations
+    from decentra.workshop import making
 
-    _done(operations.convert(source, target, "import"), as_json, "dir", "kind", "num_parameters")
+    _done(making.convert(source, target, "import"), as_json, "dir", "kind", "num_parameters")
 
 
 @app.command()
@@ -57,11 +57,11 @@ def export(
     source: SourceArg, target: TargetArg, dtype: Annotated[str, typer.Option(help="fp32 or bf16")] = "fp32", as_json: JsonOpt = False
 ) -> None:  # fmt: skip
     """Write a checkpoint that transformers and vLLM load, with a model card. Example: decentra export my-model my-model-hf --dtype bf16"""
-    from decentra.workshop import operations
+    from decentra.workshop import making
 
-    if dtype not in operations.DTYPES:
+    if dtype not in making.DTYPES:
         raise ConfigError(f"dtype: expected fp32 or bf16, got {dtype!r}")
-    _done(operations.convert(source, target, "export", dtype), as_json, "dir", "kind", "num_parameters", "files")
+    _done(making.convert(source, target, "export", dtype), as_json, "dir", "kind", "num_parameters", "files")
 
 
 @app.command()
@@ -87,9 +87,9 @@ def upcycle(
     as_json: JsonOpt = False,
 ) -> None:
     """Make a mixture of experts out of a dense model. Example: decentra upcycle my-dense my-moe --experts 8 --top-k 2"""
-    from decentra.workshop import operations
+    from decentra.workshop import making
 
-    found = operations.upcycled(source, target, experts=experts, top_k=top_k, method=method, others=others or (), seed=seed)
+    found = making.upcycled(source, target, experts=experts, top_k=top_k, method=method, others=others or (), seed=seed)
     _done(found, as_json, "dir", "before", "after", "is_exact", "start_logit_gap")
 
 
@@ -109,9 +109,9 @@ def moefy(
     as_json: JsonOpt = False,
 ) -> None:
     """Split a dense model's FFN into experts by which neurons fire together. Example: decentra moefy my-dense my-split --active 4 --text code"""
-    from decentra.workshop import operations
+    from decentra.workshop import making
 
-    found = operations.moefied(source, target, experts=experts, active=active, cluster=cluster, shared=shared, texts=text or (), seed=seed)
+    found = making.moefied(source, target, experts=experts, active=active, cluster=cluster, shared=shared, texts=text or (), seed=seed)
     _done(found, as_json, "dir", "before", "after", "is_exact", "start_logit_gap")
 
 
@@ -126,9 +126,9 @@ def expand(
     as_json: JsonOpt = False,
 ) -> None:
     """Give a mixture of experts more experts, copies of those it has. Example: decentra expand my-moe my-larger-moe --factor 2 --noise 0.01"""
-    from decentra.workshop import operations
+    from decentra.workshop import making
 
-    found = operations.expanded(source, target, factor=factor, keep_chosen=keep_active, noise=noise, seed=seed)
+    found = making.expanded(source, target, factor=factor, keep_chosen=keep_active, noise=noise, seed=seed)
     _done(found, as_json, "dir", "before", "after", "is_exact", "start_logit_gap")
 
 
@@ -163,7 +163,7 @@ def merge(
 ) -> None:
     """Merge checkpoints, a tensor at a time. Example: decentra merge both one two --method ties --base my-dense --density 0.2"""
     from decentra.modular.combine import Recipe, recipe_from
-    from decentra.workshop import operations
+    from decentra.workshop import merging
 
     folders = list(models or ())
     if config is not None:
@@ -181,7 +181,7 @@ def merge(
         recipe = Recipe(method, _numbers(weights), (density,), t=t, scale=scale, alpha=alpha, seed=seed, only=tuple(only or ()))
     if not folders:
         raise ConfigError("merge: no model was given; name two folders or more, or --yaml")
-    found = operations.merge(folders, target, recipe, base, rebasin=rebasin, texts=text or (), say=_say)
+    found = merging.merge(folders, target, recipe, base, rebasin=rebasin, texts=text or (), say=_say)
     _done(found, as_json, "dir", "method", "num_models", "kind")
 
 
@@ -200,9 +200,9 @@ def soup_(
     as_json: JsonOpt = False,
 ) -> None:
     """Average those models whose average is no worse, best first, judged on held-out text. Example: decentra soup best one two three --text code"""
-    from decentra.workshop import operations
+    from decentra.workshop import merging
 
-    _done(operations.cooked(models, target, text or _default_texts(models[0]), _say), as_json, "dir", "ingredients", "loss", "barrier")
+    _done(merging.cooked(models, target, text or _default_texts(models[0]), _say), as_json, "dir", "ingredients", "loss", "barrier")
 
 
 def _default_texts(folder: Path) -> tuple[str, ...]:
@@ -232,11 +232,11 @@ def expert_train(
     as_json: JsonOpt = False,
 ) -> None:
     """Train an expert on text that stays here; the public model is frozen. Example: decentra expert train my-base my-expert --text notes=NOTES"""
-    from decentra.workshop import operations
+    from decentra.workshop import adding
 
     if not text:
         raise ConfigError("expert train: give the text to learn with --text")
-    found = operations.expert_train(source, target, text, name=name, steps=steps, lr=lr, seed=seed, start=start, say=_say)
+    found = adding.expert_train(source, target, text, name=name, steps=steps, lr=lr, seed=seed, start=start, say=_say)
     _done(found, as_json, "dir", "name", "loss_before", "loss_after", "tokens")
 
 
@@ -250,11 +250,11 @@ def expert_card(
     as_json: JsonOpt = False,
 ) -> None:
     """Write a model's own expert with the card of a text, for routers by cards. Example: decentra expert card my-base public --text prose"""
-    from decentra.workshop import operations
+    from decentra.workshop import adding
 
     if not text:
         raise ConfigError("expert card: give the text that it is for with --text")
-    _done(operations.expert_card(source, target, text, number=number, name=name), as_json, "dir", "name", "num_tokens")
+    _done(adding.expert_card(source, target, text, number=number, name=name), as_json, "dir", "name", "num_tokens")
 
 
 @expert_app.command("lora")
@@ -266,9 +266,9 @@ def expert_lora(
     as_json: JsonOpt = False,
 ) -> None:
     """Make an expert of a LoRA adapter that was trained elsewhere. Example: decentra expert lora my-dense my-adapter my-expert"""
-    from decentra.workshop import operations
+    from decentra.workshop import adding
 
-    _done(operations.expert_lora(source, adapter, target, name=name), as_json, "dir", "name", "adapter")
+    _done(adding.expert_lora(source, adapter, target, name=name), as_json, "dir", "name", "adapter")
 
 
 @expert_app.command("add")
@@ -280,9 +280,9 @@ def expert_add(
     as_json: JsonOpt = False,
 ) -> None:
     """Put experts into a model; nothing of it changes. Example: decentra expert add my-base my-model --expert mine --expert yours"""
-    from decentra.workshop import operations
+    from decentra.workshop import adding
 
-    _done(operations.expert_add(source, target, expert, any_base=any_base), as_json, "dir", "kind")
+    _done(adding.expert_add(source, target, expert, any_base=any_base), as_json, "dir", "kind")
 
 
 @expert_app.command("keep")
@@ -293,16 +293,16 @@ def expert_keep(
     as_json: JsonOpt = False,
 ) -> None:
     """A model with some of the experts, numbered without holes, router rows moved along. Example: decentra expert keep my-moe small --experts 0,2"""
-    from decentra.workshop import operations
+    from decentra.workshop import adding
 
-    _done(operations.expert_keep(source, target, _experts(numbers)), as_json, "dir", "kind", "kept")
+    _done(adding.expert_keep(source, target, _experts(numbers)), as_json, "dir", "kind", "kept")
 
 
 @expert_app.command("list")
 def expert_list(source: SourceArg, as_json: JsonOpt = False) -> None:
     """The experts of a model and what is known of each. Example: decentra expert list my-model"""
     from decentra.hf.checkpoint import open_checkpoint
-    from decentra.workshop.operations import known_experts
+    from decentra.workshop.saving import known_experts
 
     with open_checkpoint(source) as opened:
         known = known_experts(opened.lineage)
@@ -329,9 +329,9 @@ def route(
     as_json: JsonOpt = False,
 ) -> None:
     """Show which expert serves which part of a text. Example: decentra route my-model "def area(r): return 3.14" --router evidence"""
-    from decentra.workshop import operations
+    from decentra.workshop import routing
 
-    found = operations.routed(source, text, router, expert or ())
+    found = routing.routed(source, text, router, expert or ())
     if html is not None:
         from decentra.status.colours import page
 
@@ -352,9 +352,9 @@ def tune(
     source: SourceArg, target: TargetArg, text: TextOpt = None, steps: StepsOpt = 60, lr: LrOpt = 3e-3, seed: SeedOpt = 0, as_json: JsonOpt = False
 ) -> None:  # fmt: skip
     """Train the router alone on public text, after experts were added or held apart. Example: decentra tune my-model my-tuned --text prose --text code"""
-    from decentra.workshop import operations
+    from decentra.workshop import routing
 
-    found = operations.tuned(source, target, text or _default_texts(source), steps=steps, lr=lr, seed=seed, say=_say)
+    found = routing.tuned(source, target, text or _default_texts(source), steps=steps, lr=lr, seed=seed, say=_say)
     _done(found, as_json, "dir", "loss_before", "loss_after")
 
 
@@ -372,10 +372,10 @@ def distil(
     as_json: JsonOpt = False,
 ) -> None:
     """Bake a runtime router into rows that can be exported, and say what is lost (KL). Example: decentra distil my-model baked --router evidence"""
-    from decentra.workshop import operations
+    from decentra.workshop import routing
 
     names = text or _default_texts(source)
-    found = operations.distilled(source, target, names, router=router, experts=expert or (), steps=steps, seed=seed, say=_say)
+    found = routing.distilled(source, target, names, router=router, experts=expert or (), steps=steps, seed=seed, say=_say)
     _done(found, as_json, "dir", "router", "kl", "loss_with_router", "loss_with_rows")
 
 
@@ -391,9 +391,9 @@ def continual(
     as_json: JsonOpt = False,
 ) -> None:
     """Learn texts one after the other and measure what stays. Example: decentra continual my-base my-lasting --text code --text headers"""
-    from decentra.workshop import operations
+    from decentra.workshop import adding
 
-    found = operations.continual(source, target, text or _default_texts(source), strategy=strategy, steps=steps, lr=lr, seed=seed, say=_say)
+    found = adding.continual(source, target, text or _default_texts(source), strategy=strategy, steps=steps, lr=lr, seed=seed, say=_say)
     _done(found, as_json, "dir", "strategy", "stream", "backward_transfer", "forward_transfer", "loss")
 
 
@@ -406,11 +406,11 @@ def forget(
     as_json: JsonOpt = False,
 ) -> None:
     """Take experts and all they learned out of a model; says whether that is exact. Example: decentra forget my-model without --owner alice"""
-    from decentra.workshop import operations
+    from decentra.workshop import adding
 
     if experts is None and owner is None:
         raise ConfigError("forget: say what, with --experts or --owner")
-    found = operations.forget(source, target, experts=_experts(experts or ""), owner=owner)
+    found = adding.forget(source, target, experts=_experts(experts or ""), owner=owner)
     _done(found, as_json, "dir", "forgotten", "mode", "why", "kind")
 
 
@@ -422,21 +422,21 @@ def audit(
     as_json: JsonOpt = False,
 ) -> None:
     """Can what a model was trained on be told from its losses? AUC 0.5: no trace. Example: decentra audit my-model --members SEEN --others UNSEEN"""
-    from decentra.workshop import operations
+    from decentra.workshop import adding
 
     try:
         lines = [[line for line in path.read_text().splitlines() if line.strip()] for path in (members, others)]
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"audit: a file of lines cannot be read: {error}") from None
-    _done(operations.audit(source, *lines), as_json, "auc", "num_members", "num_others", "loss_members", "loss_others")
+    _done(adding.audit(source, *lines), as_json, "auc", "num_members", "num_others", "loss_members", "loss_others")
 
 
 @app.command()
 def inspect(source: SourceArg, text: TextOpt = None, as_json: JsonOpt = False) -> None:
     """Size, lineage and, with texts, losses, expert load by domain, MaxVio, router entropy, dead experts. Example: decentra inspect my-moe --text code"""
-    from decentra.workshop import operations
+    from decentra.workshop import routing
 
-    found = operations.inspect(source, text or ())
+    found = routing.inspect(source, text or ())
     keys = ("dir", "kind", "num_parameters", "loss_per_domain", "max_violation", "router_entropy", "dead_experts", "mutual_information")
     _done(found, as_json, *keys)
     if not as_json and "experts_by_domain" in found:

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 import yaml
-from cli_lines import cli, in_comments, problem_of
 
 from decentra.cli import organise
 from decentra.config import Manifest, PeerConfig, load_toml
+from tests.unit.cli_lines import cli, in_comments, problem_of
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"

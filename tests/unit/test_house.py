@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from cli_lines import cli, in_markdown, problem_of, read
+
+from tests.unit.cli_lines import cli, in_markdown, problem_of, read
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = ("README.md", "decentra/ARCHITECTURE.md", "peers/README.md", ".github/SECURITY.md")

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import typer.main
-from cli_lines import problem_of
 
 from decentra.cli.main import app
+from tests.unit.cli_lines import problem_of
 
 HEAVY = ("torch", "hivemind", "grpc", "sympy", "matplotlib", "uvloop", "cryptography")
 LONG_RUNNING = {"bootstrap", "averager"}  # print addresses and serve; they read nothing and measure nothing

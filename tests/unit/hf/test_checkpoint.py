@@ -16,18 +16,9 @@ from decentra.hf import files
 from decentra.hf.checkpoint import open_checkpoint, save_checkpoint, verify
 from decentra.hf.convert import config_of, parameter_shapes, spec_from
 from decentra.model.decoder import build_model
+from tests.unit import tiny
 
-MOE = ModelSpec(
-    vocab_size=64,
-    hidden_size=16,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    expert_hidden_size=12,
-    num_experts=4,
-    max_seq_len=32,
-)
+MOE = tiny.SPEC.model_copy(update={"vocab_size": 64})
 DENSE = ModelSpec(**MOE.model_dump() | {"num_experts": 1, "num_experts_per_token": 1, "aux_loss_weight": 0.0})
 TOKENS = torch.randint(0, 64, (2, 20), generator=torch.Generator().manual_seed(0))
 

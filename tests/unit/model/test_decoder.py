@@ -15,20 +15,9 @@ from decentra.errors import ConfigError
 from decentra.ids import ROUTER, TRUNK, expert_module
 from decentra.model.decoder import Decoder, build_model
 from decentra.modules import build_layout
+from tests.unit.tiny import SPEC
 
 torch.set_num_threads(1)
-
-SPEC = ModelSpec(
-    vocab_size=50,
-    hidden_size=16,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    expert_hidden_size=12,
-    num_experts=4,
-    max_seq_len=32,
-)
 
 
 def tokens(num_batch: int, num_tokens: int, seed: int = 0) -> torch.Tensor:

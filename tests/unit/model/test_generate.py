@@ -6,24 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from decentra.config import ModelSpec
 from decentra.errors import ConfigError
 from decentra.model.decoder import Decoder, build_model
 from decentra.model.generate import generate, generate_stream
+from tests.unit.tiny import SPEC
 
 torch.set_num_threads(1)
-
-SPEC = ModelSpec(
-    vocab_size=50,
-    hidden_size=16,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    expert_hidden_size=12,
-    num_experts=4,
-    max_seq_len=32,
-)
 
 
 def lively_model() -> Decoder:

@@ -12,18 +12,9 @@ from decentra.errors import ConfigError
 from decentra.model.decoder import build_model
 from decentra.modular.align import aligned
 from decentra.modular.parts import State, check_numbering, experts_of, extract, insert, select, spec_with
+from tests.unit import tiny
 
-SPEC = ModelSpec(
-    vocab_size=40,
-    hidden_size=16,
-    num_layers=2,
-    num_heads=2,
-    num_kv_heads=1,
-    head_dim=8,
-    expert_hidden_size=12,
-    num_experts=5,
-    max_seq_len=32,
-)
+SPEC = tiny.SPEC.model_copy(update={"vocab_size": 40, "num_experts": 5})
 STATE: State = {k: v.detach() for k, v in build_model(SPEC, 3).state_dict().items()}
 TOKENS = torch.randint(0, 40, (2, 20), generator=torch.Generator().manual_seed(0))
 

@@ -7,23 +7,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from decentra.config import ModelSpec
 from decentra.errors import ConfigError
 from decentra.model.decoder import build_model
 from decentra.modular import lasting, soup
 from decentra.modular.route import Card, CardWriter, Evidence, Fixed, Linear, Prefix, centroid_rows, classify, lda_rows, uniform_rows
+from tests.unit import tiny
 
-SPEC = ModelSpec(
-    vocab_size=40,
-    hidden_size=16,
-    num_layers=2,
-    num_heads=2,
-    num_kv_heads=1,
-    head_dim=8,
-    expert_hidden_size=12,
-    num_experts=3,
-    max_seq_len=64,
-)
+SPEC = tiny.SPEC.model_copy(update={"vocab_size": 40, "num_experts": 3, "max_seq_len": 64})
 
 
 def cloud(mean: float, seed: int, count: int = 400) -> torch.Tensor:
