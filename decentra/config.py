@@ -228,6 +228,9 @@ class PlacementSpec(_Frozen):
     affinity: float = Field(
         0.0, ge=0, le=100, description="while training, a token's choice of experts adds this to the logits of those its peer trains"
     )
+    data_affinity: int = Field(
+        1, ge=1, le=16, description="of so many windows of common text a peer trains on the one that the router sends to its experts most"
+    )
     mode: Literal["mirror", "held"] = Field(
         "mirror",
         description="mirror: every member has all experts in memory; held: only those it trains, unless it joins with --mode mirror",

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 
 import numpy as np
@@ -35,8 +35,9 @@ class _Pool:
         self._window_bytes = window_bytes
         self.num_starts = self._ends[-1] if self._ends else 0
 
-    def window(self, number: int) -> np.ndarray:
-        """Window that begins at the ``number``-th possible start, counted over all texts."""
+    def at(self, place: bytes) -> np.ndarray:
+        """The window at a share of the way through all possible starts: eight bytes, little-endian, over 2^64."""
+        number = int.from_bytes(place, "little") * self.num_starts >> 64
         index = bisect_right(self._ends, number)
         start = number - (self._ends[index - 1] if index else 0)
         return self._arrays[index][start : start + self._window_bytes]
@@ -70,11 +71,20 @@ class WindowSource:
         self._shared_below = round(shared_fraction * (1 << 64))
         self._index = 0
 
-    def next_batch(self, batch_size: int) -> Tensor:
-        """The next ``batch_size`` windows, int64 [B, T + 1]."""
-        rows = [self._window(self._index + i) for i in range(batch_size)]
+    def next_batch(self, batch_size: int, num_candidates: int = 1, score: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """The next ``batch_size`` windows, int64 [B, T + 1].
+
+        With ``score`` a window of common text is the best of ``num_candidates``; it maps windows [C, T + 1] to numbers [C].
+        """
+        drawn = [self._windows(self._index + i, num_candidates if score is not None else 1) for i in range(batch_size)]
         self._index += batch_size
-        return torch.from_numpy(np.stack(rows).astype(np.int64))
+        chosen = [0] * batch_size
+        contested = [i for i, windows in enumerate(drawn) if len(windows) > 1]
+        if score is not None and contested:
+            scores_C = score(_stacked([window for i in contested for window in drawn[i]]))
+            for i, best in zip(contested, scores_C.view(len(contested), num_candidates).argmax(-1).tolist(), strict=True):
+                chosen[i] = best
+        return _stacked([windows[best] for windows, best in zip(drawn, chosen, strict=True)])
 
     def cursor(self) -> bytes:
         """Where the source stands, as a small JSON object; ``seek`` goes back there exactly."""
@@ -92,10 +102,18 @@ class WindowSource:
             raise DataError(f"expected a data cursor like {ours}, got {cursor[:60]!r}; remove the saved cursor to start over")
         self._index = index
 
-    def _window(self, index: int) -> np.ndarray:
-        drawn = hashlib.blake2b(index.to_bytes(16, "little"), key=self._key, digest_size=16).digest()
-        pool = self._shared if int.from_bytes(drawn[:8], "little") < self._shared_below else self._own
-        return pool.window(int.from_bytes(drawn[8:], "little") * pool.num_starts >> 64)
+    def _windows(self, index: int, num_candidates: int) -> list[np.ndarray]:
+        """One window of the peer's own text, or ``num_candidates`` of common text; the first does not depend on their number."""
+        at = index.to_bytes(16, "little")
+        drawn = hashlib.blake2b(at, key=self._key, digest_size=16).digest()
+        if int.from_bytes(drawn[:8], "little") >= self._shared_below:
+            return [self._own.at(drawn[8:])]
+        others = [hashlib.blake2b(at + bytes([k]), key=self._key, digest_size=8).digest() for k in range(1, num_candidates)]
+        return [self._shared.at(place) for place in (drawn[8:], *others)]
+
+
+def _stacked(windows: Sequence[np.ndarray]) -> Tensor:
+    return torch.from_numpy(np.stack(windows).astype(np.int64))
 
 
 def source_for(manifest: Manifest, config: PeerConfig, peer_id: PeerId) -> WindowSource:

@@ -170,6 +170,12 @@ class Decoder(nn.Module):
                 parameter.zero_()
         return list(added)
 
+    def router_rows(self, layer: int) -> Tensor:
+        """One layer's router [E, D]."""
+        found = self.model.layers[layer]
+        assert isinstance(found, Layer)
+        return found.mlp.gate.weight
+
     def new_cache(self, batch_size: int, max_tokens: int) -> KeyValueCache:
         return KeyValueCache(self.spec, batch_size, max_tokens, self.lm_head.weight)
 

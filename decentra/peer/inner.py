@@ -27,6 +27,7 @@ from decentra.model.moe import MoE
 from decentra.model.output import LossOutput, loss_of
 from decentra.modules import Layout, module_of_parameter
 from decentra.peer.adamw import MOMENTS, AdamW
+from decentra.peer.affinity import preference
 from decentra.peer.muon import MUON_MOMENTS, MuonWithAdamW, moments_of
 
 NUM_BAD_STEPS_DIVERGED = 5
@@ -160,7 +161,7 @@ class InnerLoop:
 
     def _next_batch(self) -> Tensor:
         """int64 [B, T + 1] on the device."""
-        return self._source.next_batch(self._manifest.train.batch_size).to(self.device)
+        return self._source.next_batch(self._manifest.train.batch_size, *self._preference).to(self.device)
 
     def _mine(self, tokens_BT1: Tensor) -> Tensor:
         """The rows that this process trains on."""
@@ -273,6 +274,7 @@ class InnerLoop:
         for module in self._model.modules():
             if isinstance(module, MoE):
                 module.favour(own, self._manifest.placement.affinity)
+        self._preference = preference(self._model, own, self._manifest)
         old = self._optimizer.state
         self._optimizer = self._new_optimizer({name: self._updated(name) for name in self._parameters if name in names})
         self._optimizer.state.update({p: old[p] for p in self._optimizer.parameters if p in old})

@@ -218,7 +218,7 @@ class LeadInner(ShardedInner):
         self.ranks.tell_last("close")
 
     def step(self) -> int:
-        self._heard = self._source.next_batch(self._manifest.train.batch_size)
+        self._heard = self._source.next_batch(self._manifest.train.batch_size)  # rank 0 alone: no forward, so no data affinity
         self.ranks.tell("step", {"run_tokens": self._counters.run_tokens}, [self._heard])
         return super().step()
 
