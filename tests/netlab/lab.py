@@ -5,6 +5,7 @@ a killed test left behind is removed by the next one.
 
 - ``block(a, b)``: no route between two hosts; packets vanish, as they do at most home routers.
 - ``outbound_only(a)``: a stateful filter inside the host lets answers in and nothing else.
+- ``masquerade(a, b)``: both live behind one router, which gives what they open its own address and lets nothing else in, not even from one to the other.
 - ``set_link(a, is_up=False)``: the cable is pulled at the other end; the host keeps its address and its routes.
 """
 
@@ -136,6 +137,22 @@ class KernelLab(Lab):
     def unblock(self, one: str, other: str) -> None:
         self._rule("del", one, other)
         self._rule("del", other, one)
+
+    def masquerade(self, *hosts: str) -> None:
+        """Address translation, as at home and at carriers: others see the router's address, and nobody can open a connection to these hosts."""
+        tool = _filter_tool()
+        for host in hosts:
+            subnet, link = f"10.99.{self.hosts.index(host) + 1}.0/30", f"to-{host}"
+            if tool == "nft":
+                translate = "add chain ip nat out { type nat hook postrouting priority 100; }"
+                drop = "add chain ip nat through { type filter hook forward priority 0; }"
+                rules = f"add rule ip nat out ip saddr {subnet} masquerade; add rule ip nat through oifname {link} ct state new drop"
+                _in(self._router, "nft", f"add table ip nat; {translate}; {drop}; {rules}")
+            elif tool == "iptables":
+                _in(self._router, "iptables", "-t", "nat", "-A", "POSTROUTING", "-s", subnet, "-j", "MASQUERADE")
+                _in(self._router, "iptables", "-A", "FORWARD", "-o", link, "-m", "conntrack", "--ctstate", "NEW", "-j", "DROP")
+            else:
+                raise LabError("a router that translates addresses needs 'nft' or 'iptables'")
 
     def set_link(self, host: str, *, is_up: bool) -> None:
         run_ip("-n", self._router, "link", "set", f"to-{host}", "up" if is_up else "down")

@@ -72,6 +72,30 @@ def test_policies_hold_and_lift(kind: type[KernelLab] | type[WanLab]) -> None:
     assert left_over(os.getpid()) == []
 
 
+WHO = (
+    "import socket; s = socket.create_server(('0.0.0.0', 9000)); print('ready', flush=True)\n"
+    "while True:\n c, address = s.accept(); c.sendall(address[0].encode()); c.close()"
+)
+ASK = "import socket, sys; print(socket.create_connection((sys.argv[1], 9000), 1.0).recv(99).decode())"
+
+
+def test_a_translating_router_hides_who_is_behind_it() -> None:
+    with KernelLab(("org", "a", "b")) as lab:
+        lab.masquerade("a", "b")
+        children = [listening(lab, host, WHO) for host in lab.hosts]
+        try:
+            for home in ("a", "b"):
+                args = lab.command(home, [sys.executable, "-c", ASK, lab.address("org")])
+                seen = subprocess.run(args, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+                assert seen not in {lab.address(host) for host in lab.hosts}
+                assert not dial(lab, "org", home)
+            assert not dial(lab, "a", "b")
+        finally:
+            for child in children:
+                child.kill()
+                child.wait()
+
+
 def test_close_ends_what_runs_inside() -> None:
     with KernelLab(("a",)) as lab:
         child = listening(lab, "a")

@@ -30,6 +30,12 @@ def two_homes(lab: Lab) -> None:
         lab.outbound_only(home)
 
 
+def one_router(lab: Lab) -> None:
+    """The two homes share a router that translates their addresses: what they say of themselves is true for nobody else."""
+    assert isinstance(lab, KernelLab)
+    lab.masquerade(*HOMES)
+
+
 def check_agreement(crew: Crew, said: dict[str, dict[str, object]]) -> None:
     """Everybody ended on the anchors that the ledger confirmed, of every fragment."""
     tales = tales_of(crew.ledger())
@@ -58,13 +64,16 @@ def home_links(hosts: tuple[str, ...]) -> Lab:
 
 
 @pytest.mark.parametrize(
-    ("make_lab", "options"), [(wired, ()), pytest.param(home_links, ("--outbound-only",), marks=needs_wan)],
-    ids=["wired-listening-in-vain", "home-links-outbound-only"],
+    ("make_lab", "hide", "options"),
+    [(wired, two_homes, ()), pytest.param(home_links, two_homes, ("--outbound-only",), marks=needs_wan), (wired, one_router, ())],
+    ids=["wired-listening-in-vain", "home-links-outbound-only", "translated-addresses"],
 )  # fmt: skip
-def test_three_hosts(tmp_path: Path, make_lab: Callable[[tuple[str, ...]], Lab], options: tuple[str, ...]) -> None:
+def test_three_hosts(
+    tmp_path: Path, make_lab: Callable[[tuple[str, ...]], Lab], hide: Callable[[Lab], None], options: tuple[str, ...]
+) -> None:
     """Two homes contribute through the organiser alone, and nobody waits for a host that cannot be reached."""
     with make_lab((ORGANISER, *HOMES)) as lab:
-        two_homes(lab)
+        hide(lab)
         with Crew(lab, tmp_path) as crew:
             invite = crew.start_host()
             for home in HOMES:

@@ -52,7 +52,7 @@ def test_who_holds_a_part_of_the_experts_asks_the_rows_of_all() -> None:
 
 
 def test_no_preference_where_all_experts_are_ones_own() -> None:
-    raw = {"name": "r", "model": SPEC.model_dump(), "placement": {"data_affinity": 4}}
+    raw = {"name": "r", "model": SPEC.model_dump(), "data": {"seq_len": 16}, "placement": {"data_affinity": 4}}
     manifest = parse_config(Manifest, raw, "here")
     model = build_model(SPEC, 0)
     assert preference(model, range(SPEC.num_experts), manifest) == ()
