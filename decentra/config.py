@@ -225,6 +225,9 @@ class PlacementSpec(_Frozen):
         gt=0,
         description="an expert without a present holder for this long is given to whoever trains fewest, beyond experts_per_peer",
     )
+    adopt_rounds: int | None = Field(
+        None, ge=1, description="or, where that comes first, once so many rounds of the trunk were confirmed since its last holder went"
+    )
     affinity: float = Field(
         0.0, ge=0, le=100, description="while training, a token's choice of experts adds this to the logits of those its peer trains"
     )

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
+from decentra.config import PlacementSpec
 from decentra.errors import ConfigError
 from decentra.ids import PeerId
 
@@ -47,6 +49,22 @@ def part_of(experts: Sequence[int], count: int, present: Placement) -> tuple[int
     """The ``count`` of a peer's experts that others hold least: what it keeps when it has room for no more."""
     held = {e: sum(e in others for others in present.values()) for e in experts}
     return tuple(sorted(sorted(experts, key=lambda e: (held[e], e))[:count]))
+
+
+class Since(NamedTuple):
+    """When an expert lost its last holder."""
+
+    at_s: float
+    num_rounds: int | None  # confirmed rounds of the trunk then; None: nobody ever held it, so a newcomer may be on the way
+
+
+def is_late(rules: PlacementSpec, since: Since, now: Since) -> bool:
+    """Whether an expert without a holder is given away ``now``."""
+    if now.at_s >= since.at_s + rules.adopt_s:
+        return True
+    if rules.adopt_rounds is None or since.num_rounds is None or now.num_rounds is None:
+        return False
+    return now.num_rounds >= since.num_rounds + rules.adopt_rounds
 
 
 def adopted(orphans: Sequence[int], present: Placement, most: Mapping[PeerId, int] | None = None) -> dict[PeerId, tuple[int, ...]]:

@@ -118,7 +118,7 @@ class RoundBook:
     stopping: str | None = None
     last_rounds: dict[FragmentId, int] = field(default_factory=dict)  # while stopping: no round after this number is opened
     is_over: bool = False
-    orphaned_at: dict[int, float] = field(default_factory=dict)  # experts that no present member trains, and since when
+    orphaned_at: dict[int, placement.Since] = field(default_factory=dict)  # experts that no present member trains
     swarm_version: int = 0
 
     @staticmethod
@@ -141,6 +141,15 @@ class RoundBook:
         for record in records:
             book._restore_one(record, now)
         return book
+
+    @property
+    def _trunk(self) -> list[FragmentBook]:
+        return [book for fragment, book in self.fragments.items() if module_of_fragment(fragment) == "trunk"]
+
+    @property
+    def num_trunk_rounds(self) -> int:
+        """Confirmed rounds of the trunk, of its slowest fragment."""
+        return min((book.height for book in self._trunk), default=0)
 
     # ------------------------------------------------------------ coming in
 
@@ -247,6 +256,8 @@ class RoundBook:
             self._tick_fragments(now, effects, [event.fragment] if event.fragment in self.fragments else [])  # it concerns no other
         elif not isinstance(event, Heartbeat) or version != self.swarm_version:
             self._tick_fragments(now, effects, sorted(self.fragments))
+        if self.manifest.placement.adopt_rounds is not None and not isinstance(event, Heartbeat):
+            self._adopt_orphans(now, effects)  # rounds may be shorter than the time between two ticks
         self._consider_end(now, effects)
         return effects
 
@@ -355,7 +366,7 @@ class RoundBook:
         return placement.place(hello.peer, count, num_experts, present)
 
     def _adopt_orphans(self, now: float, effects: list[Effect], leaving: PeerId | None = None) -> None:
-        """An expert whose holders are gone for ``adopt_s`` gets another one; who comes back keeps it, too.
+        """An expert whose holders are gone for ``adopt_s`` or ``adopt_rounds`` gets another one; who comes back keeps it, too.
 
         Experts of who is ``leaving`` for good do not wait: nobody is expected back.
         """
@@ -363,9 +374,12 @@ class RoundBook:
             return
         present = {m.peer: m for m in self.members.values() if m.is_live and m.has_greeted and m.role is Role.TRAINER}
         held = {e for m in present.values() for e in m.experts}
-        self.orphaned_at = {e: self.orphaned_at.get(e, now) for e in range(self.manifest.model.num_experts) if e not in held}
+        rules, at = self.manifest.placement, placement.Since(now, self.num_trunk_rounds)
+        were_held = {e for m in self.members.values() for e in m.experts}
+        orphans = [e for e in range(self.manifest.model.num_experts) if e not in held]
+        self.orphaned_at = {e: self.orphaned_at.get(e, at if e in were_held else placement.Since(now, None)) for e in orphans}
         left = self.members[leaving].experts if leaving is not None and leaving in self.members else ()
-        due = [e for e, since in self.orphaned_at.items() if e in left or now >= since + self.manifest.placement.adopt_s]
+        due = [e for e, since in self.orphaned_at.items() if e in left or placement.is_late(rules, since, at)]
         willing = {p: m.experts for p, m in present.items() if not m.insists}
         most = {p: m.max_experts for p, m in present.items() if m.max_experts is not None}
         for peer, experts in placement.adopted(due, willing, most).items():
@@ -430,9 +444,8 @@ class RoundBook:
 
     def _check_stop(self, wall_s: float, effects: list[Effect]) -> None:
         stop = self.manifest.stop
-        trunk = [b.height for f, b in self.fragments.items() if module_of_fragment(f) == "trunk"]
-        num_tokens = min((b.tally.num_tokens for f, b in self.fragments.items() if module_of_fragment(f) == "trunk"), default=0)
-        if stop.rounds is not None and trunk and min(trunk) >= stop.rounds:
+        num_tokens = min((b.tally.num_tokens for b in self._trunk), default=0)
+        if stop.rounds is not None and self.num_trunk_rounds >= stop.rounds:
             self._stop(f"{stop.rounds} rounds of the trunk are confirmed", effects)
         elif stop.tokens is not None and num_tokens >= stop.tokens:
             self._stop(f"{num_tokens} tokens are trained", effects)

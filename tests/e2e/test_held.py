@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 from processes import ctrl_c, lab, ledger_records
 
-from decentra.ids import FragmentId, expert_of, module_of_fragment
+from decentra.ids import FragmentId, PeerId, expert_of, module_of_fragment
 from decentra.protocol import ledger
 
 NUM_ROUNDS = 3
 NUM_FRAGMENTS = 6  # trunk, router, four experts
-ALONE_S, ADOPT_S = 4, 20
+ALONE_S = 4
 
 
 def experts_in(fragments: object) -> set[int]:
@@ -21,13 +22,28 @@ def experts_in(fragments: object) -> set[int]:
     return {e for f in fragments if (e := expert_of(module_of_fragment(FragmentId(f)))) is not None}
 
 
+def num_rounds_until_adopted(records: Sequence[ledger.Record], victim: PeerId) -> int:
+    """Rounds of the trunk that were settled without ``victim`` and confirmed before somebody was given all four experts."""
+    offered: dict[int, bool] = {}
+    num_rounds = 0
+    for record in records:
+        if isinstance(record, ledger.Settled) and record.settlement.fragment == "trunk/0":
+            offered[record.settlement.round] = any(entry.peer == victim for entry in record.settlement.entries)
+        if isinstance(record, ledger.Confirmed) and record.fragment == "trunk/0":
+            num_rounds = 0 if offered[record.round] else num_rounds + 1
+        if isinstance(record, ledger.Placed) and len(record.experts) == 4:
+            return num_rounds
+    raise AssertionError("nobody was given the dead peer's experts")
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_peer_has_only_what_it_trains_and_takes_over_from_the_dead(tmp_path: Path) -> None:
     with lab(tmp_path) as world:
         run = world.init(
-            "placement.mode=held", "placement.experts_per_peer=2", f"placement.adopt_s={ADOPT_S}", f"rounds.gather_s={ALONE_S}"
-        )
+            "placement.mode=held", "placement.experts_per_peer=2", "placement.adopt_rounds=1", "placement.adopt_s=600",
+            f"rounds.gather_s={ALONE_S}",
+        )  # fmt: skip
         host = world.host(run)
         invite = world.invite_of(host.start())
         first, second = (world.member("join", invite, f"peer-{i}", "--threads", "1").start() for i in range(2))
@@ -56,7 +72,9 @@ def test_a_peer_has_only_what_it_trains_and_takes_over_from_the_dead(tmp_path: P
         assert [experts_in(mine) for mine in anchors] == [own, {0, 1, 2, 3}, {0, 1, 2, 3}], "nothing else is in its process"
         code, seconds = ctrl_c(host)
         assert (code, seconds < 5.0) == (0, True), host.tail()
-        confirmed = {r.fragment: r.anchor for r in ledger_records(run, world.root / "ledger") if isinstance(r, ledger.Confirmed)}
+        records = ledger_records(run, world.root / "ledger")
+        assert num_rounds_until_adopted(records, victim=PeerId(str(first.last_json()["peer"]))) <= 2
+        confirmed = {r.fragment: r.anchor for r in records if isinstance(r, ledger.Confirmed)}
         for mine in anchors:
             assert mine == {f: confirmed[FragmentId(f)] for f in mine}, json.dumps(mine)
         world.assert_nothing_left()

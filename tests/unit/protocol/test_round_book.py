@@ -178,21 +178,31 @@ def test_strangers_and_unknown_fragments_are_rejected() -> None:
     assert rejects(house.handle(offer(A, fragment=FragmentId("nowhere/0")))) == ["fragment"]
 
 
+def confirm_trunk(house: House) -> list[Effect]:
+    """One round of the trunk, from its opening to its confirmation, with everybody who is here; what the last word led to."""
+    house.handle(Tick(0.0), wait_s=3)
+    trunk = house.book.fragments[TRUNK]
+    assert trunk.active is not None
+    roster = sorted(trunk.active.roster)
+    for peer in sorted(trunk.active.holders):
+        house.handle(offer(peer, trunk.number, base=trunk.anchor, fragment=TRUNK))
+        for other in roster:
+            if other != peer:
+                house.handle(receipt(other, peer, trunk.number, fragment=TRUNK))
+    effects: list[Effect] = []
+    for peer in roster:
+        effects += house.handle(attestation(peer, digest(f"anchor {trunk.number}"), trunk.number, fragment=TRUNK))
+    assert house.book.fragments[TRUNK].anchor == digest(f"anchor {trunk.number}")
+    for peer in roster:
+        house.handle(Holding(peer, TRUNK, house.book.fragments[TRUNK].anchor))
+    return effects
+
+
 def test_two_trainers_and_a_keeper_confirm_a_round() -> None:
     house = House()
     for peer, role in ((A, Role.TRAINER), (B, Role.TRAINER), (C, Role.KEEPER)):
         house.enter(peer, role)
-    house.handle(Tick(0.0), wait_s=3)
-    trunk = house.book.fragments[TRUNK]
-    assert trunk.active is not None
-    base = trunk.anchor
-    for peer in sorted(trunk.active.holders):
-        house.handle(offer(peer, trunk.number, base=base, fragment=TRUNK))
-        house.handle(receipt(C, peer, trunk.number, fragment=TRUNK))
-    roster = sorted(house.book.fragments[TRUNK].active.roster)  # type: ignore[union-attr]
-    effects: list[Effect] = []
-    for peer in roster:
-        effects += house.handle(attestation(peer, digest("one"), trunk.number, fragment=TRUNK))
+    effects = confirm_trunk(house)
     assert house.book.fragments[TRUNK].height == 1
     assert ViewChanged(TRUNK) in effects
     kinds = [type(e.record).__name__ for e in effects if isinstance(e, Write)]
@@ -266,6 +276,20 @@ def test_an_expert_whose_holders_are_gone_gets_another_one_and_its_old_holder_ke
     assert house.book.members[B].experts == (0, 1), "a new stream of the adopter changes nothing"
 
 
+def test_orphans_are_adopted_after_so_many_rounds_where_the_run_says_so() -> None:
+    house = House(placement=PlacementSpec(holders=1, experts_per_peer=1, adopt_s=600, adopt_rounds=2))
+    for peer, role in ((A, Role.TRAINER), (B, Role.TRAINER), (C, Role.KEEPER)):
+        house.enter(peer, role)
+    house.handle(Goodbye(A, "paused", comes_back=True))
+    held = []
+    for _ in range(3):
+        confirm_trunk(house)
+        house.handle(Tick(0.0))
+        held.append(len(house.book.members[B].experts))
+    assert house.book.fragments[TRUNK].height == 3
+    assert held == [1, 2, 2], "nobody waits for a holder longer than two rounds, and nobody takes its experts before"
+
+
 def test_who_leaves_for_good_hands_its_experts_over_at_once() -> None:
     house = House(num_experts=4, placement=PlacementSpec(holders=1, experts_per_peer=2, adopt_s=600), genesis=GENESIS_OF_FOUR)
     house.enter(A)
@@ -318,19 +342,6 @@ def test_a_trainer_follows_what_it_does_not_train() -> None:
     assert house.book.fragments[EXPERT_0].active is None
 
 
-def confirm_trunk(house: House, anchor: str) -> None:
-    """The roster of the trunk's open round takes part, 100 tokens each."""
-    house.handle(Tick(0.0), wait_s=3)
-    trunk = house.book.fragments[TRUNK]
-    assert trunk.active is not None
-    for peer, other in ((A, B), (B, A)):
-        house.handle(offer(peer, trunk.number, base=trunk.anchor, fragment=TRUNK))
-        house.handle(receipt(other, peer, trunk.number, fragment=TRUNK))
-    for peer in (A, B):
-        house.handle(attestation(peer, digest(anchor), trunk.number, fragment=TRUNK))
-    assert house.book.fragments[TRUNK].anchor == digest(anchor)
-
-
 @pytest.mark.parametrize(
     ("stop", "why"),
     [(StopSpec(tokens=100), "100 tokens"), (StopSpec(rounds=1), "1 rounds of the trunk"), (StopSpec(date=500.0), "last day")],
@@ -340,7 +351,7 @@ def test_the_run_ends_by_itself(stop: StopSpec, why: str) -> None:
     house.enter(A)
     house.enter(B)
     assert house.book.stopping is None
-    confirm_trunk(house, "one")
+    confirm_trunk(house)
     house.handle(Tick(500.0))
     assert house.book.stopping is not None
     assert why in house.book.stopping
