@@ -73,6 +73,7 @@ class DataSpec(_Frozen):
     held_out_bytes: int = Field(32_768, ge=1024, description="tail of each domain that nobody trains on")
     shared_fraction: float = Field(0.3, ge=0, le=1, description="share of a peer's windows drawn from all domains")
     held_out: dict[str, Digest] = Field(default_factory=dict, description="domain -> sha256 of its held-out bytes")
+    tokenizer: Digest | None = Field(None, description="sha256 of the model's tokenizer.json; null: bytes are the tokens")
 
 
 class TrainSpec(_Frozen):

@@ -115,7 +115,7 @@ def ignored_settings(toml: Path, manifest: Manifest) -> tuple[str, ...]:
         written = load_toml(Manifest, toml)
     except ConfigError:
         return ("run.toml cannot be read",)
-    computed = ("genesis", "data.held_out")
+    computed = ("genesis", "data.held_out", "data.tokenizer")
     return tuple(key for key in differing_keys(written, manifest) if not key.startswith(computed) or key == "data.held_out_bytes")
 
 

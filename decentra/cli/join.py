@@ -17,6 +17,7 @@ from decentra.cli.console import LogEvents
 from decentra.cli.permit import POLL_S, Permit
 from decentra.cli.rundir import read_genesis
 from decentra.cli.running import StopRequest, locked_dir, watch_loop
+from decentra.cli.tokenizers import tokenizer_for
 from decentra.cli.wiring import (
     check_fit,
     check_local,
@@ -130,7 +131,10 @@ async def _one_stay(
         )
         if genesis is not None:
             await _bring_genesis(genesis, door.manifest, exchange)
-        runtime = member_runtime(door, config, root, node, exchange, events)
+        tokenizer = await _or_stop(tokenizer_for(door.manifest, root, door.client, exchange, events, patience_s), stop, permit)
+        if tokenizer is None:
+            return {"ok": True, "why": stop.why or f"{PAUSED}{permit.refusal()}", "num_steps": 0, "num_tokens": 0}
+        runtime = member_runtime(door, config, root, node, exchange, events, tokenizer)
         if make_inner is not None:
             runtime.make_inner = make_inner
         stop.on_stop(runtime.leave)

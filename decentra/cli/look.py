@@ -14,13 +14,14 @@ from typing import Any
 from decentra.averaging.client import AveragingClient
 from decentra.averaging.link import RunDescription
 from decentra.cli.console import LogEvents
+from decentra.cli.members import by_reachability, directory_of
 from decentra.cli.running import StopRequest
 from decentra.config import Manifest, PeerConfig
 from decentra.errors import IntegrityError, Unreachable
 from decentra.identity import Keypair, save_key
-from decentra.ids import FragmentId, PeerId
+from decentra.ids import FragmentId
 from decentra.invite import Invite
-from decentra.protocol.messages import FragmentView, Role, SwarmView
+from decentra.protocol.messages import FragmentView, Role
 from decentra.wire.trust import TrustChain
 
 PULL_PATIENCE_S = 120.0
@@ -117,6 +118,7 @@ async def show(invite: Invite) -> dict[str, Any]:
 
 async def pull(invite: Invite, target: Path, model_code: Path | None = None, *, keep_raw: bool = False) -> dict[str, Any]:
     """Assemble the confirmed anchors of now into a checkpoint folder; every blob is verified against its digest."""
+    from decentra.cli.tokenizers import fetch_tokenizer
     from decentra.cli.wiring import gossip
     from decentra.delta.anchor import max_anchor_bytes
     from decentra.model.custom import layout_for
@@ -144,9 +146,10 @@ async def pull(invite: Invite, target: Path, model_code: Path | None = None, *, 
             heights = {f: v.height for f, v in views.items()}
             assembled = assemble(manifest, blobs, heights, model_code)
             _, snap = await fetch_status(client, manifest)
-            await asyncio.to_thread(
-                save_model, target, assembled, {"members": [m["name"] for m in snap["members"]], "num_tokens": snap["num_tokens"]}
-            )
+            digest = manifest.data.tokenizer
+            marks = None if digest is None else await fetch_tokenizer(digest, client, exchange, events, deadline)
+            told = {"members": [m["name"] for m in snap["members"]], "num_tokens": snap["num_tokens"]}
+            await asyncio.to_thread(save_model, target, assembled, told, marks)
     return {
         "ok": True, "dir": str(target), "run": manifest.run_id(), "num_parameters": sum(t.numel() for t in assembled.state.values()),
         "heights": heights, "anchors": assembled.anchors, "num_bytes": sum(map(len, blobs.values())),
@@ -162,9 +165,9 @@ async def _newest_anchor(
         view = next((v for v in views if v.fragment == fragment), None)
         if view is None:
             raise IntegrityError(f"the service does not know fragment {fragment}, which the manifest names")
-        fetcher = make_fetcher(exchange, _directory(swarm), events)
+        fetcher = make_fetcher(exchange, directory_of(swarm), events)
         try:
-            return await fetcher.fetch(view.anchor, max_bytes, _by_reachability(view, swarm)), view
+            return await fetcher.fetch(view.anchor, max_bytes, by_reachability(view.ready, swarm)), view
         except Unreachable as error:
             if time.monotonic() > deadline:
                 raise
@@ -172,39 +175,45 @@ async def _newest_anchor(
             await asyncio.sleep(1.0)
 
 
-def _directory(swarm: SwarmView) -> Any:
-    addresses = {m.peer: m.addresses for m in swarm.members}
-    return lambda peer: addresses.get(peer, ())
-
-
-def _by_reachability(view: FragmentView, swarm: SwarmView) -> tuple[PeerId, ...]:
-    """Keepers first, then trainers that can be dialled."""
-    rank = {m.peer: (m.role is not Role.KEEPER, not m.addresses) for m in swarm.members}
-    return tuple(sorted(view.ready, key=lambda p: rank.get(p, (True, True))))
-
-
 def generate_text(
     path: Path, prompt: str, num_tokens: int, temperature: float, top_k: int | None, seed: int, model_code: Path | None
 ) -> str:
     """Continue ``prompt`` with the model in a checkpoint folder; bytes that are no UTF-8 are shown as replacement characters."""
+    from decentra.data.tokens import tensor_of
+    from decentra.hf.checkpoint import tokenizer_of
     from decentra.model.generate import generate
     from decentra.peer.checkpoint import load_model
 
-    _, model = load_model(path, model_code)
-    new = generate(model, list(prompt.encode()), num_tokens, temperature=temperature, top_k=top_k, seed=seed)
-    return bytes(t if t < 256 else 63 for t in new).decode(errors="replace")
+    manifest, model = load_model(path, model_code)
+    tokenizer = tokenizer_of(path, manifest)
+    tokens = tensor_of(tokenizer.encode(prompt.encode())).tolist()
+    new = generate(model, tokens, num_tokens, temperature=temperature, top_k=top_k, seed=seed)
+    if tokenizer.digest is None:
+        return tokenizer.decode(new)
+    whole, start = tokenizer.decode([*tokens, *new]), tokenizer.decode(tokens)  # a character may have several tokens
+    return whole[len(start) :]
 
 
 def evaluate_checkpoint(path: Path, model_code: Path | None = None) -> dict[str, Any]:
-    """Held-out loss of each embedded domain and their mean, nats per byte."""
+    """Held-out loss of each embedded domain and their mean, nats per token and per byte (the same where bytes are the tokens)."""
     from decentra.data.domains import embedded_domain, embedded_domains
     from decentra.errors import DataError
+    from decentra.hf.checkpoint import tokenizer_of
     from decentra.model.evaluate import evaluate
     from decentra.peer.checkpoint import load_model
 
     manifest, model = load_model(path, model_code)
+    tokenizer = tokenizer_of(path, manifest)
     names = [n for n in manifest.data.domains if n in embedded_domains()]
     if not names:
         raise DataError(f"run '{manifest.name}' has no embedded domains; its held-out text is not on this machine")
-    losses = {n: evaluate(model, embedded_domain(n, manifest.data).held_out, manifest.data.seq_len) for n in names}
-    return {"ok": True, "dir": str(path), "loss": sum(losses.values()) / len(losses), "loss_per_domain": losses}
+    losses, per_byte = {}, {}
+    for name in names:
+        text = embedded_domain(name, manifest.data).held_out
+        tokens = tokenizer.encode(text)
+        losses[name] = evaluate(model, tokens, manifest.data.seq_len)
+        per_byte[name] = losses[name] * len(tokens) / len(text)
+    return {
+        "ok": True, "dir": str(path), "loss": sum(losses.values()) / len(losses), "loss_per_domain": losses,
+        "nats_per_byte": sum(per_byte.values()) / len(per_byte), "nats_per_byte_per_domain": per_byte,
+    }  # fmt: skip

@@ -21,6 +21,9 @@ def init(
     settings: Annotated[list[str] | None, typer.Option("--set", help="section.key=value, over the file; repeatable")] = None,
     model: Annotated[Path | None, typer.Option(help="a checkpoint to start from: a folder of 'decentra upcycle', 'import', 'pull'")] = None,
     model_code: Annotated[Path | None, typer.Option(help="a model of your own: its file (peers need the same file)")] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="a tokenizer.json for a model from nothing; default: the checkpoint's, else bytes are tokens")
+    ] = None,
     as_json: JsonOpt = False,
 ) -> None:
     """Make a run: run.toml, run.key (keep it safe), manifest.json and the first anchors."""
@@ -32,7 +35,7 @@ def init(
         from decentra.model.custom import model_code_digest
 
         values.append(f'model.code="{model_code_digest(model_code)}"')
-    run, manifest = create(run_dir, source, values, model_code, model)
+    run, manifest = create(run_dir, source, values, model_code, model, tokenizer)
     num_bytes = sum(p.stat().st_size for p in run.genesis.iterdir())
     if as_json:
         print_json(

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from decentra.config import Manifest, load_toml, manifest_from_bytes, parse_config
-from decentra.data.windows import MAX_BYTE_VOCAB
+from decentra.data.tokens import TOKENIZER_FILE, FileTokenizer, check_vocabulary, load_tokenizer
 from decentra.errors import ConfigError, IntegrityError
 from decentra.hf.checkpoint import Checkpoint, open_checkpoint
 from decentra.hf.convert import parameter_shapes
@@ -59,7 +59,7 @@ class RunDir:
         return self.run_key_file.exists()
 
     def genesis_blobs(self, manifest: Manifest) -> dict[Digest, bytes]:
-        """The first anchors, verified. Raises IntegrityError."""
+        """The first anchors and the tokenizer, verified. Raises IntegrityError."""
         return read_genesis(self.genesis, manifest)
 
     def remember_addresses(self, bootstrap: Sequence[str], services: Sequence[str]) -> None:
@@ -90,35 +90,41 @@ class RunDir:
 
 
 def read_genesis(folder: Path, manifest: Manifest) -> dict[Digest, bytes]:
-    """The first anchors in a folder, each checked against the manifest's digest. Raises IntegrityError."""
+    """The first anchors and the tokenizer in a folder, each checked against the manifest's digest. Raises IntegrityError."""
     blobs = {}
-    for fragment, digest in manifest.genesis.items():
+    named = {digest: f"genesis anchor of {fragment}" for fragment, digest in manifest.genesis.items()}
+    if manifest.data.tokenizer is not None:
+        named[manifest.data.tokenizer] = "the tokenizer"
+    for digest, what in named.items():
         path = folder / digest
         data = path.read_bytes() if path.is_file() else b""
         if digest_of(data) != digest:
-            raise IntegrityError(f"genesis anchor of {fragment}: {path} is missing or damaged; restore it from the copy you made at init")
+            raise IntegrityError(f"{what}: {path} is missing or damaged; restore it from the copy you made at init")
         blobs[digest] = data
     return blobs
 
 
 def create(
-    root: Path, source: Path | None, settings: Sequence[str], model_code: Path | None = None, model: Path | None = None
+    root: Path, source: Path | None, settings: Sequence[str], model_code: Path | None = None, model: Path | None = None, tokenizer: Path | None = None
 ) -> tuple[RunDir, Manifest]:  # fmt: skip
     """``decentra init``: freeze the manifest, make the run key and the genesis anchors. Raises ConfigError; never overwrites a run.
 
-    ``model``: a checkpoint's folder, whose shape and weights the run starts from.
+    ``model``: a checkpoint's folder, whose shape, weights and tokenizer the run starts from. ``tokenizer``: a ``tokenizer.json`` for a model from nothing.
     """
     run = RunDir(root)
     if (root / "manifest.json").exists():
         raise ConfigError(f"{root} holds a run already; its manifest is frozen. Choose another directory")
     with ExitStack() as stack:
         start = None if model is None else stack.enter_context(open_checkpoint(model))
-        draft = _draft(run, source, settings, start)
+        marks = _tokenizer(start, tokenizer)
+        draft = _draft(run, source, settings, start, marks)
         blobs, genesis = _make_genesis(draft, model_code, start)
     held_out = _held_out(draft)
     manifest = draft.model_copy(update={"genesis": genesis, "data": draft.data.model_copy(update={"held_out": held_out})})
     run.genesis.mkdir(parents=True, exist_ok=True)
     disk = RealDisk(run.genesis)
+    if marks is not None:
+        blobs[marks.digest] = marks.data
     for digest, blob in blobs.items():
         write_atomic(disk, digest, blob)
     if not run.has_run_key():
@@ -127,7 +133,21 @@ def create(
     return run, manifest
 
 
-def _draft(run: RunDir, source: Path | None, settings: Sequence[str], start: Checkpoint | None = None) -> Manifest:
+def _tokenizer(start: Checkpoint | None, given: Path | None) -> FileTokenizer | None:
+    """The run's own, None where bytes are the tokens. Raises ConfigError."""
+    if start is None:
+        return None if given is None else load_tokenizer(given)
+    if given is not None:
+        raise ConfigError(
+            f"init: {start.folder} brings its own tokenizer; leave --tokenizer out, or put another {TOKENIZER_FILE} into the folder"
+        )
+    found = start.tokenizer()
+    return found if isinstance(found, FileTokenizer) else None
+
+
+def _draft(
+    run: RunDir, source: Path | None, settings: Sequence[str], start: Checkpoint | None = None, tokenizer: FileTokenizer | None = None
+) -> Manifest:
     if source is not None:
         base = load_toml(Manifest, source)
     elif run.toml.exists():
@@ -136,16 +156,17 @@ def _draft(run: RunDir, source: Path | None, settings: Sequence[str], start: Che
         base = Manifest(name=run.root.resolve().name[:64] or "run")
     raw = base.model_dump(mode="json")
     if start is not None:
-        if start.spec.vocab_size > MAX_BYTE_VOCAB:
-            raise ConfigError(
-                f"{start.folder} has {start.spec.vocab_size} tokens; a run reads text as bytes for now, so it starts from a model of 256"
-            )
         raw["model"] = start.spec.model_dump(mode="json")
         raw["data"]["seq_len"] = min(raw["data"]["seq_len"], start.spec.max_seq_len)
         raw["placement"]["experts_per_peer"] = min(raw["placement"]["experts_per_peer"], start.spec.num_experts)
+    raw["data"]["tokenizer"] = None if tokenizer is None else tokenizer.digest
+    if start is None and tokenizer is not None:
+        raw["model"]["vocab_size"] = tokenizer.num_tokens
     for setting in settings:
         _set(raw, setting)
     manifest = parse_config(Manifest, raw, "init")
+    if tokenizer is not None:
+        check_vocabulary(tokenizer, manifest.model.vocab_size, "init")
     shape = set(parameter_shapes(manifest.model).items())
     if start is not None and shape != set(start.shapes.items()):
         raise ConfigError(f"init: a setting changes the shape of the model in {start.folder}; leave model.* out, or start from nothing")
@@ -175,8 +196,8 @@ def _set(raw: dict[str, Any], setting: str) -> None:
 
 
 def to_toml(manifest: Manifest) -> str:
-    """The manifest as TOML for people; ``genesis`` and ``held_out`` are left out, init computes them."""
-    raw = manifest.model_dump(mode="json", exclude={"genesis": True, "data": {"held_out"}}, exclude_none=True)
+    """The manifest as TOML for people; ``genesis``, ``held_out`` and ``tokenizer`` are left out, init computes them."""
+    raw = manifest.model_dump(mode="json", exclude={"genesis": True, "data": {"held_out", "tokenizer"}}, exclude_none=True)
     plain = [f"{k} = {_toml_value(v)}" for k, v in raw.items() if not isinstance(v, dict)]
     for name, section in raw.items():
         if isinstance(section, dict) and section:

@@ -153,7 +153,8 @@ def evaluate(
     if as_json:
         print_json(result)
     else:
-        print_table({**{k: f"{v:.4f}" for k, v in result["loss_per_domain"].items()}, "mean": f"{result['loss']:.4f} nats per byte"})
+        mean = f"{result['loss']:.4f} nats per token, {result['nats_per_byte']:.4f} per byte"
+        print_table({**{k: f"{v:.4f}" for k, v in result["loss_per_domain"].items()}, "mean": mean})
 
 
 @app.command()

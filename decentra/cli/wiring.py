@@ -19,7 +19,8 @@ from decentra.averaging.client import AveragingClient
 from decentra.cli.capacity import limit_gpu, max_experts
 from decentra.cli.ranks import check_ranks, num_ranks
 from decentra.config import Manifest, PeerConfig, manifest_from_bytes
-from decentra.data.windows import source_for
+from decentra.data.tokens import BYTES, Tokenizer
+from decentra.data.windows import source_for, texts_for
 from decentra.errors import ConfigError, DataError, DecentraError, Refused, Unreachable
 from decentra.gossip import records
 from decentra.gossip.blobs import BlobStore
@@ -192,7 +193,9 @@ async def gossip(
             write_atomic(disk, KNOWN_FILE, json.dumps(list(node.known_peers())).encode())
 
 
-def member_runtime(door: Door, config: PeerConfig, root: Path, node: GossipNode, exchange: HivemindExchange, events: Events) -> PeerRuntime:
+def member_runtime(
+    door: Door, config: PeerConfig, root: Path, node: GossipNode, exchange: HivemindExchange, events: Events, tokenizer: Tokenizer = BYTES
+) -> PeerRuntime:
     """A trainer or keeper over the real adapters. Raises ConfigError, ManifestMismatch, DataError."""
     manifest = door.manifest
     layout = layout_for(manifest, config.model_code)
@@ -210,7 +213,7 @@ def member_runtime(door: Door, config: PeerConfig, root: Path, node: GossipNode,
     if config.role == "trainer":
         build, _ = model_for(manifest, config.model_code)
         runtime.make_model = functools.partial(_built, build, manifest)
-        runtime.make_source = lambda: source_for(manifest, config, door.key.peer_id)
+        runtime.make_source = lambda: source_for(manifest, config, door.key.peer_id, tokenizer)
     return runtime
 
 
@@ -251,7 +254,10 @@ def check_fit(config: PeerConfig, manifest: Manifest, peer: PeerId) -> None:
         raise ConfigError(f"mode 'held': the model of run '{manifest.name}' is its own code, which is held whole; join with --mode mirror")
     check_ranks(config, manifest)
     max_experts(config, manifest, layout_for(manifest, config.model_code), num_ranks())
-    source_for(manifest, config, peer)
+    if manifest.data.tokenizer is None:
+        source_for(manifest, config, peer)
+    else:
+        texts_for(manifest, config)  # its tokenizer is fetched once it is in
 
 
 def compare_held_out(door: Door, config: PeerConfig, events: Events) -> None:

@@ -1,4 +1,7 @@
-"""The user's own text: files and folders of plain text, JSONL or Parquet, read as bytes. No windows, no sampling, no other formats."""
+"""The user's own text: files and folders of plain text, JSONL, Parquet or Arrow, read as bytes. No windows, no sampling, no other formats.
+
+A row is a document when it has a text, and a lesson when it has a prompt and a completion, or messages: then what is asked is read and not learnt.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,13 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from decentra.errors import DataError
 
 JSONL_SUFFIXES = (".jsonl", ".ndjson")
-PARQUET_SUFFIX = ".parquet"
+PARQUET_SUFFIX, ARROW_SUFFIX = ".parquet", ".arrow"  # the second: of a data set that the datasets library saved
+MESSAGES, PROMPT, COMPLETION = "messages", "prompt", "completion"
 _ROWS_AT_ONCE = 4096
 # share of undecodable characters above which a file is not text; old 8-bit European text stays below it
 MAX_UNDECODABLE_SHARE = 0.1
@@ -25,26 +30,43 @@ class FileTexts:
     data: bytes = field(repr=False)
     num_files: int
     skipped: tuple[str, ...] = ()  # files inside given folders that are not text
+    unlearnt: tuple[tuple[int, int], ...] = ()  # spans of ``data`` that are read and not learnt
+
+
+@dataclass(slots=True)
+class _Document:
+    """One document or lesson under way."""
+
+    text: bytes = b""
+    unlearnt: list[tuple[int, int]] = field(default_factory=list)
+
+    def add(self, text: str, *, is_learnt: bool = True) -> None:
+        start = len(self.text)
+        self.text += text.encode("utf-8", errors="replace")
+        if not is_learnt:
+            self.unlearnt.append((start, len(self.text)))
 
 
 def read_texts(paths: Sequence[str | Path], *, text_field: str = "text", min_bytes: int = 1) -> FileTexts:
     """Read files and folders (recursively, hidden names left out) in path order.
 
-    A ``.jsonl`` or ``.ndjson`` file has one JSON object per line whose ``text_field`` is the text, a ``.parquet`` file a column of that name (pyarrow, the
-    ``data`` extra, reads it); every other file is text as it is.
+    A ``.jsonl`` or ``.ndjson`` file has one JSON object per line; ``.parquet`` and ``.arrow`` files (a folder of ``datasets``' save_to_disk) have columns, and
+    need pyarrow, the ``data`` extra; every other file is text as it is. A row has its text as ``text_field``, or ``prompt`` and ``completion``, or
+    ``messages`` with a role and a content each, which become ChatML (``<|im_start|>role``, the content, ``<|im_end|>``); of these, completions and what
+    the assistant says are learnt.
     Raises DataError: a path that is missing or cannot be read, a given file that is empty or binary, a JSONL line that is not as
     described (named by file and line), less than ``min_bytes`` of text in all.
     """
     if not paths:
         raise DataError("no data was given; name at least one file or folder of text")
-    documents: list[bytes] = []
+    documents: list[_Document] = []
     skipped: list[str] = []
     num_files = 0
     for given in (Path(p).expanduser() for p in paths):
         for path in _files_of(given):
-            if path.suffix.lower() == PARQUET_SUFFIX:
+            if path.suffix.lower() in (PARQUET_SUFFIX, ARROW_SUFFIX):
                 num_files += 1
-                documents += _parquet_documents(path, text_field)
+                documents += (_row_document(row, str(path), text_field) for row in _column_rows(path, text_field))
                 continue
             data = _read(path)
             if problem := _why_not_text(data):
@@ -53,12 +75,19 @@ def read_texts(paths: Sequence[str | Path], *, text_field: str = "text", min_byt
                 skipped.append(str(path))
                 continue
             num_files += 1
-            documents += _jsonl_documents(path, data, text_field) if path.suffix.lower() in JSONL_SUFFIXES else [data]
-    text = b"\n".join(documents)
+            documents += _jsonl_documents(path, data, text_field) if path.suffix.lower() in JSONL_SUFFIXES else [_Document(data)]
+    text = b"\n".join(document.text for document in documents)
     if len(text) < min_bytes:
         where = ", ".join(str(p) for p in paths)
         raise DataError(f"{where}: {len(text)} bytes of text in {num_files} files, at least {min_bytes} (one window) are needed; add text")
-    return FileTexts(text, num_files, tuple(skipped))
+    return FileTexts(text, num_files, tuple(skipped), tuple(_spans(documents)))
+
+
+def _spans(documents: Sequence[_Document]) -> Iterator[tuple[int, int]]:
+    at = 0
+    for document in documents:
+        yield from ((at + start, at + end) for start, end in document.unlearnt)
+        at += len(document.text) + 1
 
 
 def _files_of(given: Path) -> Iterator[Path]:
@@ -70,7 +99,9 @@ def _files_of(given: Path) -> Iterator[Path]:
     found = False
     for folder, folders, files in os.walk(given, onerror=_refuse):
         folders[:] = sorted(f for f in folders if not f.startswith("."))
-        for name in sorted(f for f in files if not f.startswith(".")):
+        # the JSON files of a saved data set describe it and are not text
+        is_saved_set = any(f.endswith(ARROW_SUFFIX) or f == "dataset_dict.json" for f in files)
+        for name in sorted(f for f in files if not f.startswith(".") and not (is_saved_set and f.endswith(".json"))):
             found = True
             yield Path(folder, name)
     if not found:
@@ -101,7 +132,7 @@ def _why_not_text(data: bytes) -> str | None:
     return None
 
 
-def _jsonl_documents(path: Path, data: bytes, text_field: str) -> Iterable[bytes]:
+def _jsonl_documents(path: Path, data: bytes, text_field: str) -> Iterable[_Document]:
     for number, line in enumerate(data.split(b"\n"), start=1):
         if not line.strip():
             continue
@@ -109,30 +140,60 @@ def _jsonl_documents(path: Path, data: bytes, text_field: str) -> Iterable[bytes
             row = json.loads(line)
         except (ValueError, RecursionError):
             raise DataError(f"{path}:{number}: expected one JSON object per line, got {line[:60]!r}") from None
-        if not isinstance(row, dict) or not isinstance(row.get(text_field), str):
-            keys = ", ".join(map(str, list(row)[:10])) if isinstance(row, dict) else type(row).__name__
-            raise DataError(f"{path}:{number}: expected a string field '{text_field}', got: {keys}; name the right one as text_field")
-        yield row[text_field].encode("utf-8", errors="replace")
+        yield _row_document(row, f"{path}:{number}", text_field)
 
 
-def _parquet_documents(path: Path, text_field: str) -> Iterator[bytes]:
+def _row_document(row: Any, where: str, text_field: str) -> _Document:
+    """A row as a document or a lesson. Raises DataError."""
+    document = _Document()
+    if isinstance(row, dict) and isinstance(row.get(text_field), str):
+        document.add(row[text_field])
+    elif isinstance(row, dict) and isinstance(row.get(PROMPT), str) and isinstance(row.get(COMPLETION), str):
+        document.add(row[PROMPT], is_learnt=False)
+        document.add(row[COMPLETION])
+    elif isinstance(row, dict) and isinstance(row.get(MESSAGES), list):
+        for message in row[MESSAGES]:
+            role, content = (message.get("role"), message.get("content")) if isinstance(message, dict) else (None, None)
+            if not isinstance(role, str) or not isinstance(content, str):
+                raise DataError(f"{where}: a message has a text 'role' and a text 'content', got {str(message)[:80]}")
+            document.add(f"<|im_start|>{role}\n", is_learnt=False)
+            document.add(f"{content}<|im_end|>", is_learnt=role == "assistant")
+            document.add("\n", is_learnt=False)
+    else:
+        keys = ", ".join(map(str, list(row)[:10])) if isinstance(row, dict) else type(row).__name__
+        raise DataError(
+            f"{where}: expected a string field '{text_field}' (or '{PROMPT}' and '{COMPLETION}', or '{MESSAGES}'), got: {keys};"
+            " name the right one as text_field"
+        )
+    return document
+
+
+def _column_rows(path: Path, text_field: str) -> Iterator[dict[str, Any]]:
+    """Rows of a Parquet or Arrow file, of the columns that are read; rows with nothing in one of them are left out. Raises DataError."""
     try:
-        from pyarrow import ArrowException
+        from pyarrow import ArrowException, ipc
         from pyarrow.parquet import ParquetFile
     except ImportError:
-        raise DataError(f"{path}: reading Parquet needs pyarrow: pip install 'decentra[data]', or give JSONL") from None
+        raise DataError(f"{path}: reading {path.suffix} needs pyarrow: pip install 'decentra[data]', or give JSONL") from None
+
+    def batches() -> Iterator[Any]:
+        if path.suffix.lower() == PARQUET_SUFFIX:
+            with ParquetFile(path) as file:
+                yield from file.iter_batches(_ROWS_AT_ONCE, columns=_columns(path, file.schema_arrow.names, text_field))
+        else:
+            with path.open("rb") as raw, ipc.open_stream(raw) as stream:
+                columns = _columns(path, stream.schema.names, text_field)
+                yield from (batch.select(columns) for batch in stream)
+
     try:
-        with ParquetFile(path) as file:
-            if text_field not in file.schema_arrow.names:
-                raise DataError(
-                    f"{path}: expected a column '{text_field}', got: {', '.join(file.schema_arrow.names[:10])}; name the right one as text_field"
-                )
-            for batch in file.iter_batches(_ROWS_AT_ONCE, columns=[text_field]):
-                for value in batch.column(0).to_pylist():
-                    if value is None:
-                        continue
-                    if not isinstance(value, str):
-                        raise DataError(f"{path}: column '{text_field}' holds {type(value).__name__}, text was expected")
-                    yield value.encode("utf-8", errors="replace")
+        for batch in batches():
+            yield from (row for row in batch.to_pylist() if all(value is not None for value in row.values()))
     except (ArrowException, OSError) as error:
-        raise DataError(f"{path}: not a whole Parquet file ({str(error)[:120]}); fetch it again") from None
+        raise DataError(f"{path}: not a whole {path.suffix} file ({str(error)[:120]}); fetch it again") from None
+
+
+def _columns(path: Path, names: Sequence[str], text_field: str) -> list[str]:
+    found = [text_field] if text_field in names else [name for name in (PROMPT, COMPLETION, MESSAGES) if name in names]
+    if not found:
+        raise DataError(f"{path}: expected a column '{text_field}', got: {', '.join(names[:10])}; name the right one as text_field")
+    return found

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from decentra.config import DataSpec, Manifest, ModelSpec, manifest_from_bytes
+from decentra.data.tokens import BYTES, TOKENIZER_FILE, Tokenizer, check_vocabulary, load_tokenizer
 from decentra.errors import ConfigError, IntegrityError
 from decentra.hf.convert import config_of, names_of, parameter_shapes, spec_from
 from decentra.hf.files import CONFIG, ONE, ShardWriter, Weights, read_json, sha256_of
@@ -59,6 +60,10 @@ class Checkpoint:
         """All of them, fp32."""
         return {name: self(name).float() for name in self.names}
 
+    def tokenizer(self) -> Tokenizer:
+        """What its text is read with. Raises ConfigError, IntegrityError."""
+        return tokenizer_of(self.folder, self.manifest)
+
     def __enter__(self) -> Checkpoint:
         return self
 
@@ -81,7 +86,9 @@ def open_checkpoint(folder: Path) -> Checkpoint:
             )
     else:
         spec = spec_from(read_json(folder / CONFIG))
-        data = DataSpec(seq_len=min(128, spec.max_seq_len))
+        own = folder / TOKENIZER_FILE
+        digest = load_tokenizer(own).digest if own.is_file() else None
+        data = DataSpec(seq_len=min(128, spec.max_seq_len), tokenizer=digest)
         manifest = Manifest(name=folder.resolve().name[:64] or "import", model=spec, data=data, licence="unknown")
     shapes = parameter_shapes(manifest.model)
     is_renamed = manifest.model.num_experts == 1 and "model.layers.0.mlp.gate_proj.weight" in weights
@@ -102,6 +109,14 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         )
     hashes, lineage = _hashes_in(card or {}), (card or {}).get("lineage")
     return Checkpoint(folder, manifest, weights, names, lineage if isinstance(lineage, dict) else {}, hashes)
+
+
+def tokenizer_of(folder: Path, manifest: Manifest) -> Tokenizer:
+    """The tokenizer of the model in a folder. Raises ConfigError, IntegrityError."""
+    digest = manifest.data.tokenizer
+    tokenizer = BYTES if digest is None else load_tokenizer(folder / TOKENIZER_FILE, digest)
+    check_vocabulary(tokenizer, manifest.model.vocab_size, str(folder))
+    return tokenizer
 
 
 def _hashes_in(card: Mapping[str, Any]) -> dict[str, str]:

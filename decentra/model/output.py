@@ -11,6 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from decentra.config import ModelSpec
+from decentra.data.tokens import read
+
+NOT_LEARNT = -1  # every negative target is one
+
+
+def num_learnt(targets_BT: Tensor) -> Tensor:
+    """How many targets are to be learnt, 0-d."""
+    return (targets_BT >= 0).sum()
 
 
 class ForwardOutput(NamedTuple):
@@ -31,9 +39,16 @@ class LossOutput(NamedTuple):
 
 
 def loss_of(model: nn.Module, spec: ModelSpec, tokens_BT1: Tensor) -> LossOutput:
-    """Next-token loss of ``tokens_BT1`` (int64, [B, T + 1]) with the weighted router losses of ``spec`` added."""
-    output: ForwardOutput = model(tokens_BT1[:, :-1])
+    """Next-token loss of ``tokens_BT1`` (int64, [B, T + 1]) with the weighted router losses of ``spec`` added.
+
+    Complements (``data.tokens``) are read like any token and are no targets.
+    """
+    output: ForwardOutput = model(read(tokens_BT1[:, :-1]))
+    targets_BT = tokens_BT1[:, 1:]
     # fp32 whatever autocast chose: bf16 logits would round the loss people compare
-    cross_entropy = F.cross_entropy(output.logits_BTV.float().flatten(0, 1), tokens_BT1[:, 1:].flatten())
+    nats = F.cross_entropy(
+        output.logits_BTV.float().flatten(0, 1), targets_BT.clamp_min(NOT_LEARNT).flatten(), ignore_index=NOT_LEARNT, reduction="sum"
+    )
+    cross_entropy = nats / num_learnt(targets_BT).clamp_min(1)
     total = cross_entropy + spec.aux_loss_weight * output.aux_loss + spec.z_loss_weight * output.z_loss
     return LossOutput(total, cross_entropy, output.tokens_per_expert_E)

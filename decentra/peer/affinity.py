@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from decentra.config import Manifest
+from decentra.data.tokens import read
 from decentra.model.decoder import Decoder
 
 NUM_PREFIX_TOKENS = 32  # a window is judged by its beginning: choosing must stay cheap beside training
@@ -34,7 +35,7 @@ class OwnShare:
         self._model.eval()  # loss-free balancing must not count these tokens
         self._model.routing, self._shares_CT = self, []
         try:
-            self._model(tokens_CT1[:, :NUM_PREFIX_TOKENS].to(device))
+            self._model(read(tokens_CT1[:, :NUM_PREFIX_TOKENS]).to(device))
         finally:
             self._model.routing = kept
             self._model.train(was_training)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from decentra.config import Manifest, manifest_from_bytes
+from decentra.data.tokens import TOKENIZER_FILE
 from decentra.delta.anchor import decode_anchor
 from decentra.delta.flat import scatter
 from decentra.errors import ConfigError, IntegrityError
@@ -28,6 +29,7 @@ from decentra.model.custom import layout_for, model_for
 from decentra.peer.disk import RealDisk, write_atomic
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "decentra.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"  # so that transformers knows what reads the tokenizer
 
 
 @dataclass(frozen=True)
@@ -55,9 +57,12 @@ def assemble(
     return Assembled(manifest, state, anchors, dict(heights))
 
 
-def save_model(path: Path, model: Assembled, extra: Mapping[str, Any] = {}) -> None:
-    """Write the checkpoint folder; decentra.json is last, so a folder without it is not finished."""
+def save_model(path: Path, model: Assembled, extra: Mapping[str, Any] = {}, tokenizer: bytes | None = None) -> None:
+    """Write the checkpoint folder; decentra.json is last, so a folder without it is not finished. ``tokenizer``: the run's tokenizer.json."""
     disk = RealDisk(path)
+    if tokenizer is not None:
+        write_atomic(disk, TOKENIZER_FILE, tokenizer)
+        write_atomic(disk, TOKENIZER_CONFIG, json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}).encode())
     weights = safetensors.torch.save(model.state, metadata={"format": "pt"})
     write_atomic(disk, WEIGHTS, weights)
     write_atomic(disk, CONFIG, json.dumps(qwen3_moe_config(model.manifest.model), indent=2).encode())

@@ -24,7 +24,7 @@ from decentra.delta.flat import gather, scatter
 from decentra.errors import ConfigError, DataError, IntegrityError
 from decentra.ids import ROUTER, FragmentId, expert_of, module_of_fragment
 from decentra.model.moe import MoE
-from decentra.model.output import LossOutput, loss_of
+from decentra.model.output import LossOutput, loss_of, num_learnt
 from decentra.modules import Layout, module_of_parameter
 from decentra.peer.adamw import MOMENTS, AdamW
 from decentra.peer.affinity import preference
@@ -154,8 +154,9 @@ class InnerLoop:
         with torch.no_grad():
             for parameter, rows, values in kept:
                 parameter[rows] = values
-        self._count(tokens_BT1[:, 1:].numel(), cross_entropy, slots_E)
-        return tokens_BT1[:, 1:].numel()
+        num_tokens = int(num_learnt(tokens_BT1[:, 1:]))
+        self._count(num_tokens, cross_entropy, slots_E)
+        return num_tokens
 
     # What follows is otherwise where several processes train one model (``sharded.py``).
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from decentra.data.tokens import Tokens, joined
 from decentra.data.windows import WindowSource
 from decentra.errors import ConfigError
 from decentra.hf.checkpoint import check_target, open_checkpoint
@@ -28,13 +29,13 @@ def expert_train(
     """Train an expert beside a frozen model; its row tells its text from the embedded domains' (as far as they are not its own)."""
     check_target(target)
     with open_checkpoint(source) as opened:
-        text_of.check_bytes(opened.spec.vocab_size)
-        train, held_out = text_of.split(texts, opened.manifest.data)
+        tokenizer = opened.tokenizer()
+        train, held_out = text_of.split(texts, opened.manifest.data, tokenizer)
         state, seq_len = opened.state(), opened.manifest.data.seq_len
         alone = parts.spec_with(opened.spec, 1)
         before = mean(losses(model_of(parts.select(state, [start]), alone), held_out, seq_len, NUM_WINDOWS))
-        public = text_of.public(opened.manifest.data, without=texts)
-        text = b"\n".join(train.values())
+        public = text_of.public(opened.manifest.data, tokenizer, without=texts)
+        text = joined(list(train.values()))
         expert = made.train_expert(
             state, opened.spec, text, name=name, steps=steps, seq_len=seq_len, start=start, lr=lr, seed=seed, public=public, say=say
         )
@@ -49,11 +50,11 @@ def expert_card(source: Path, target: Path, texts: Sequence[str], *, number: int
     """A model's own expert as one that can be carried, with the card of a text that it is for: routers by cards need one of each."""
     check_target(target)
     with open_checkpoint(source) as opened:
-        text_of.check_bytes(opened.spec.vocab_size)
-        train, _ = text_of.split(texts, opened.manifest.data)
+        tokenizer = opened.tokenizer()
+        train, _ = text_of.split(texts, opened.manifest.data, tokenizer)
         state = opened.state()
         frozen = model_of(parts.select(state, [number]), parts.spec_with(opened.spec, 1))
-        card = card_of(frozen, b"\n".join(train.values()), opened.manifest.data.seq_len)
+        card = card_of(frozen, joined(list(train.values())), opened.manifest.data.seq_len)
         about = {"name": name, "base": made.base_digest(state), "texts": list(train), "start": number}
         made.save_expert(target, made.Expert(parts.extract(state, number), card, about))
         return {"ok": True, "dir": str(target), "num_tokens": card.num_tokens} | about
@@ -143,13 +144,13 @@ def _doubt(state: State, known: Mapping[int, Mapping[str, Any]], gone: set[int],
 def audit(source: Path, members: Sequence[str], others: Sequence[str]) -> Result:
     """Can texts that are said to be trained on be told from others? AUC of their losses: 0.5 is no trace."""
     with open_checkpoint(source) as opened:
-        text_of.check_bytes(opened.spec.vocab_size)
+        tokenizer = opened.tokenizer()
         model = model_of(opened.state(), opened.spec)
 
         def each(lines: Sequence[str]) -> list[float]:
             found = []
             for line in lines:
-                data = line.encode(errors="replace")[: opened.spec.max_seq_len]
+                data = tokenizer.encode(line.encode(errors="replace"))[: opened.spec.max_seq_len]
                 if len(data) > 1:
                     found.append(losses(model, {"": data}, len(data) - 1)[""])
             return found
@@ -194,19 +195,19 @@ def continual(source: Path, target: Path, texts: Sequence[str], *, strategy: str
         raise ConfigError(f"strategy: expected one of {', '.join(STRATEGIES)}, got {strategy!r}")
     check_target(target)
     with open_checkpoint(source) as opened:
-        text_of.check_bytes(opened.spec.vocab_size)
-        stream, held_out = text_of.split(texts, opened.manifest.data)
+        tokenizer = opened.tokenizer()
+        stream, held_out = text_of.split(texts, opened.manifest.data, tokenizer)
         seq_len, state, spec = opened.manifest.data.seq_len, opened.state(), opened.spec
         model = model_of(state, spec)
         matrix = [list(losses(model, held_out, seq_len, NUM_WINDOWS).values())]
-        seen: list[bytes] = []
+        seen: list[Tokens] = []
         cards: dict[str, Any] = {str(n): c for n, c in known_experts(opened.lineage).items()}
         for name, text in stream.items():
             source_of = WindowSource([text], seq_len, seed, name)
             plan = Plan(steps, frozenset(n for n, _ in model.named_parameters()), lr=lr, seed=seed)
             guards = []
             if strategy == "grow":
-                public = b"\n".join(seen) if seen else text_of.public(opened.manifest.data, without=texts)
+                public = joined(seen) if seen else text_of.public(opened.manifest.data, tokenizer, without=texts)
                 expert = made.train_expert(
                     state, spec, text, name=name, steps=steps, seq_len=seq_len, lr=lr, seed=seed, public=public, say=say
                 )

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from decentra.config import ModelSpec
+from decentra.data.tokens import Tokens, tensor_of
 from decentra.data.windows import WindowSource
 from decentra.errors import ConfigError, IntegrityError
 from decentra.hf.files import MAX_JSON_BYTES, sha256_of
@@ -58,8 +59,8 @@ def part_digest(part: Part) -> str:
 
 
 def train_expert(
-    state: State, spec: ModelSpec, text: bytes, *, name: str, steps: int, seq_len: int, start: int = 0, lr: float = 1.4e-3, seed: int = 0,
-    public: bytes | None = None, guards: Sequence[Guard] = (), say: Say = lambda _: None,
+    state: State, spec: ModelSpec, text: Tokens, *, name: str, steps: int, seq_len: int, start: int = 0, lr: float = 1.4e-3, seed: int = 0,
+    public: Tokens | None = None, guards: Sequence[Guard] = (), say: Say = lambda _: None,
 ) -> Expert:  # fmt: skip
     """A new expert on one's own text: a copy of expert ``start`` beside the frozen public model, which alone is trained.
 
@@ -93,7 +94,7 @@ class Sliced:
 
 
 def train_sliced(
-    state: State, spec: ModelSpec, slices: Sequence[bytes], *, name: str, steps: int, seq_len: int, lr: float = 1.4e-3, seed: int = 0,
+    state: State, spec: ModelSpec, slices: Sequence[Tokens], *, name: str, steps: int, seq_len: int, lr: float = 1.4e-3, seed: int = 0,
     begin: Sequence[Expert] = (), numbers: Sequence[int] | None = None, say: Say = lambda _: None,
 ) -> Sliced:  # fmt: skip
     """``steps`` on each slice of a text, one after the other; each begins with fresh moments and an order that depends on its own ``number`` alone.
@@ -125,7 +126,7 @@ def train_sliced(
 
 
 def unlearned(
-    sliced: Sliced, without: int, state: State, spec: ModelSpec, slices: Sequence[bytes], *, name: str, steps: int, seq_len: int, lr: float = 1.4e-3,
+    sliced: Sliced, without: int, state: State, spec: ModelSpec, slices: Sequence[Tokens], *, name: str, steps: int, seq_len: int, lr: float = 1.4e-3,
     seed: int = 0, say: Say = lambda _: None,
 ) -> Sliced:  # fmt: skip
     """The expert as if slice ``without`` had never been there: from the expert before it, on with the slices after it. Exact."""
@@ -246,7 +247,7 @@ def _arrow(state: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> Tensor:
     return route.arrow_directions(experts, first, layers)
 
 
-def document_routing(model: Decoder, cards: Sequence[Card], text: bytes) -> tuple[Routing, Tensor]:
+def document_routing(model: Decoder, cards: Sequence[Card], text: Tokens) -> tuple[Routing, Tensor]:
     """One expert mixture for a whole document, by all of it: (routing, probabilities [E])."""
     seen: list[Tensor] = []
 
@@ -254,7 +255,7 @@ def document_routing(model: Decoder, cards: Sequence[Card], text: bytes) -> tupl
         if layer == 0:
             seen.append(x_TD)
 
-    tokens = torch.frombuffer(bytearray(text[: model.spec.max_seq_len]), dtype=torch.uint8).long()[None]
+    tokens = tensor_of(text[: model.spec.max_seq_len])[None]
     with watching(model, see), torch.inference_mode():
         model(tokens)
     probs_E = route.classify(cards, seen[0])
@@ -262,7 +263,7 @@ def document_routing(model: Decoder, cards: Sequence[Card], text: bytes) -> tupl
 
 
 def tune_router(
-    state: State, spec: ModelSpec, texts: Sequence[bytes], *, steps: int, seq_len: int, lr: float = 3e-3, rows: Tensor | None = None, seed: int = 0,
+    state: State, spec: ModelSpec, texts: Sequence[Tokens], *, steps: int, seq_len: int, lr: float = 3e-3, rows: Tensor | None = None, seed: int = 0,
     say: Say = lambda _: None,
 ) -> State:  # fmt: skip
     """Router rows trained on public text of all kinds, everything else frozen; ``rows`` [L, E, D] to start from."""
@@ -300,7 +301,7 @@ class _Watched:
 
 
 def distil(
-    model: Decoder, teacher: Routing, texts: Sequence[bytes], seq_len: int, *, steps: int = 60, lr: float = 3e-2, seed: int = 0
+    model: Decoder, teacher: Routing, texts: Sequence[Tokens], seq_len: int, *, steps: int = 60, lr: float = 3e-2, seed: int = 0
 ) -> tuple[Tensor, float]:
     """The linear rows [L, E, D] that follow a runtime routing best, and the KL in nats per token that is left: what a stock class can hold of it."""
     source = WindowSource(list(texts), seq_len, seed, "distil")
@@ -313,7 +314,7 @@ def distil(
         for step in range(steps):
             watched.seen.clear()
             with torch.no_grad():
-                model(source.next_batch(8)[:, :-1])
+                model(source.next_inputs(8))
             parts = [
                 torch.nn.functional.kl_div(
                     (x_TD @ rows[layer].T).log_softmax(-1), wanted.log_softmax(-1), reduction="batchmean", log_target=True
@@ -331,7 +332,7 @@ def distil(
 
 
 def divergence(
-    model: Decoder, teacher: Routing, rows: Tensor, texts: Sequence[bytes], seq_len: int, *, num_batches: int = 4, seed: int = 1
+    model: Decoder, teacher: Routing, rows: Tensor, texts: Sequence[Tokens], seq_len: int, *, num_batches: int = 4, seed: int = 1
 ) -> float:
     """KL in nats per token between a routing and linear rows [L, E, D], on text that neither was fitted to."""
     source, watched, kept = WindowSource(list(texts), seq_len, seed, "divergence"), _Watched(teacher), model.routing
@@ -339,7 +340,7 @@ def divergence(
     try:
         with torch.no_grad():
             for _ in range(num_batches):
-                model(source.next_batch(8)[:, :-1])
+                model(source.next_inputs(8))
             parts = [
                 torch.nn.functional.kl_div(
                     (x_TD @ rows[layer].T).log_softmax(-1), wanted.log_softmax(-1), reduction="batchmean", log_target=True

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from decentra.data.tokens import Tokens
 from decentra.data.windows import WindowSource
 from decentra.model.decoder import Decoder, Layer
 from decentra.model.evaluate import evaluate
@@ -18,7 +19,7 @@ from decentra.modular.route import Card, CardWriter
 from decentra.modular.upcycle import Calibration
 
 
-def losses(model: Decoder, texts: Mapping[str, bytes], seq_len: int, max_windows: int | None = None) -> dict[str, float]:
+def losses(model: Decoder, texts: Mapping[str, Tokens], seq_len: int, max_windows: int | None = None) -> dict[str, float]:
     """Nats per token of each text."""
     return {name: evaluate(model, text, seq_len, max_windows=max_windows) for name, text in texts.items()}
 
@@ -45,7 +46,7 @@ def watching(model: Decoder, see: Callable[[int, MoE, Tensor], None]) -> Iterato
             one.remove()
 
 
-def card_of(model: Decoder, text: bytes, seq_len: int, num_windows: int = 64, seed: int = 0) -> Card:
+def card_of(model: Decoder, text: Tokens, seq_len: int, num_windows: int = 64, seed: int = 0) -> Card:
     """An expert's card: what routers see of this text."""
     writer = CardWriter(model.spec.num_layers, model.spec.hidden_size)
     with watching(model, lambda layer, _moe, x_TD: writer.see(layer, x_TD)), torch.inference_mode():
@@ -53,7 +54,7 @@ def card_of(model: Decoder, text: bytes, seq_len: int, num_windows: int = 64, se
     return writer.card()
 
 
-def calibration_of(model: Decoder, text: bytes, seq_len: int, num_windows: int = 32, seed: int = 0) -> dict[str, Calibration]:
+def calibration_of(model: Decoder, text: Tokens, seq_len: int, num_windows: int = 32, seed: int = 0) -> dict[str, Calibration]:
     """What each layer's only FFN sees and does: for MoE-fication of a dense model."""
     seen: dict[int, list[tuple[Tensor, Tensor]]] = {}
 
@@ -70,7 +71,7 @@ def calibration_of(model: Decoder, text: bytes, seq_len: int, num_windows: int =
     }
 
 
-def grams_of(model: Decoder, text: bytes, seq_len: int, num_windows: int = 32, seed: int = 0) -> dict[str, Tensor]:
+def grams_of(model: Decoder, text: Tokens, seq_len: int, num_windows: int = 32, seed: int = 0) -> dict[str, Tensor]:
     """X^T X [I, I] of the inputs of every matrix that multiplies hidden states, by parameter name; an expert's are of the tokens that were sent to it."""
     grams: dict[str, Tensor] = {}
 
@@ -110,13 +111,13 @@ def _choice(moe: MoE, x_TD: Tensor) -> tuple[Tensor, Tensor]:
     return logits_TE, (logits_TP if moe.bias_P is None else logits_TP + moe.bias_P).topk(moe.num_chosen, -1).indices
 
 
-def _read(model: Decoder, text: bytes, seq_len: int, num_windows: int, seed: int) -> None:
+def _read(model: Decoder, text: Tokens, seq_len: int, num_windows: int, seed: int) -> None:
     source = WindowSource([text], seq_len, seed, "looking")
     for _ in range(math.ceil(num_windows / 8)):
-        model(source.next_batch(8)[:, :-1])
+        model(source.next_inputs(8))
 
 
-def routing_of(model: Decoder, texts: Mapping[str, bytes], seq_len: int, num_windows: int = 32) -> dict[str, Any]:
+def routing_of(model: Decoder, texts: Mapping[str, Tokens], seq_len: int, num_windows: int = 32) -> dict[str, Any]:
     """Load of every expert by domain (share of slots), how uneven it is (MaxVio: the largest load over the mean, less one), router entropy, dead experts."""
     share: dict[str, list[float]] = {}
     entropy: list[float] = []

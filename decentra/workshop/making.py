@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from decentra.config import ModelSpec
+from decentra.data.tokens import joined
 from decentra.errors import ConfigError
 from decentra.hf.checkpoint import Checkpoint, check_target, open_checkpoint, save_checkpoint
 from decentra.model.decoder import Decoder
@@ -98,11 +99,9 @@ def moefied(
     def make(state: State, spec: ModelSpec, opened: Checkpoint) -> upcycle.Upcycled:
         calibration = None
         if texts:
-            text_of.check_bytes(spec.vocab_size)
-            train, _ = text_of.split(texts, opened.manifest.data)
-            calibration = calibration_of(
-                model_of(state, spec), b"\n".join(t[:200_000] for t in train.values()), opened.manifest.data.seq_len
-            )
+            tokenizer = opened.tokenizer()
+            train, _ = text_of.split(texts, opened.manifest.data, tokenizer)
+            calibration = calibration_of(model_of(state, spec), joined([t[:200_000] for t in train.values()]), opened.manifest.data.seq_len)
         return upcycle.moefy(state, spec, experts, active, calibration, cluster=cluster, shared=shared, seed=seed)
 
     return grow(source, target, "moefy", make, experts=experts, active=active, cluster=cluster)

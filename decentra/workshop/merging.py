@@ -68,12 +68,12 @@ def _seen(opened: Sequence[Checkpoint], method: str, texts: Sequence[str], say: 
         )
     if len(texts) not in (1, len(opened)):
         raise ConfigError(f"--text: expected one for all or one for each of {len(opened)} models, in their order, got {len(texts)}")
-    text_of.check_bytes(opened[0].spec.vocab_size)
+    tokenizer = opened[0].tokenizer()
     data = opened[0].manifest.data
     found: list[combine.Statistics] = []
     for index, one in enumerate(opened):
         name = texts[index % len(texts)]
-        train, _ = text_of.split([name], data)
+        train, _ = text_of.split([name], data, tokenizer)
         model = model_of(one.state(), one.spec)
         [text] = train.values()
         if method == "fisher":
@@ -91,9 +91,9 @@ def cooked(folders: Sequence[Path], target: Path, texts: Sequence[str], say: Say
     if len(folders) < 2:
         raise ConfigError(f"soup: one model, {folders[0] if folders else 'none'}, makes none; the first folder is OUT, the models follow")
     opened = [open_checkpoint(folder) for folder in folders]
-    text_of.check_bytes(opened[0].spec.vocab_size)
+    tokenizer = opened[0].tokenizer()
     states = [o.state() if n == 0 else state_of_same_shape(o.folder, opened[0].spec) for n, o in enumerate(opened)]
-    _, held_out = text_of.split(texts, opened[0].manifest.data)
+    _, held_out = text_of.split(texts, opened[0].manifest.data, tokenizer)
     spec, seq_len = opened[0].spec, opened[0].manifest.data.seq_len
 
     def judge(state: State) -> float:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from decentra.config import ModelSpec
+from decentra.data.tokens import Tokens, tensor_of
 from decentra.errors import ConfigError
 from decentra.hf.checkpoint import check_target, open_checkpoint
 from decentra.model.decoder import Decoder
@@ -28,8 +29,8 @@ def inspect(source: Path, texts: Sequence[str]) -> Result:
             "spec": spec.model_dump(), "lineage": opened.lineage,
         }  # fmt: skip
         if texts:
-            text_of.check_bytes(spec.vocab_size)
-            _, held_out = text_of.split(texts, opened.manifest.data)
+            tokenizer = opened.tokenizer()
+            _, held_out = text_of.split(texts, opened.manifest.data, tokenizer)
             model = model_of(opened.state(), spec)
             per_domain = losses(model, held_out, opened.manifest.data.seq_len, NUM_WINDOWS)
             result |= {"loss_per_domain": per_domain, "loss": mean(per_domain)} | routing_of(model, held_out, opened.manifest.data.seq_len)
@@ -41,26 +42,32 @@ def routed(source: Path, text: str, router: str, experts: Sequence[Path]) -> Res
     if router not in made.ROUTERS:
         raise ConfigError(f"router: expected one of {', '.join(made.ROUTERS)}, got {router!r}")
     with open_checkpoint(source) as opened:
-        text_of.check_bytes(opened.spec.vocab_size)
-        spec, data = opened.spec, text.encode(errors="replace")[: opened.spec.max_seq_len]
-        if len(data) < 2:
+        tokenizer = opened.tokenizer()
+        spec, data = opened.spec, text.encode(errors="replace")
+        numbers = tokenizer.encode(data)
+        if len(numbers) > spec.max_seq_len:  # cut the text, so that what is shown is what was read
+            data = (
+                tokenizer.decode(tensor_of(numbers)[: spec.max_seq_len].tolist()).encode() if tokenizer.digest else data[: spec.max_seq_len]
+            )
+            numbers = tokenizer.encode(data)[: spec.max_seq_len]
+        if len(numbers) < 2:
             raise ConfigError("the text is too short; give two characters or more")
         model = model_of(opened.state(), spec)
         cards = [made.load_expert(folder).card for folder in experts]
-        model.routing = made.evidence_of(model) if router == "evidence" else _with_cards(router, cards, spec, model, data)
+        model.routing = made.evidence_of(model) if router == "evidence" else _with_cards(router, cards, spec, model, numbers)
         chosen: list[Tensor] = []
-        tokens = torch.frombuffer(bytearray(data), dtype=torch.uint8).long()[None]
+        tokens = tensor_of(numbers)[None]
         with torch.inference_mode(), _noting(model, chosen):
             output = model(tokens)
         told = output.logits_BTV[0, :-1].log_softmax(-1).gather(-1, tokens[0, 1:, None])[:, 0]
         shares_TE = torch.stack(chosen).mean(0)
         return {
-            "ok": True, "router": router, "loss": float(-told.mean()), "expert_per_byte": shares_TE.argmax(-1).tolist(),
+            "ok": True, "router": router, "loss": float(-told.mean()), "expert_per_byte": tokenizer.spread(data, shares_TE.argmax(-1).tolist()),
             "share_per_expert": shares_TE.mean(0).tolist(), "text": data.decode(errors="replace"),
         }  # fmt: skip
 
 
-def _with_cards(router: str, cards: Sequence[Any], spec: ModelSpec, model: Decoder, data: bytes) -> Any:
+def _with_cards(router: str, cards: Sequence[Any], spec: ModelSpec, model: Decoder, text: Tokens) -> Any:
     if router == "own":
         return None
     if len(cards) != spec.num_experts:
@@ -71,7 +78,7 @@ def _with_cards(router: str, cards: Sequence[Any], spec: ModelSpec, model: Decod
     if wrong := [c for c in cards if tuple(c.mean_LD.shape) != shape]:
         raise ConfigError(f"a card is of a model of {tuple(wrong[0].mean_LD.shape)} layers and hidden size, this one has {shape}")
     if router == "document":
-        return made.document_routing(model, cards, data)[0]
+        return made.document_routing(model, cards, text)[0]
     return made.routing(router, cards)
 
 
@@ -111,11 +118,11 @@ def tuned(source: Path, target: Path, texts: Sequence[str], *, steps: int, lr: f
     """Router rows trained on public text, everything else frozen: after experts were added or swarm peers held a part each."""
     check_target(target)
     with open_checkpoint(source) as opened:
-        text_of.check_bytes(opened.spec.vocab_size)
-        train, held_out = text_of.split(texts, opened.manifest.data)
+        tokenizer = opened.tokenizer()
+        train, held_out = text_of.split(texts, opened.manifest.data, tokenizer)
         seq_len, state = opened.manifest.data.seq_len, opened.state()
         before = mean(losses(model_of(state, opened.spec), held_out, seq_len, NUM_WINDOWS))
-        new = made.tune_router(state, opened.spec, text_of.joined(train), steps=steps, seq_len=seq_len, lr=lr, seed=seed, say=say)
+        new = made.tune_router(state, opened.spec, list(train.values()), steps=steps, seq_len=seq_len, lr=lr, seed=seed, say=say)
         after = mean(losses(model_of(new, opened.spec), held_out, seq_len, NUM_WINDOWS))
         save(target, opened, opened.spec, new, lineage_of(opened, "tune router", keeps=True, steps=steps))
         return {"ok": True, "dir": str(target), "loss_before": before, "loss_after": after}
@@ -129,8 +136,8 @@ def distilled(
 
     check_target(target)
     with open_checkpoint(source) as opened:
-        text_of.check_bytes(opened.spec.vocab_size)
-        train, held_out = text_of.split(texts, opened.manifest.data)
+        tokenizer = opened.tokenizer()
+        train, held_out = text_of.split(texts, opened.manifest.data, tokenizer)
         seq_len, state, spec = opened.manifest.data.seq_len, opened.state(), opened.spec
         model = model_of(state, spec)
         cards = [made.load_expert(folder).card for folder in experts]
@@ -141,8 +148,8 @@ def distilled(
         if teacher is None:
             raise ConfigError("distil: the model's own router is linear already; name another one with --router")
         say(f"fitting rows to {router}")
-        rows, _ = made.distil(model, teacher, text_of.joined(train), seq_len, steps=steps, seed=seed)
-        left = made.divergence(model, teacher, rows, text_of.joined(held_out), seq_len)
+        rows, _ = made.distil(model, teacher, list(train.values()), seq_len, steps=steps, seed=seed)
+        left = made.divergence(model, teacher, rows, list(held_out.values()), seq_len)
         model.routing = teacher
         before = mean(losses(model, held_out, seq_len, NUM_WINDOWS))
         new = made.with_rows(state, rows)

@@ -98,7 +98,7 @@ def lwf(old: Decoder, source: WindowSource, weight: float = 1.0, batch_size: int
     old.eval()
 
     def guard(model: Decoder) -> Tensor:
-        tokens_BT = source.next_batch(batch_size)[:, :-1]
+        tokens_BT = source.next_inputs(batch_size)
         with torch.no_grad():
             before = old(tokens_BT).logits_BTV.log_softmax(-1)
         now = model(tokens_BT).logits_BTV.log_softmax(-1)

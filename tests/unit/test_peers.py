@@ -43,7 +43,7 @@ def test_host_toml_shows_every_key_with_its_default() -> None:
     manifest = load_toml(Manifest, PEERS / "host.toml")
     assert differing_keys(manifest, Manifest(name=manifest.name)) == ("description", "organiser", "stop.rounds")
     shown = tomllib.loads((PEERS / "host.toml").read_text())
-    left_out = {"format", "genesis", "data.held_out", "stop.tokens", "stop.date"}
+    left_out = {"format", "genesis", "data.held_out", "data.tokenizer", "stop.tokens", "stop.date"}
     left_out |= {
         "outer.restart_every",
         "outer.final_lr",
@@ -52,6 +52,7 @@ def test_host_toml_shows_every_key_with_its_default() -> None:
         "codec.sparsest",
         "codec.merged",
         "train.decay_tokens",
+        "placement.adopt_rounds",
     }
     everything = {
         f"{section}.{key}" if isinstance(value, dict) else section

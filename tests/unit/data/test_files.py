@@ -54,8 +54,8 @@ def test_binary_files_in_a_folder_are_passed_over_and_named(tmp_path: Path) -> N
         ("noise.bin", bytes(range(128, 256)) * 4, "not UTF-8"),
         ("short.txt", b"hi", "2 bytes of text in 1 files, at least 129"),
         ("bad.jsonl", b'{"text": "ok"}\n{"text": ', r"bad\.jsonl:2: expected one JSON object"),
-        ("list.jsonl", b'["text"]', r"list\.jsonl:1: expected a string field 'text', got: list"),
-        ("field.jsonl", b'{"text": "ok"}\n\n{"body": "x", "id": 3}', r"field\.jsonl:3: .*'text', got: body, id"),
+        ("list.jsonl", b'["text"]', r"list\.jsonl:1: expected a string field 'text' .*, got: list"),
+        ("field.jsonl", b'{"text": "ok"}\n\n{"body": "x", "id": 3}', r"field\.jsonl:3: .*'text' .*, got: body, id"),
         ("null.jsonl", b'{"text": null}', r"null\.jsonl:1"),
         ("deep.jsonl", b"[" * 100_000, r"deep\.jsonl:1"),
     ],
@@ -86,11 +86,62 @@ def test_parquet(tmp_path: Path) -> None:
         with pytest.raises(DataError, match=r"pip install 'decentra\[data\]'"):
             read_texts([path])
         pytest.skip("the data extra is not installed")
-    with pytest.raises(DataError, match="not a whole Parquet file"):
+    with pytest.raises(DataError, match=r"not a whole \.parquet file"):
         read_texts([path])
     parquet.write_table(pyarrow.table({"text": ["one", None, "zwei \u00e4"], "n": [1, 2, 3]}), path)
     assert read_texts([tmp_path]).data == "one\nzwei \u00e4".encode()
     with pytest.raises(DataError, match="expected a column 'body', got: text, n"):
         read_texts([path], text_field="body")
-    with pytest.raises(DataError, match="holds int"):
+    with pytest.raises(DataError, match="expected a string field 'n'"):
         read_texts([path], text_field="n")
+
+
+def test_lessons_are_read_whole_and_learnt_in_part(tmp_path: Path) -> None:
+    """Prompts, what the user says and the marks around it are read; completions, what the assistant says and its end mark are learnt."""
+    rows = [
+        {"text": "plain"},
+        {"prompt": "1+1=", "completion": "2"},
+        {"messages": [{"role": "user", "content": "Gr\u00fc\u00dfe"}, {"role": "assistant", "content": "hi"}]},
+    ]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    texts = read_texts([tmp_path])
+    chat = "<|im_start|>user\nGr\u00fc\u00dfe<|im_end|>\n<|im_start|>assistant\nhi<|im_end|>\n"
+    assert texts.data.decode() == f"plain\n1+1=2\n{chat}"
+    learnt, at = [], 0
+    for start, end in texts.unlearnt:
+        learnt.append(texts.data[at:start])
+        at = end
+    assert [part for part in learnt if part] == [b"plain\n", b"2\n", b"hi<|im_end|>"]
+    assert at == len(texts.data)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "a"}, r"a\.jsonl:1: expected a string field 'text' \(or 'prompt' and 'completion', or 'messages'\), got: prompt"),
+        ({"messages": [{"role": "user"}]}, r"a\.jsonl:1: a message has a text 'role' and a text 'content'"),
+        ({"messages": ["hi"]}, "a message has"),
+    ],
+)
+def test_lessons_with_holes_are_refused(tmp_path: Path, row: object, message: str) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps(row))
+    with pytest.raises(DataError, match=message):
+        read_texts([tmp_path])
+
+
+def test_a_saved_data_set_is_its_arrow_files(tmp_path: Path) -> None:
+    """The layout of ``save_to_disk``: Arrow streams, and JSON that describes them and is no text."""
+    pyarrow = pytest.importorskip("pyarrow", reason="the data extra is not installed")
+    folder = tmp_path / "train"
+    folder.mkdir()
+    table = pyarrow.table({"prompt": ["a", "b"], "completion": ["c", "d"], "n": [1, 2]})
+    with pyarrow.OSFile(str(folder / "data-00000-of-00001.arrow"), "wb") as file, pyarrow.ipc.new_stream(file, table.schema) as writer:
+        writer.write_table(table)
+    (folder / "state.json").write_text("{}")
+    (folder / "dataset_info.json").write_text("{}")
+    (tmp_path / "dataset_dict.json").write_text('{"splits": ["train"]}')
+    texts = read_texts([tmp_path])
+    assert (texts.data, texts.num_files, texts.unlearnt) == (b"ac\nbd", 1, ((0, 1), (3, 4)))
+    (folder / "data-00000-of-00001.arrow").write_bytes(b"nothing")
+    with pytest.raises(DataError, match=r"not a whole \.arrow file"):
+        read_texts([tmp_path])

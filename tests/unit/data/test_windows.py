@@ -86,7 +86,7 @@ def test_a_damaged_cursor_is_refused_and_changes_nothing(cursor: bytes) -> None:
 
 
 def test_texts_without_room_for_a_window_are_refused() -> None:
-    with pytest.raises(DataError, match=r"9 bytes.*longest text has 8"):
+    with pytest.raises(DataError, match=r"9 tokens.*longest text has 8"):
         WindowSource([b"12345678", b"abc"], 8, 0, "p")
     with pytest.raises(DataError, match="common text"):
         WindowSource([OWN], 8, 0, "p", [b"short"], 0.5)

@@ -1,0 +1,181 @@
+"""Text to token numbers and back: bytes, or a ``tokenizer.json`` as Hugging Face's tokenizers library writes it. No windows, no model.
+
+Shapes: N tokens of a text. A token that is read and not learnt (a prompt, say) is written as the complement ``~id`` of its number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from decentra.errors import ConfigError, IntegrityError
+from decentra.ids import Digest, digest_of
+
+TOKENIZER_FILE = "tokenizer.json"
+MAX_TOKENIZER_BYTES = 64 << 20
+NUM_BYTE_TOKENS = 256
+MAX_BYTE_VOCAB = 512  # bytes, and room for marks of one's own
+_CHUNK_BYTES = 1 << 16
+
+Spans = Sequence[tuple[int, int]]  # of bytes, ascending and apart: [start, end)
+Tokens = bytes | np.ndarray  # numbers [N]; bytes are a token each
+
+
+def numbers_of(tokens: Tokens) -> np.ndarray:
+    """Integers [N]."""
+    return np.frombuffer(tokens, dtype=np.uint8) if isinstance(tokens, bytes) else tokens
+
+
+def tensor_of(tokens: Tokens) -> Tensor:
+    """int64 [N] as a model reads them: what is not to be learnt has its number like the rest."""
+    return read(torch.from_numpy(numbers_of(tokens).astype(np.int64)))
+
+
+def read(tokens: Tensor) -> Tensor:
+    """Numbers as a model reads them, whatever is to be learnt of them."""
+    return torch.where(tokens < 0, ~tokens, tokens)
+
+
+def joined(texts: Sequence[Tokens]) -> Tokens:
+    """One text after the other; bytes with a newline between them."""
+    if all(isinstance(text, bytes) for text in texts):
+        return b"\n".join(text for text in texts if isinstance(text, bytes))
+    return np.concatenate([numbers_of(text).astype(np.int32) for text in texts])
+
+
+class Tokenizer(Protocol):
+    """What turns text into numbers 0..num_tokens-1. ``digest`` is None for bytes."""
+
+    @property
+    def num_tokens(self) -> int: ...
+
+    @property
+    def digest(self) -> Digest | None: ...
+
+    def encode(self, text: bytes, unlearnt: Spans = ()) -> Tokens:
+        """Numbers [N]; those of the ``unlearnt`` spans as complements."""
+        ...
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Text; what is no UTF-8 is shown as replacement characters."""
+        ...
+
+    def spread(self, text: bytes, values: Sequence[int]) -> list[int]:
+        """For each byte of ``text`` the value of the token it belongs to; ``values`` of each token of ``encode(text)``."""
+        ...
+
+
+class ByteTokenizer:
+    """A byte is a token."""
+
+    num_tokens = NUM_BYTE_TOKENS
+    digest: Digest | None = None
+
+    def encode(self, text: bytes, unlearnt: Spans = ()) -> Tokens:
+        if not unlearnt:
+            return text
+        numbers = np.frombuffer(text, dtype=np.uint8).astype(np.int32)
+        for start, end in unlearnt:
+            numbers[start:end] = ~numbers[start:end]
+        return numbers
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return bytes(t if t < NUM_BYTE_TOKENS else ord("?") for t in tokens).decode(errors="replace")
+
+    def spread(self, text: bytes, values: Sequence[int]) -> list[int]:
+        return list(values)
+
+
+BYTES = ByteTokenizer()
+
+
+class FileTokenizer:
+    """A ``tokenizer.json``. Marks that it knows (``<|im_end|>``) are one token wherever they stand in a text; nothing is put before or after a text."""
+
+    def __init__(self, data: bytes, where: str = TOKENIZER_FILE) -> None:
+        """Raises ConfigError for what is no tokenizer."""
+        from tokenizers import Tokenizer as Foreign
+
+        if len(data) > MAX_TOKENIZER_BYTES:
+            raise ConfigError(f"{where}: {len(data)} bytes, a tokenizer has at most {MAX_TOKENIZER_BYTES}")
+        try:
+            self._foreign: Any = Foreign.from_str(data.decode())
+        except Exception as error:  # the library raises plain Exception
+            raise ConfigError(f"{where}: not a tokenizer.json of the tokenizers library ({str(error)[:120]}); fetch it again") from None
+        self._foreign.no_padding()
+        self._foreign.no_truncation()
+        self.data, self.digest = data, digest_of(data)
+
+    @property
+    def num_tokens(self) -> int:
+        return 1 + max(self._foreign.get_vocab(with_added_tokens=True).values(), default=0)
+
+    def encode(self, text: bytes, unlearnt: Spans = ()) -> Tokens:
+        parts: list[np.ndarray] = []
+        at = 0
+        for start, end in [*unlearnt, (len(text), len(text))]:
+            parts.append(self._numbers(text[at:start]))
+            parts.append(~self._numbers(text[start:end]))
+            at = end
+        return np.concatenate(parts)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return str(self._foreign.decode(list(tokens), skip_special_tokens=False))
+
+    def spread(self, text: bytes, values: Sequence[int]) -> list[int]:
+        characters = text.decode(errors="replace")
+        encoding = self._foreign.encode(characters, add_special_tokens=False)
+        of_character = [values[0] if len(values) else 0] * len(characters)
+        for value, (start, end) in zip(values, encoding.offsets, strict=False):  # the text may have been cut
+            of_character[start:end] = [value] * (end - start)
+        return [value for value, one in zip(of_character, characters, strict=True) for _ in one.encode()]
+
+    def _numbers(self, text: bytes) -> np.ndarray:
+        """int32; in pieces that end at lines, so that memory stays a small multiple of the text."""
+        pieces = [piece.decode(errors="replace") for piece in _pieces(text)]
+        found = self._foreign.encode_batch(pieces, add_special_tokens=False)
+        return np.concatenate([np.array(one.ids, dtype=np.int32) for one in found] or [np.empty(0, dtype=np.int32)])
+
+
+def _pieces(text: bytes) -> list[bytes]:
+    pieces, at = [], 0
+    while at < len(text):
+        end = len(text) if len(text) - at <= _CHUNK_BYTES else text.rfind(b"\n", at, at + _CHUNK_BYTES) + 1
+        if end <= at:  # one line that is longer than a piece: cut where a character begins
+            end = at + _CHUNK_BYTES
+            while end > at + 1 and text[end] & 0xC0 == 0x80:
+                end -= 1
+        pieces.append(text[at:end])
+        at = end
+    return pieces
+
+
+def load_tokenizer(path: Path, digest: Digest | None = None) -> FileTokenizer:
+    """A tokenizer's file. Raises ConfigError, and IntegrityError where it is not the one with ``digest``."""
+    try:
+        if path.stat().st_size > MAX_TOKENIZER_BYTES:
+            raise ConfigError(f"{path}: {path.stat().st_size} bytes, a tokenizer has at most {MAX_TOKENIZER_BYTES}")
+        data = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); give a {TOKENIZER_FILE}") from None
+    if digest is not None and digest_of(data) != digest:
+        raise IntegrityError(f"{path} has sha256 {digest_of(data)[:12]}, this model was trained with {digest[:12]}; get its own again")
+    return FileTokenizer(data, str(path))
+
+
+def check_vocabulary(tokenizer: Tokenizer, vocab_size: int, where: str) -> None:
+    """Raise ConfigError for a tokenizer whose tokens the model does not have."""
+    if tokenizer.num_tokens > vocab_size:
+        raise ConfigError(
+            f"{where}: the tokenizer has {tokenizer.num_tokens} tokens, the model {vocab_size}; it is another model's tokenizer"
+        )
+    if tokenizer.digest is None and vocab_size > MAX_BYTE_VOCAB:
+        raise ConfigError(
+            f"{where}: the model has {vocab_size} tokens and no {TOKENIZER_FILE} is with it; read as bytes, text would mean nothing to it."
+            f" Put its {TOKENIZER_FILE} into the folder"
+        )
