@@ -38,6 +38,9 @@ class ModelSpec(_Frozen):
     num_experts: int = Field(8, ge=1, le=4096)
     num_experts_per_token: int = Field(2, ge=1, le=256)
     norm_topk_prob: bool = True
+    qk_norm: Literal["head", "all", "none"] = Field(
+        "head", description="RMSNorm on queries and keys: of each head (Qwen3), over all heads at once (OLMoE), or none (Llama, Mixtral)"
+    )
     rope_theta: float = Field(10_000.0, gt=0)
     rms_norm_eps: float = Field(1e-6, gt=0)
     max_seq_len: int = Field(1024, ge=2, le=1 << 20)

@@ -91,8 +91,9 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         data = DataSpec(seq_len=min(128, spec.max_seq_len), tokenizer=digest)
         manifest = Manifest(name=folder.resolve().name[:64] or "import", model=spec, data=data, licence="unknown")
     shapes = parameter_shapes(manifest.model)
-    is_renamed = manifest.model.num_experts == 1 and "model.layers.0.mlp.gate_proj.weight" in weights
-    names: dict[str, str | None] = dict.fromkeys(shapes, None) | {n: n for n in shapes}
+    names: dict[str, str | None] = {n: n for n in shapes}
+    first = "model.layers.0.mlp.experts.0.gate_proj.weight"
+    is_renamed = first not in weights  # else the names are ours
     if is_renamed or "lm_head.weight" not in weights:
         is_tied = "lm_head.weight" not in weights and bool(read_json(folder / CONFIG).get("tie_word_embeddings"))
         names = names_of(manifest.model, shapes, has_head=not is_tied)

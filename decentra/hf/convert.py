@@ -1,40 +1,46 @@
 """What a Hugging Face ``config.json`` means here, and what its tensors are called. No files.
 
-A dense Qwen3 model is a mixture of one expert: ``mlp.gate_proj`` is expert 0's, and its router has one row. Both ways are exact: numbers are only renamed.
+A dense model is a mixture of one expert: ``mlp.gate_proj`` is expert 0's, and its router has one row. Both ways are exact: numbers are only renamed. Which
+stock class a model is, follows from its norm on queries and keys: of each head, Qwen3 or Qwen3-MoE; none, Llama or Mixtral; over all heads, OLMoE.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from decentra.config import ModelSpec, parse_config
 from decentra.errors import ConfigError
 
-_FFN = re.compile(r"^(model\.layers\.\d+\.mlp)\.(gate_proj|up_proj|down_proj)\.weight$")
 _FIRST_EXPERT = re.compile(r"^(model\.layers\.\d+\.mlp)\.experts\.0\.(gate_proj|up_proj|down_proj)\.weight$")
-_ROUTER = re.compile(r"^model\.layers\.\d+\.mlp\.gate\.weight$")
+_EXPERT = re.compile(r"^(model\.layers\.\d+)\.mlp\.experts\.(\d+)\.(gate_proj|up_proj|down_proj)\.weight$")
+_ROUTER = re.compile(r"^(model\.layers\.\d+)\.mlp\.gate\.weight$")
+_MIXTRAL_PARTS = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+
+_NORMS: dict[str, Literal["head", "all", "none"]] = {
+    "qwen3": "head", "qwen3_moe": "head", "llama": "none", "mistral": "none", "mixtral": "none", "olmoe": "all",
+}  # fmt: skip
+_DENSE = ("qwen3", "llama", "mistral")
 
 # What makes a model another function than this decoder's, with the values that are ours.
 _OURS: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu",), "attention_bias": (False, None), "mlp_bias": (False, None), "use_sliding_window": (False, None),
+    "hidden_act": ("silu",), "clip_qkv": (None,), "attention_bias": (False, None), "mlp_bias": (False, None), "use_sliding_window": (False, None),
     "rope_scaling": (None,), "decoder_sparse_step": (1, None), "attn_logit_softcapping": (None,), "final_logit_softcapping": (None,),
 }  # fmt: skip
 _REASONS = {
-    "llama": "it has no RMSNorm on queries and keys, which this decoder always has",
-    "mistral": "it has no RMSNorm on queries and keys, which this decoder always has",
-    "mixtral": "it has no RMSNorm on queries and keys, which this decoder always has",
-    "olmoe": "its RMSNorm on queries and keys is over all heads at once, this decoder's over each",
+    "qwen2": "it has biases in attention",
     "qwen2_moe": "it has a shared expert with a gate, and biases in attention",
+    "deepseek_v3": "its attention is over latent vectors (MLA)",
+    "gpt_oss": "it has biases, and sinks in attention",
 }
 
 
 def spec_from(config: Mapping[str, Any]) -> ModelSpec:
-    """The shape of a Qwen3 or Qwen3-MoE model. Raises ConfigError: another architecture, with the reason why it is not the same function."""
-    kind = config.get("model_type")
-    if kind not in ("qwen3", "qwen3_moe"):
-        reason = _REASONS.get(str(kind), "decentra imports Qwen3 (qwen3) and Qwen3-MoE (qwen3_moe)")
+    """The shape of a model of a stock class. Raises ConfigError: another architecture, with the reason why it is not the same function."""
+    kind = str(config.get("model_type"))
+    if kind not in _NORMS:
+        reason = _REASONS.get(kind, f"decentra imports {', '.join(_NORMS)}")
         raise ConfigError(f"model_type {kind!r} cannot be imported exactly: {reason}")
     for key, ours in _OURS.items():
         if config.get(key, ours[0]) not in ours:
@@ -46,17 +52,20 @@ def spec_from(config: Mapping[str, Any]) -> ModelSpec:
         if rope.get("rope_type", "default") != "default":
             raise ConfigError(f"config.json: rope_type {rope['rope_type']!r}, this decoder has the default one")
         num_heads = config["num_attention_heads"]
-        is_moe = kind == "qwen3_moe"
+        is_moe = kind not in _DENSE
+        longest = config.get("max_position_embeddings", 32768)
+        if kind in ("mistral", "mixtral") and config.get("sliding_window"):
+            longest = min(longest, config["sliding_window"])  # up to the window, attention is over everything
         raw = {
             "vocab_size": config["vocab_size"], "hidden_size": config["hidden_size"], "num_layers": config["num_hidden_layers"],
             "num_heads": num_heads, "num_kv_heads": config.get("num_key_value_heads") or num_heads,
-            "head_dim": config.get("head_dim") or config["hidden_size"] // num_heads,
-            "expert_hidden_size": config["moe_intermediate_size"] if is_moe else config["intermediate_size"],
+            "head_dim": config.get("head_dim") or config["hidden_size"] // num_heads, "qk_norm": _NORMS[kind],
+            "expert_hidden_size": config["moe_intermediate_size"] if kind == "qwen3_moe" else config["intermediate_size"],
             "num_experts": config.get("num_experts", config.get("num_local_experts")) if is_moe else 1,
             "num_experts_per_token": config["num_experts_per_tok"] if is_moe else 1,
-            "norm_topk_prob": bool(config.get("norm_topk_prob", False)) if is_moe else True,
+            "norm_topk_prob": kind == "mixtral" or bool(config.get("norm_topk_prob", False)) if is_moe else True,
             "rope_theta": float(rope.get("rope_theta") or config.get("rope_theta") or 10_000.0),
-            "rms_norm_eps": config.get("rms_norm_eps", 1e-6), "max_seq_len": config.get("max_position_embeddings", 32768),
+            "rms_norm_eps": config.get("rms_norm_eps", 1e-5 if kind == "olmoe" else 1e-6), "max_seq_len": longest,
             "aux_loss_weight": config.get("router_aux_loss_coef", 0.001) if is_moe else 0.0,
         }  # fmt: skip
     except KeyError as error:
@@ -66,44 +75,85 @@ def spec_from(config: Mapping[str, Any]) -> ModelSpec:
     return parse_config(ModelSpec, raw, "config.json")
 
 
+def stock_class(spec: ModelSpec) -> str:
+    """The ``model_type`` under which transformers computes the same. Raises ConfigError where there is none."""
+    is_dense = spec.num_experts == 1
+    if spec.qk_norm == "head":
+        return "qwen3" if is_dense else "qwen3_moe"
+    if spec.qk_norm == "none":
+        if not is_dense and not spec.norm_topk_prob:
+            raise ConfigError(
+                "norm_topk_prob = false without a norm on queries and keys: no stock class computes that; Mixtral's weights add up to one"
+            )
+        return "llama" if is_dense else "mixtral"
+    if spec.head_dim * spec.num_heads != spec.hidden_size:
+        raise ConfigError(
+            f"{spec.num_heads} heads of {spec.head_dim} are not the hidden size {spec.hidden_size}, which OLMoE's class takes for granted"
+        )
+    return "olmoe"
+
+
 def names_of(spec: ModelSpec, ours: Iterable[str], *, has_head: bool = True) -> dict[str, str | None]:
-    """Our parameter name -> the checkpoint's. None: not in it, and made here (a router with one row, zeros).
+    """Our parameter name -> that of a checkpoint of its stock class. None: not in it, and made here (a router with one row, zeros).
 
     Without a head of its own (tied) the head is the embedding.
     """
-    found: dict[str, str | None] = {}
-    for name in ours:
-        theirs: str | None = name
-        if spec.num_experts == 1:
-            if expert := _FIRST_EXPERT.match(name):
-                theirs = f"{expert[1]}.{expert[2]}.weight"
-            elif _ROUTER.match(name):
-                theirs = None
-        if name == "lm_head.weight" and not has_head:
-            theirs = "model.embed_tokens.weight"
-        found[name] = theirs
+    kind = stock_class(spec)
+    found = {name: _their_name(kind, name) for name in ours}
+    if not has_head:
+        found["lm_head.weight"] = "model.embed_tokens.weight"
     return found
 
 
+def _their_name(kind: str, name: str) -> str | None:
+    if kind in _DENSE:
+        if _ROUTER.match(name):
+            return None
+        return f"{expert[1]}.{expert[2]}.weight" if (expert := _FIRST_EXPERT.match(name)) else name
+    if kind == "mixtral":
+        if router := _ROUTER.match(name):
+            return f"{router[1]}.block_sparse_moe.gate.weight"
+        if expert := _EXPERT.match(name):
+            return f"{expert[1]}.block_sparse_moe.experts.{expert[2]}.{_MIXTRAL_PARTS[expert[3]]}.weight"
+    return name
+
+
+_CLASSES = {
+    "qwen3": "Qwen3ForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM", "llama": "LlamaForCausalLM", "mixtral": "MixtralForCausalLM", "olmoe": "OlmoeForCausalLM",
+}  # fmt: skip
+
+
 def config_of(spec: ModelSpec) -> dict[str, Any]:
-    """``config.json`` of a checkpoint: Qwen3-MoE, or Qwen3 where there is one expert."""
-    config = qwen3_moe_config(spec)
-    if spec.num_experts > 1:
+    """``config.json`` under which transformers loads the weights. Raises ConfigError where no stock class computes the same."""
+    kind = stock_class(spec)
+    config: dict[str, Any] = {
+        "architectures": [_CLASSES[kind]], "model_type": kind, "vocab_size": spec.vocab_size, "hidden_size": spec.hidden_size,
+        "num_hidden_layers": spec.num_layers, "num_attention_heads": spec.num_heads, "num_key_value_heads": spec.num_kv_heads,
+        "head_dim": spec.head_dim, "intermediate_size": spec.expert_hidden_size, "hidden_act": "silu", "rms_norm_eps": spec.rms_norm_eps,
+        "rope_theta": spec.rope_theta, "max_position_embeddings": spec.max_seq_len, "tie_word_embeddings": False, "attention_bias": False,
+        "use_cache": True, "dtype": "float32",
+    }  # fmt: skip
+    if kind in _DENSE:
         return config
-    moe_only = {"moe_intermediate_size", "num_experts", "num_experts_per_tok", "norm_topk_prob", "decoder_sparse_step", "mlp_only_layers"}
-    dense = {key: value for key, value in config.items() if key not in moe_only | {"router_aux_loss_coef"}}
-    return dense | {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
+    config |= {"num_experts_per_tok": spec.num_experts_per_token, "router_aux_loss_coef": spec.aux_loss_weight}
+    if kind == "mixtral":
+        return config | {"num_local_experts": spec.num_experts, "sliding_window": None}
+    config |= {"num_experts": spec.num_experts, "norm_topk_prob": spec.norm_topk_prob}
+    if kind == "olmoe":
+        return config | {"clip_qkv": None}
+    return config | {"moe_intermediate_size": spec.expert_hidden_size, "decoder_sparse_step": 1, "mlp_only_layers": []}
 
 
 def parameter_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
-    """Every parameter of the decoder of ``spec``, under its Qwen3-MoE checkpoint name."""
+    """Every parameter of the decoder of ``spec``, under our name for it, which is Qwen3-MoE's."""
     hidden, wide, kv = spec.hidden_size, spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (spec.vocab_size, hidden)}
     for layer in range(spec.num_layers):
         at = f"model.layers.{layer}"
         attention = {"q_proj": (wide, hidden), "k_proj": (kv, hidden), "v_proj": (kv, hidden), "o_proj": (hidden, wide)}
         shapes |= {f"{at}.self_attn.{name}.weight": shape for name, shape in attention.items()}
-        shapes |= {f"{at}.self_attn.{name}.weight": (spec.head_dim,) for name in ("q_norm", "k_norm")}
+        norms = {"head": (spec.head_dim, spec.head_dim), "all": (wide, kv), "none": ()}[spec.qk_norm]
+        shapes |= {f"{at}.self_attn.{name}.weight": (size,) for name, size in zip(("q_norm", "k_norm"), norms, strict=False)}
         shapes |= {f"{at}.{name}.weight": (hidden,) for name in ("input_layernorm", "post_attention_layernorm")}
         shapes[f"{at}.mlp.gate.weight"] = (spec.num_experts, hidden)
         for expert in range(spec.num_experts):
@@ -111,16 +161,3 @@ def parameter_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
             ffn["down_proj"] = (hidden, spec.expert_hidden_size)
             shapes |= {f"{at}.mlp.experts.{expert}.{name}.weight": shape for name, shape in ffn.items()}
     return shapes | {"model.norm.weight": (hidden,), "lm_head.weight": (spec.vocab_size, hidden)}
-
-
-def qwen3_moe_config(spec: ModelSpec) -> dict[str, Any]:
-    """``config.json`` under which transformers loads the weights as Qwen3MoeForCausalLM (parameter names are the same)."""
-    return {
-        "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "vocab_size": spec.vocab_size, "hidden_size": spec.hidden_size,
-        "num_hidden_layers": spec.num_layers, "num_attention_heads": spec.num_heads, "num_key_value_heads": spec.num_kv_heads,
-        "head_dim": spec.head_dim, "moe_intermediate_size": spec.expert_hidden_size, "intermediate_size": spec.expert_hidden_size,
-        "num_experts": spec.num_experts, "num_experts_per_tok": spec.num_experts_per_token, "norm_topk_prob": spec.norm_topk_prob,
-        "decoder_sparse_step": 1, "mlp_only_layers": [], "hidden_act": "silu", "rms_norm_eps": spec.rms_norm_eps, "rope_theta": spec.rope_theta,
-        "max_position_embeddings": spec.max_seq_len, "router_aux_loss_coef": spec.aux_loss_weight, "tie_word_embeddings": False,
-        "attention_bias": False, "use_cache": True, "dtype": "float32",
-    }  # fmt: skip

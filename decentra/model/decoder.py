@@ -53,7 +53,7 @@ class KeyValueCache:
 
 
 class Attention(nn.Module):
-    """Causal grouped-query attention with per-head RMSNorm on queries and keys, then rotary positions (arXiv 2104.09864)."""
+    """Causal grouped-query attention: RMSNorm on queries and keys as ``spec.qk_norm`` says, then rotary positions (arXiv 2104.09864)."""
 
     def __init__(self, spec: ModelSpec, layer: int) -> None:
         super().__init__()
@@ -61,14 +61,17 @@ class Attention(nn.Module):
         self.k_proj = Linear(spec.hidden_size, spec.num_kv_heads * spec.head_dim)
         self.v_proj = Linear(spec.hidden_size, spec.num_kv_heads * spec.head_dim)
         self.o_proj = Linear(spec.num_heads * spec.head_dim, spec.hidden_size)
-        self.q_norm = RMSNorm(spec.head_dim, spec.rms_norm_eps)
-        self.k_norm = RMSNorm(spec.head_dim, spec.rms_norm_eps)
+        if spec.qk_norm != "none":
+            is_each = spec.qk_norm == "head"
+            self.q_norm = RMSNorm(spec.head_dim * (1 if is_each else spec.num_heads), spec.rms_norm_eps)
+            self.k_norm = RMSNorm(spec.head_dim * (1 if is_each else spec.num_kv_heads), spec.rms_norm_eps)
+        self.norm = spec.qk_norm
         self.num_heads, self.num_kv_heads, self.head_dim, self.layer = spec.num_heads, spec.num_kv_heads, spec.head_dim, layer
 
     def forward(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], cache: KeyValueCache | None) -> Tensor:
         num_batch, num_tokens, _ = x_BTD.shape
-        q_BHTC = rotate(self.q_norm(self.q_proj(x_BTD).unflatten(-1, (-1, self.head_dim))).transpose(1, 2), rope)
-        k_BGTC = rotate(self.k_norm(self.k_proj(x_BTD).unflatten(-1, (-1, self.head_dim))).transpose(1, 2), rope)
+        q_BTHC, k_BTGC = self._queries_and_keys(x_BTD)
+        q_BHTC, k_BGTC = rotate(q_BTHC.transpose(1, 2), rope), rotate(k_BTGC.transpose(1, 2), rope)
         v_BGTC = self.v_proj(x_BTD).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         q_BHTC, k_BGTC = q_BHTC.to(v_BGTC.dtype), k_BGTC.to(v_BGTC.dtype)
         num_before = 0
@@ -84,6 +87,13 @@ class Attention(nn.Module):
         )
         out_BTD: Tensor = self.o_proj(y_BHTC.transpose(1, 2).reshape(num_batch, num_tokens, -1))
         return out_BTD
+
+    def _queries_and_keys(self, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
+        q, k, each = self.q_proj(x_BTD), self.k_proj(x_BTD), (-1, self.head_dim)
+        if self.norm == "all":
+            return self.q_norm(q).unflatten(-1, each), self.k_norm(k).unflatten(-1, each)
+        q_BTHC, k_BTGC = q.unflatten(-1, each), k.unflatten(-1, each)
+        return (self.q_norm(q_BTHC), self.k_norm(k_BTGC)) if self.norm == "head" else (q_BTHC, k_BTGC)
 
 
 class Layer(nn.Module):

@@ -5,7 +5,8 @@
 mode        full: every peer trains all experts; mirror: it has all of them and trains its own; held: it has only its own; spes: the rule of SPES (arXiv
             2602.11543), fixed disjoint blocks of experts with one holder each, others frozen, plain means, fp32; affinity: mirror, and a token's choice adds
             3 to the logits of its peer's experts; refit: held, and 40 steps of the router alone on common text at the end; choosing: held, and of four windows
-            of common text the one that the router sends to its peer's experts most (data affinity)
+            of common text the one that the router sends to its peer's experts most (data affinity); both: that of eight windows,
+            and the router refitted
 data        shared: all peers draw from all text; own30: a domain each and 30 % common text; own: a domain each and nothing else
 tx_bytes    of packets, one peer to all others; dense_ratio is how many times that is less than fp32 deltas of the whole model would be
 peak_bytes  most memory of one ``decentra join`` above what imports take, a model of 40 M parameters; full: all experts, else a quarter of them
@@ -67,11 +68,12 @@ class Arm:
     @property
     def settings(self) -> tuple[str, ...]:
         codec = "fp32" if self.mode == "spes" else "int8"
-        place = "held" if self.mode in ("held", "refit", "choosing") else "mirror"
+        place = "held" if self.mode in ("held", "refit", "choosing", "both") else "mirror"
         more = {
             "affinity": ("placement.affinity=3",),
             "refit": ("lab.refit=40",),
             "choosing": ("placement.data_affinity=4",),
+            "both": ("placement.data_affinity=8", "lab.refit=40"),
         }.get(self.mode, ())
         return (
             f"lab.peers={self.peers}", f"placement.experts_per_peer={self.experts}", f"placement.mode={place}", f"codec.name={codec}",
@@ -83,7 +85,7 @@ def _arms() -> tuple[Arm, ...]:
     arms = []
     for data in ("own30", "shared"):
         arms += [Arm("full", 8, 8, data), Arm("mirror", 8, 2, data), Arm("held", 8, 2, data), Arm("spes", 8, 1, data)]
-        arms += [Arm("affinity", 8, 2, data), Arm("refit", 8, 2, data), Arm("choosing", 8, 2, data)]
+        arms += [Arm("affinity", 8, 2, data), Arm("refit", 8, 2, data), Arm("choosing", 8, 2, data), Arm("both", 8, 2, data)]
         arms += [Arm("full", 4, 8, data), Arm("mirror", 4, 4, data), Arm("held", 4, 4, data)]
     return (*arms, Arm("held", 4, 2, "own"), Arm("mirror", 4, 2, "own"), Arm("held", 4, 2, "own30"))
 

@@ -20,6 +20,11 @@ from tests.unit import tiny
 
 MOE = tiny.SPEC.model_copy(update={"vocab_size": 64})
 DENSE = ModelSpec(**MOE.model_dump() | {"num_experts": 1, "num_experts_per_token": 1, "aux_loss_weight": 0.0})
+LLAMA = DENSE.model_copy(update={"qk_norm": "none"})
+MIXTRAL = MOE.model_copy(update={"qk_norm": "none"})
+OLMOE = MOE.model_copy(update={"qk_norm": "all", "num_heads": 2, "norm_topk_prob": False})
+ALL = {"moe": MOE, "dense": DENSE, "llama": LLAMA, "mixtral": MIXTRAL, "olmoe": OLMOE}
+every_kind = pytest.mark.parametrize("spec", ALL.values(), ids=ALL.keys())
 TOKENS = torch.randint(0, 64, (2, 20), generator=torch.Generator().manual_seed(0))
 
 
@@ -33,14 +38,14 @@ def saved(folder: Path, spec: ModelSpec, seed: int = 3) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("spec", [MOE, DENSE], ids=["moe", "dense"])
+@every_kind
 def test_shapes_and_config_there_and_back(spec: ModelSpec) -> None:
     assert parameter_shapes(spec) == {k: tuple(v.shape) for k, v in build_model(spec, 0).named_parameters()}
     back = spec_from(config_of(spec))
     assert back.model_dump() == spec.model_dump() | {"z_loss_weight": 0.001}
 
 
-@pytest.mark.parametrize("spec", [MOE, DENSE], ids=["moe", "dense"])
+@every_kind
 def test_saved_and_opened_is_the_same(tmp_path: Path, spec: ModelSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "SHARD_BYTES", 4096)
     monkeypatch.setattr(files.ShardWriter.__init__, "__defaults__", (4096,))
@@ -67,7 +72,7 @@ def test_what_goes_wrong_on_the_way_leaves_nothing(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("spec", [MOE, DENSE], ids=["moe", "dense"])
+@every_kind
 def test_transformers_loads_it_and_computes_the_same(tmp_path: Path, spec: ModelSpec) -> None:
     transformers = pytest.importorskip("transformers", reason="the hf extra is not installed")
     saved(tmp_path, spec)
@@ -104,10 +109,11 @@ def test_a_tied_head_is_the_embedding(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"model_type": "llama"}, "no RMSNorm on queries and keys"),
-        ({"model_type": "mixtral"}, "no RMSNorm on queries and keys"),
-        ({"model_type": "olmoe"}, "over all heads at once"),
-        ({"model_type": "gpt2"}, "imports Qwen3"),
+        ({"model_type": "qwen2"}, "biases in attention"),
+        ({"model_type": "deepseek_v3"}, "latent vectors"),
+        ({"model_type": "gpt2"}, "imports qwen3, qwen3_moe, llama"),
+        ({"model_type": "llama", "rope_parameters": {"rope_type": "llama3"}}, "llama3"),
+        ({"model_type": "olmoe", "clip_qkv": 8.0}, "clip_qkv"),
         ({"attention_bias": True}, "attention_bias"),
         ({"mlp_only_layers": [0]}, "without experts"),
         ({"rope_parameters": {"rope_type": "yarn"}}, "yarn"),
@@ -120,6 +126,22 @@ def test_a_tied_head_is_the_embedding(tmp_path: Path) -> None:
 def test_what_cannot_be_imported_says_why(change: dict[str, object], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         spec_from(config_of(MOE) | change)
+
+
+def test_a_sliding_window_is_as_far_as_the_model_reads() -> None:
+    config = config_of(LLAMA) | {"model_type": "mistral", "sliding_window": 16}
+    assert spec_from(config).max_seq_len == 16
+    assert spec_from(config | {"sliding_window": None}).max_seq_len == LLAMA.max_seq_len
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [({"qk_norm": "none", "norm_topk_prob": False}, "no stock class"), ({"qk_norm": "all"}, "not the hidden size")],
+)
+def test_what_no_stock_class_computes_is_refused(tmp_path: Path, change: dict[str, object], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        saved(tmp_path / "out", MOE.model_copy(update=change))
+    assert not list(tmp_path.iterdir())
 
 
 def test_every_damage_is_named(tmp_path: Path) -> None:
