@@ -46,7 +46,7 @@ def _told(value: Any) -> str:
 
 @app.command("import")
 def import_(source: SourceArg, target: TargetArg, as_json: JsonOpt = False) -> None:
-    """Read a Hugging Face model (Qwen3 dense or Qwen3-MoE) exactly, as a checkpoint of decentra. Example: decentra import Qwen3-0.6B my-dense"""
+    """Read a Hugging Face model (Qwen3, Llama, Mistral, Mixtral, OLMoE) exactly, as a checkpoint of decentra. Example: decentra import Qwen3-0.6B my-dense"""
     from decentra.workshop import making
 
     _done(making.convert(source, target, "import"), as_json, "dir", "kind", "num_parameters")
@@ -54,14 +54,18 @@ def import_(source: SourceArg, target: TargetArg, as_json: JsonOpt = False) -> N
 
 @app.command()
 def export(
-    source: SourceArg, target: TargetArg, dtype: Annotated[str, typer.Option(help="fp32 or bf16")] = "fp32", as_json: JsonOpt = False
-) -> None:  # fmt: skip
+    source: SourceArg,
+    target: TargetArg,
+    dtype: Annotated[str, typer.Option(help="fp32 or bf16")] = "fp32",
+    per_module: Annotated[bool, typer.Option("--per-module", help="a file for the trunk, the router and each expert")] = False,
+    as_json: JsonOpt = False,
+) -> None:
     """Write a checkpoint that transformers and vLLM load, with a model card. Example: decentra export my-model my-model-hf --dtype bf16"""
     from decentra.workshop import making
 
     if dtype not in making.DTYPES:
         raise ConfigError(f"dtype: expected fp32 or bf16, got {dtype!r}")
-    _done(making.convert(source, target, "export", dtype), as_json, "dir", "kind", "num_parameters", "files")
+    _done(making.convert(source, target, "export", dtype, per_module=per_module), as_json, "dir", "kind", "num_parameters", "files")
 
 
 @app.command()
@@ -87,10 +91,13 @@ def upcycle(
     as_json: JsonOpt = False,
 ) -> None:
     """Make a mixture of experts out of a dense model. Example: decentra upcycle my-dense my-moe --experts 8 --top-k 2"""
+    from decentra.doctor.machine import free_memory_bytes
     from decentra.workshop import making
 
-    found = making.upcycled(source, target, experts=experts, top_k=top_k, method=method, others=others or (), seed=seed)
-    _done(found, as_json, "dir", "before", "after", "is_exact", "start_logit_gap")
+    found = making.upcycled(
+        source, target, experts=experts, top_k=top_k, method=method, others=others or (), seed=seed, free_bytes=free_memory_bytes()
+    )
+    _done(found, as_json, "dir", "before", "after", "is_exact", "start_logit_gap", "why_no_gap")
 
 
 @app.command()
@@ -109,10 +116,21 @@ def moefy(
     as_json: JsonOpt = False,
 ) -> None:
     """Split a dense model's FFN into experts by which neurons fire together. Example: decentra moefy my-dense my-split --active 4 --text code"""
+    from decentra.doctor.machine import free_memory_bytes
     from decentra.workshop import making
 
-    found = making.moefied(source, target, experts=experts, active=active, cluster=cluster, shared=shared, texts=text or (), seed=seed)
-    _done(found, as_json, "dir", "before", "after", "is_exact", "start_logit_gap")
+    found = making.moefied(
+        source,
+        target,
+        experts=experts,
+        active=active,
+        cluster=cluster,
+        shared=shared,
+        texts=text or (),
+        seed=seed,
+        free_bytes=free_memory_bytes(),
+    )
+    _done(found, as_json, "dir", "before", "after", "is_exact", "start_logit_gap", "why_no_gap")
 
 
 @app.command()
@@ -126,10 +144,11 @@ def expand(
     as_json: JsonOpt = False,
 ) -> None:
     """Give a mixture of experts more experts, copies of those it has. Example: decentra expand my-moe my-larger-moe --factor 2 --noise 0.01"""
+    from decentra.doctor.machine import free_memory_bytes
     from decentra.workshop import making
 
-    found = making.expanded(source, target, factor=factor, keep_chosen=keep_active, noise=noise, seed=seed)
-    _done(found, as_json, "dir", "before", "after", "is_exact", "start_logit_gap")
+    found = making.expanded(source, target, factor=factor, keep_chosen=keep_active, noise=noise, seed=seed, free_bytes=free_memory_bytes())
+    _done(found, as_json, "dir", "before", "after", "is_exact", "start_logit_gap", "why_no_gap")
 
 
 @app.command()
@@ -403,15 +422,18 @@ def forget(
     target: TargetArg,
     experts: Annotated[str | None, typer.Option("--experts", help="numbers, such as 3 or 3,5")] = None,
     owner: Annotated[str | None, typer.Option(help="all experts of this name")] = None,
+    text: TextOpt = None,
     as_json: JsonOpt = False,
 ) -> None:
-    """Take experts and all they learned out of a model; says whether that is exact. Example: decentra forget my-model without --owner alice"""
+    """Take experts and all they learned out of a model; says whether that is exact and, with texts, what is still known of them.
+
+    Example: decentra forget my-model without --owner alice --text notes=NOTES"""
     from decentra.workshop import adding
 
     if experts is None and owner is None:
         raise ConfigError("forget: say what, with --experts or --owner")
-    found = adding.forget(source, target, experts=_experts(experts or ""), owner=owner)
-    _done(found, as_json, "dir", "forgotten", "mode", "why", "kind")
+    found = adding.forget(source, target, experts=_experts(experts or ""), owner=owner, texts=text or ())
+    _done(found, as_json, "dir", "forgotten", "mode", "why", "kind", "loss_before", "loss_after")
 
 
 @app.command()
@@ -432,11 +454,22 @@ def audit(
 
 
 @app.command()
-def inspect(source: SourceArg, text: TextOpt = None, as_json: JsonOpt = False) -> None:
+def inspect(
+    source: SourceArg,
+    text: TextOpt = None,
+    plot: Annotated[Path | None, typer.Option(help="write the heat map of domains and experts here, as PNG")] = None,
+    as_json: JsonOpt = False,
+) -> None:
     """Size, lineage and, with texts, losses, expert load by domain, MaxVio, router entropy, dead experts. Example: decentra inspect my-moe --text code"""
     from decentra.workshop import routing
 
+    if plot is not None and not text:
+        raise ConfigError("inspect --plot shows who serves which text; name texts with --text")
     found = routing.inspect(source, text or ())
+    if plot is not None:
+        from decentra.status.plot import heat_png
+
+        heat_png(plot, found["experts_by_domain"], f"who serves what in {source.name}")
     keys = ("dir", "kind", "num_parameters", "loss_per_domain", "max_violation", "router_entropy", "dead_experts", "mutual_information")
     _done(found, as_json, *keys)
     if not as_json and "experts_by_domain" in found:

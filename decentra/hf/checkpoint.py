@@ -20,6 +20,7 @@ from decentra.data.tokens import BYTES, TOKENIZER_FILE, Tokenizer, check_vocabul
 from decentra.errors import ConfigError, IntegrityError
 from decentra.hf.convert import config_of, names_of, parameter_shapes, spec_from
 from decentra.hf.files import CONFIG, ONE, ShardWriter, Weights, read_json, sha256_of
+from decentra.modules import module_of_parameter
 
 CARD, README = "decentra.json", "README.md"
 TOKENIZER_FILES = (
@@ -154,18 +155,19 @@ def verify(folder: Path) -> dict[str, str]:
 
 def save_checkpoint(
     folder: Path, manifest: Manifest, tensors: Iterable[tuple[str, Tensor]], lineage: Mapping[str, Any], *, dtype: torch.dtype = torch.float32,
-    tokenizer: Path | None = None,
+    tokenizer: Path | None = None, per_module: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Write a new folder that transformers loads. Returns the card.
 
-    Tensors come under our names, in any order, one at a time. A model of one expert is written as the dense Qwen3 it is. The folder is made under another
+    Tensors come under our names, in any order, one at a time; with ``per_module`` module by module, and each module (trunk, router, an expert) gets a file of
+    its own, so that one can be fetched, compared or replaced alone. A model of one expert is written as the dense Qwen3 it is. The folder is made under another
     name and gets its own when it is whole: what was there before is never touched. Raises ConfigError when there is something.
     """
     check_target(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as scratch:
         made = Path(scratch) / "made"
-        card = _write(made, manifest, tensors, lineage, dtype)
+        card = _write(made, manifest, tensors, lineage, dtype, per_module)
         for name in TOKENIZER_FILES:
             if tokenizer is not None and (tokenizer / name).is_file():
                 (made / name).write_bytes((tokenizer / name).read_bytes())
@@ -182,7 +184,12 @@ def check_target(folder: Path) -> None:
 
 
 def _write(
-    folder: Path, manifest: Manifest, tensors: Iterable[tuple[str, Tensor]], lineage: Mapping[str, Any], dtype: torch.dtype
+    folder: Path,
+    manifest: Manifest,
+    tensors: Iterable[tuple[str, Tensor]],
+    lineage: Mapping[str, Any],
+    dtype: torch.dtype,
+    per_module: bool,
 ) -> dict[str, Any]:
     spec = manifest.model
     names, shapes = names_of(spec, parameter_shapes(spec)), parameter_shapes(spec)
@@ -192,7 +199,7 @@ def _write(
             raise ConfigError(f"{name} of shape {tuple(value.shape)} is not a parameter of this model, or comes twice")
         left.discard(name)
         if (theirs := names[name]) is not None:
-            writer.add(theirs, value.detach().to(dtype))
+            writer.add(theirs, value.detach().to(dtype), module_of_parameter(name).replace(".", "-") if per_module else None)
     if left:
         raise ConfigError(f"{len(left)} parameters are missing, {min(left)} for one")
     hashes = writer.finish()

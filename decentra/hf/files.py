@@ -114,20 +114,26 @@ class Weights:
 
 
 class ShardWriter:
-    """Writes tensors as they come, in files of about ``shard_bytes``; ``finish`` names them. Until then the folder holds no finished model."""
+    """Writes tensors as they come, in files of about ``shard_bytes``; ``finish`` names them. Until then the folder holds no finished model.
+
+    ``add`` with a ``group`` makes a file of each group instead, whatever its size; its tensors come one after the other.
+    """
 
     def __init__(self, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder, self._shard_bytes = folder, shard_bytes
+        self._group: str | None = None
         self._waiting: dict[str, Tensor] = {}
         self._num_waiting_bytes = 0
         self._storages: set[int] = set()
-        self._parts: list[tuple[Path, list[str], int]] = []
+        self._parts: list[tuple[Path, list[str], int, str | None]] = []
 
-    def add(self, name: str, tensor: Tensor) -> None:
+    def add(self, name: str, tensor: Tensor, group: str | None = None) -> None:
         num_bytes = tensor.numel() * tensor.element_size()
-        if self._waiting and self._num_waiting_bytes + num_bytes > self._shard_bytes:
+        is_full = group is None and self._num_waiting_bytes + num_bytes > self._shard_bytes
+        if self._waiting and (group != self._group or is_full):
             self._flush()
+        self._group = group
         whole = tensor.contiguous()
         pointer = whole.untyped_storage().data_ptr()
         if (
@@ -141,7 +147,7 @@ class ShardWriter:
     def _flush(self) -> None:
         path = self._folder / f".part-{len(self._parts):05}.safetensors"
         safetensors.torch.save_file(self._waiting, path, metadata={"format": "pt"})
-        self._parts.append((path, list(self._waiting), self._num_waiting_bytes))
+        self._parts.append((path, list(self._waiting), self._num_waiting_bytes, self._group))
         self._waiting, self._num_waiting_bytes = {}, 0
         self._storages = set()
 
@@ -151,13 +157,16 @@ class ShardWriter:
             self._flush()
         hashes: dict[str, str] = {}
         weight_map: dict[str, str] = {}
-        for number, (path, names, _) in enumerate(self._parts, 1):
+        for number, (path, names, _, group) in enumerate(self._parts, 1):
             name = ONE if len(self._parts) == 1 else f"model-{number:05}-of-{len(self._parts):05}.safetensors"
+            if group is not None:
+                name = f"model-{group}.safetensors"
+            assert name not in hashes, "the tensors of a group come one after the other"
             path.rename(self._folder / name)
             hashes[name] = sha256_of(self._folder / name)
             weight_map |= dict.fromkeys(names, name)
-        if len(self._parts) > 1:
-            index = {"metadata": {"total_size": sum(size for _, _, size in self._parts)}, "weight_map": weight_map}
+        if list(hashes) != [ONE]:
+            index = {"metadata": {"total_size": sum(size for _, _, size, _ in self._parts)}, "weight_map": weight_map}
             (self._folder / INDEX).write_text(json.dumps(index, indent=1))
         return hashes
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from decentra.config import ModelSpec
 from decentra.errors import ConfigError
-from decentra.modular.parts import EXPERT, ROUTER, State, experts_of, spec_with
+from decentra.modular.parts import EXPERT, ROUTER, State, spec_with
 
 ROW_STD = 0.02
 PARTS = ("gate_proj.weight", "up_proj.weight", "down_proj.weight")
@@ -247,7 +247,7 @@ def expand(
         raise ConfigError(f"expand: expected a factor of 2 or more and noise of 0 or more, got {factor} and {noise}")
     if keep_chosen and noise == 0.0:
         raise ConfigError("expand with as many active experts as before needs noise: equal copies would always be chosen together")
-    numbers, generator = experts_of(state), torch.Generator().manual_seed(seed)
+    numbers, generator = range(spec.num_experts), torch.Generator().manual_seed(seed)
     out: State = {}
     for name, value in state.items():
         if found := EXPERT.match(name):

@@ -67,6 +67,26 @@ def experts_png(path: Path, curves: Sequence[Curve], title: str) -> None:
     pyplot.close(figure)
 
 
+def heat_png(path: Path, share: Mapping[str, Sequence[float]], title: str) -> None:
+    """Which share of each domain's tokens goes to which expert, darker for more."""
+    from matplotlib.figure import Figure
+
+    names, values = list(share), [list(row) for row in share.values()]
+    figure = Figure(figsize=(2 + 0.6 * len(values[0]), 1.5 + 0.5 * len(names)), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(values, cmap="Blues", vmin=0.0, aspect="auto")
+    axes.set_xticks(range(len(values[0])))
+    axes.set_yticks(range(len(names)), names)
+    axes.set_xlabel("expert")
+    axes.set_title(title)
+    for row, mine in enumerate(values):
+        for column, value in enumerate(mine):
+            dark = value > 0.6 * max(map(max, values))
+            axes.text(column, row, f"{value:.0%}", ha="center", va="center", color="white" if dark else "black", fontsize=8)
+    figure.colorbar(image, label="share of its tokens")
+    figure.savefig(path, dpi=110)
+
+
 def experts_text(curves: Sequence[Curve], title: str, width: int = 78, height: int = 16) -> str:
     """The same with text characters."""
     import plotext

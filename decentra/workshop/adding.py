@@ -90,8 +90,11 @@ def expert_keep(
         return {"ok": True, "dir": str(target), "kind": kind_of(spec), "kept": list(numbers), "experts": cards}
 
 
-def forget(source: Path, target: Path, *, experts: Sequence[int], owner: str | None) -> Result:
-    """Experts out of a model, and a verdict: isolated, when hashes prove that what is left is the model that never had them; joint otherwise."""
+def forget(source: Path, target: Path, *, experts: Sequence[int], owner: str | None, texts: Sequence[str] = ()) -> Result:
+    """Experts out of a model, and a verdict: isolated, when hashes prove that what is left is the model that never had them; joint otherwise.
+
+    ``texts``: what is to be forgotten and what is not; their losses before and after are measured, which is all that is known of a joint one.
+    """
     check_target(target)
     with open_checkpoint(source) as opened:
         known, count, before = known_experts(opened.lineage), opened.spec.num_experts, opened.hashes
@@ -121,7 +124,17 @@ def forget(source: Path, target: Path, *, experts: Sequence[int], owner: str | N
     original = int(top_k) if is_public and isinstance(top_k, int) and not doubt else None
     result = expert_keep(source, target, left, "forget", original, forgotten=sorted(gone), mode=mode)
     with open_checkpoint(target) as after:
-        return result | {"forgotten": sorted(gone), "mode": mode, "why": why, "files_before": before, "files_after": after.hashes}
+        result |= {"forgotten": sorted(gone), "mode": mode, "why": why, "files_before": before, "files_after": after.hashes}
+    if texts:
+        result |= {"loss_before": _losses_of(source, texts), "loss_after": _losses_of(target, texts)}
+    return result
+
+
+def _losses_of(folder: Path, texts: Sequence[str]) -> dict[str, float]:
+    """A model's loss on the part of each text that somebody may have trained on."""
+    with open_checkpoint(folder) as opened:
+        train, _ = text_of.split(texts, opened.manifest.data, opened.tokenizer())
+        return losses(model_of(opened.state(), opened.spec), train, opened.manifest.data.seq_len, NUM_WINDOWS)
 
 
 def _doubt(state: State, known: Mapping[int, Mapping[str, Any]], gone: set[int], left: Sequence[int], public: str) -> str:

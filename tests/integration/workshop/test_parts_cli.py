@@ -14,6 +14,7 @@ from decentra.data.domains import embedded_domain
 from decentra.data.windows import WindowSource
 from decentra.hf.checkpoint import open_checkpoint, save_checkpoint
 from decentra.model.decoder import build_model
+from decentra.workshop import making
 from decentra.workshop.training import Plan, train
 
 DATA = DataSpec(seq_len=64, bytes_per_domain=60_000, held_out_bytes=8192)
@@ -65,6 +66,25 @@ def test_from_a_dense_model_to_experts_and_back(base: Path, tmp_path: Path) -> N
     shown = decentra("inspect", moe, "--text", "code", "--text", "prose")
     assert shown.code == 0, shown.err
     assert "max violation" in shown.out
+    ran("inspect", moe, "--text", "code", "--text", "prose", "--plot", str(tmp_path / "heat.png"))
+    assert (tmp_path / "heat.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("method", ["copy", "noise:0.05", "drop:0.5", "btx"])
+def test_a_model_larger_than_memory_is_made_a_layer_at_a_time(base: Path, tmp_path: Path, method: str) -> None:
+    """The same weights with and without room for both models; only the comparison at the end is left out, and said."""
+    found = [
+        making.upcycled(
+            base, tmp_path / str(free), experts=2, top_k=2, method=method, others=[base] * (method == "btx"), seed=3, free_bytes=free
+        )
+        for free in (0, 1 << 40)
+    ]
+    assert "were not compared" in str(found[0]["why_no_gap"])
+    assert (found[1]["why_no_gap"], found[0]["start_logit_gap"]) == (None, None)
+    with open_checkpoint(tmp_path / "0") as one, open_checkpoint(tmp_path / str(1 << 40)) as other:
+        assert one.hashes == other.hashes
+        layers = [one(f"model.layers.{n}.mlp.gate.weight") for n in range(2)]
+    assert not layers[0].equal(layers[1]), "each layer has draws of its own"
 
 
 def test_an_expert_comes_and_goes_without_a_trace(base: Path, tmp_path: Path) -> None:
@@ -85,8 +105,9 @@ def test_an_expert_comes_and_goes_without_a_trace(base: Path, tmp_path: Path) ->
         assert sum(map(float, told["share_per_expert"])) == pytest.approx(1.0, abs=1e-3)  # type: ignore[call-overload]
     assert "<span" in page.read_text()
     assert ran("tune", plus, tuned, "--text", "prose", "--text", "headers", "--steps", "10")["ok"]
-    gone = ran("forget", plus, without, "--owner", "alice")
+    gone = ran("forget", plus, without, "--owner", "alice", "--text", f"notes={notes}", "--text", "prose")
     assert (gone["mode"], gone["forgotten"]) == ("isolated", [1])
+    assert gone["loss_after"]["notes"] > gone["loss_before"]["notes"], "nothing of it is left"  # type: ignore[call-overload, index]
     with open_checkpoint(base) as before, open_checkpoint(Path(without)) as after:
         assert before.hashes == after.hashes, "the very bytes of the model that never had it"
     for source, expert, words in ((plus, ("--experts", "0"), "not put in with"), (tuned, ("--owner", "alice"), "was trained since")):

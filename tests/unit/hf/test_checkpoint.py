@@ -16,6 +16,7 @@ from decentra.hf import files
 from decentra.hf.checkpoint import open_checkpoint, save_checkpoint, verify
 from decentra.hf.convert import config_of, parameter_shapes, spec_from
 from decentra.model.decoder import build_model
+from decentra.modules import module_of_parameter
 from tests.unit import tiny
 
 MOE = tiny.SPEC.model_copy(update={"vocab_size": 64})
@@ -28,13 +29,11 @@ every_kind = pytest.mark.parametrize("spec", ALL.values(), ids=ALL.keys())
 TOKENS = torch.randint(0, 64, (2, 20), generator=torch.Generator().manual_seed(0))
 
 
-def saved(folder: Path, spec: ModelSpec, seed: int = 3) -> Path:
-    save_checkpoint(
-        folder,
-        Manifest(name="m", model=spec, data=DataSpec(seq_len=24)),
-        build_model(spec, seed).state_dict().items(),
-        {"made_by": "a test"},
-    )
+def saved(folder: Path, spec: ModelSpec, seed: int = 3, *, per_module: bool = False) -> Path:
+    state = build_model(spec, seed).state_dict()
+    tensors = ((name, state[name]) for name in (sorted(state, key=module_of_parameter) if per_module else state))
+    manifest = Manifest(name="m", model=spec, data=DataSpec(seq_len=24))
+    save_checkpoint(folder, manifest, tensors, {"made_by": "a test"}, per_module=per_module)
     return folder
 
 
@@ -62,6 +61,20 @@ def test_saved_and_opened_is_the_same(tmp_path: Path, spec: ModelSpec, monkeypat
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
 
 
+@every_kind
+def test_a_file_of_each_module(tmp_path: Path, spec: ModelSpec) -> None:
+    saved(tmp_path, spec, per_module=True)
+    modules = ["trunk", *(["router"] if spec.num_experts > 1 else []), *(f"expert-{e}" for e in range(spec.num_experts))]
+    assert {p.name for p in tmp_path.glob("*.safetensors")} == {f"model-{m}.safetensors" for m in modules}
+    assert set(verify(tmp_path)) == {f"model-{m}.safetensors" for m in modules}
+    state = build_model(spec, 3).state_dict()
+    with open_checkpoint(tmp_path) as opened:
+        assert all(v.equal(opened(k)) for k, v in state.items() if spec.num_experts > 1 or "gate.weight" not in k)
+    (tmp_path / "model-expert-0.safetensors").unlink()
+    with pytest.raises(ConfigError, match=r"half a download: model-expert-0\.safetensors is missing"):
+        open_checkpoint(tmp_path)
+
+
 def test_what_goes_wrong_on_the_way_leaves_nothing(tmp_path: Path) -> None:
     def broken() -> Iterator[tuple[str, torch.Tensor]]:
         yield "lm_head.weight", torch.zeros(64, 16)
@@ -75,7 +88,7 @@ def test_what_goes_wrong_on_the_way_leaves_nothing(tmp_path: Path) -> None:
 @every_kind
 def test_transformers_loads_it_and_computes_the_same(tmp_path: Path, spec: ModelSpec) -> None:
     transformers = pytest.importorskip("transformers", reason="the hf extra is not installed")
-    saved(tmp_path, spec)
+    saved(tmp_path, spec, per_module=spec is OLMOE)
     theirs, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True, dtype=torch.float32)
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
