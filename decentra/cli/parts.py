@@ -247,6 +247,7 @@ def expert_train(
     steps: StepsOpt = 200,
     lr: LrOpt = 1.4e-3,
     start: Annotated[int, typer.Option(min=0, help="expert of the public model to start from")] = 0,
+    gate_steps: Annotated[int, typer.Option("--gate", min=0, help="steps to train a gate for router phatgoose, such as 100")] = 0,
     seed: SeedOpt = 0,
     as_json: JsonOpt = False,
 ) -> None:
@@ -255,7 +256,9 @@ def expert_train(
 
     if not text:
         raise ConfigError("expert train: give the text to learn with --text")
-    found = adding.expert_train(source, target, text, name=name, steps=steps, lr=lr, seed=seed, start=start, say=_say)
+    found = adding.expert_train(
+        source, target, text, name=name, steps=steps, lr=lr, seed=seed, start=start, gate_steps=gate_steps, say=_say
+    )
     _done(found, as_json, "dir", "name", "loss_before", "loss_after", "tokens")
 
 
@@ -340,7 +343,7 @@ def _experts(text: str) -> list[int]:
 def route(
     source: SourceArg,
     text: Annotated[str, typer.Argument(help="text to send through the model")],
-    router: Annotated[str, typer.Option(help="own, evidence, prefix, document, uniform, centroid, lda")] = "own",
+    router: Annotated[str, typer.Option(help="own, evidence, prefix, document, uniform, centroid, lda, phatgoose")] = "own",
     expert: Annotated[
         list[Path] | None, typer.Option("--expert", help="folder with the card of expert 0, 1, ...; for routers by cards")
     ] = None,

@@ -127,6 +127,22 @@ class Linear:
         return (logits_TE.abs() if self._absolute else logits_TE) / self._temperature
 
 
+class Gated:
+    """Gates [L, E, D] that each owner trained for its own expert (PHATGOOSE, arXiv 2402.05859): LN(x) . LN(gate) / sqrt(D), so that gates which never met
+    compare. The norms make it no linear router, so no stock class follows it."""
+
+    def __init__(self, gates_LED: Tensor) -> None:
+        self._gates_LED = torch.nn.functional.layer_norm(gates_LED.float(), gates_LED.shape[-1:])
+
+    def start(self, tokens_BT: Tensor, num_before: int) -> None:
+        del tokens_BT, num_before
+
+    def logits(self, layer: int, x_TD: Tensor) -> Tensor:
+        hidden = x_TD.shape[-1]
+        logits_TE: Tensor = torch.nn.functional.layer_norm(x_TD.float(), (hidden,)) @ self._gates_LED[layer].T.to(x_TD.device) / hidden**0.5
+        return logits_TE
+
+
 class Fixed:
     """The same logits [E] for every token: a document's expert, or a mixture that somebody chose."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,17 @@ from decentra.workshop.training import model_of
 
 
 def expert_train(
-    source: Path, target: Path, texts: Sequence[str], *, name: str, steps: int, lr: float, seed: int, start: int, say: Say
+    source: Path,
+    target: Path,
+    texts: Sequence[str],
+    *,
+    name: str,
+    steps: int,
+    lr: float,
+    seed: int,
+    start: int,
+    gate_steps: int = 0,
+    say: Say,
 ) -> Result:
     """Train an expert beside a frozen model; its row tells its text from the embedded domains' (as far as they are not its own)."""
     check_target(target)
@@ -42,6 +53,11 @@ def expert_train(
         trained = parts.select(parts.insert(parts.select(state, [start]), expert.part), [1])
         after = mean(losses(model_of(trained, alone), held_out, seq_len, NUM_WINDOWS))
         expert.about.update({"texts": list(train), "loss_before": before, "loss_after": after})
+        if gate_steps:
+            gate = made.train_gate(
+                state, opened.spec, expert.part, text, steps=gate_steps, seq_len=seq_len, seed=seed, start=start, say=say
+            )
+            expert = replace(expert, gate_LD=gate)
         made.save_expert(target, expert)
         return {"ok": True, "dir": str(target)} | expert.about
 
@@ -54,9 +70,10 @@ def expert_card(source: Path, target: Path, texts: Sequence[str], *, number: int
         train, _ = text_of.split(texts, opened.manifest.data, tokenizer)
         state = opened.state()
         frozen = model_of(parts.select(state, [number]), parts.spec_with(opened.spec, 1))
-        card = card_of(frozen, joined(list(train.values())), opened.manifest.data.seq_len)
+        text, seq_len, part = joined(list(train.values())), opened.manifest.data.seq_len, parts.extract(state, number)
+        card = card_of(frozen, text, seq_len)
         about = {"name": name, "base": made.base_digest(state), "texts": list(train), "start": number}
-        made.save_expert(target, made.Expert(parts.extract(state, number), card, about))
+        made.save_expert(target, made.Expert(part, card, about))
         return {"ok": True, "dir": str(target), "num_tokens": card.num_tokens} | about
 
 

@@ -29,7 +29,7 @@ from decentra.modular.route import Card
 from decentra.workshop.looking import card_of, watching
 from decentra.workshop.training import Guard, Plan, model_of, names_of, train
 
-ROUTERS = ("own", "evidence", "prefix", "document", "uniform", "centroid", "lda")
+ROUTERS = ("own", "evidence", "prefix", "document", "uniform", "centroid", "lda", "phatgoose")
 EXPERT_FILE, CARD_FILE = "expert.safetensors", "expert.json"
 
 Say = Callable[[str], None]
@@ -42,6 +42,7 @@ class Expert:
     part: Part
     card: Card
     about: dict[str, Any]  # name, licence, base (sha256 of the public model's weights), data in words, tokens
+    gate_LD: Tensor | None = None  # for routing by gates; see ``train_gate``
 
 
 def base_digest(state: Mapping[str, Tensor]) -> str:
@@ -79,6 +80,23 @@ def train_expert(
         part = Part(part.weights, {f"model.layers.{layer}.mlp": row for layer, row in enumerate(rows)})
     about = {"name": name, "base": base_digest(state), "tokens": steps * 8 * seq_len, "loss": loss, "start": start}
     return Expert(part, card, about)
+
+
+def train_gate(
+    state: State, spec: ModelSpec, part: Part, text: Tokens, *, steps: int, seq_len: int, lr: float = 1e-2, seed: int = 0, start: int = 0,
+    say: Say = lambda _: None,
+) -> Tensor:  # fmt: skip
+    """A gate [L, D] that opens on an expert's own text (PHATGOOSE, arXiv 2402.05859): everything is frozen, y = public(x) + sigmoid(gate . x) (expert(x) -
+    public(x)) learns the gate. Two experts of which both are chosen compute just that, with the public one's row zero.
+    """
+    rows = {name: torch.zeros_like(row) for name, row in part.rows.items()}
+    public = Part(extract(state, start).weights, rows)
+    two = select(insert(insert(select(state, [start]), public), Part(part.weights, rows)), [1, 2])
+    alone = {"aux_loss_weight": 0.0, "z_loss_weight": 0.0}  # what a gate learns is the text, not balance
+    model = model_of(two, spec_with(spec, 2, 2, norm_topk_prob=True, **alone))
+    plan = Plan(steps, names_of(model, router=True), rows=(1,), lr=lr, seed=seed)
+    train(model, WindowSource([text], seq_len, seed, "gate"), plan, say=lambda step, value: _progress(say, "gate", step, steps, value))
+    return torch.stack([model.router_rows(layer)[1].detach() for layer in range(spec.num_layers)])
 
 
 @dataclass(frozen=True)
@@ -151,6 +169,8 @@ def save_expert(folder: Path, expert: Expert) -> None:
     tensors = {f"weights/{k}": v.contiguous().clone() for k, v in expert.part.weights.items()}
     tensors |= {f"rows/{k}": v.contiguous().clone() for k, v in expert.part.rows.items()}
     tensors |= {"card/mean": expert.card.mean_LD.contiguous(), "card/covariance": expert.card.covariance_LDD.contiguous()}
+    if expert.gate_LD is not None:
+        tensors["gate"] = expert.gate_LD.contiguous()
     safetensors.torch.save_file(tensors, folder / EXPERT_FILE, metadata={"format": "pt"})
     about = {"format": 1, "about": expert.about, "num_tokens": expert.card.num_tokens, "sha256": sha256_of(folder / EXPERT_FILE)}
     (folder / CARD_FILE).write_text(json.dumps(about, indent=1))
@@ -166,7 +186,7 @@ def load_expert(folder: Path) -> Expert:
             raise IntegrityError(f"{folder / EXPERT_FILE} is not the file that {CARD_FILE} describes; fetch the expert again")
         tensors = safetensors.torch.load_file(folder / EXPERT_FILE)
         card = Card(tensors.pop("card/mean"), tensors.pop("card/covariance"), int(told["num_tokens"]))
-        about = dict(told["about"])
+        about, gate_LD = dict(told["about"]), tensors.pop("gate", None)
     except FileNotFoundError as error:
         raise ConfigError(
             f"{folder} is no expert ({Path(str(error.filename)).name} is missing); 'decentra expert train' makes one"
@@ -177,9 +197,10 @@ def load_expert(folder: Path) -> Expert:
         {k.removeprefix("weights/"): v for k, v in tensors.items() if k.startswith("weights/")},
         {k.removeprefix("rows/"): v for k, v in tensors.items() if k.startswith("rows/")},
     )
-    if not all(bool(v.isfinite().all()) for v in (*part.weights.values(), *part.rows.values(), card.mean_LD, card.covariance_LDD)):
+    told_of = [card.mean_LD, card.covariance_LDD, *([] if gate_LD is None else [gate_LD])]
+    if not all(bool(v.isfinite().all()) for v in (*part.weights.values(), *part.rows.values(), *told_of)):
         raise IntegrityError(f"{folder} has numbers that are not finite; its training went wrong, ask for another one")
-    return Expert(part, card, about)
+    return Expert(part, card, about, gate_LD)
 
 
 def added(state: State, spec: ModelSpec, expert: Expert, *, bases: Sequence[str] = ()) -> tuple[State, ModelSpec]:

@@ -14,6 +14,7 @@ from decentra.data.tokens import Tokens, tensor_of
 from decentra.errors import ConfigError
 from decentra.hf.checkpoint import check_target, open_checkpoint
 from decentra.model.decoder import Decoder
+from decentra.modular import route
 from decentra.workshop import experts as made
 from decentra.workshop import texts as text_of
 from decentra.workshop.looking import losses, mean, routing_of
@@ -53,8 +54,7 @@ def routed(source: Path, text: str, router: str, experts: Sequence[Path]) -> Res
         if len(numbers) < 2:
             raise ConfigError("the text is too short; give two characters or more")
         model = model_of(opened.state(), spec)
-        cards = [made.load_expert(folder).card for folder in experts]
-        model.routing = made.evidence_of(model) if router == "evidence" else _with_cards(router, cards, spec, model, numbers)
+        model.routing = made.evidence_of(model) if router == "evidence" else _with_cards(router, experts, spec, model, numbers)
         chosen: list[Tensor] = []
         tokens = tensor_of(numbers)[None]
         with torch.inference_mode(), _noting(model, chosen):
@@ -67,16 +67,26 @@ def routed(source: Path, text: str, router: str, experts: Sequence[Path]) -> Res
         }  # fmt: skip
 
 
-def _with_cards(router: str, cards: Sequence[Any], spec: ModelSpec, model: Decoder, text: Tokens) -> Any:
+def _with_cards(router: str, folders: Sequence[Path], spec: ModelSpec, model: Decoder, text: Tokens) -> Any:
     if router == "own":
         return None
-    if len(cards) != spec.num_experts:
+    if len(folders) != spec.num_experts:
         raise ConfigError(
-            f"router {router} needs a card of each of the {spec.num_experts} experts, got {len(cards)}; give them with --expert DIR, in order"
+            f"router {router} needs a card of each of the {spec.num_experts} experts, got {len(folders)}; give them with --expert DIR, in order"
         )
-    shape = (spec.num_layers, spec.hidden_size)
+    experts = [made.load_expert(folder) for folder in folders]
+    cards, shape = [expert.card for expert in experts], (spec.num_layers, spec.hidden_size)
     if wrong := [c for c in cards if tuple(c.mean_LD.shape) != shape]:
         raise ConfigError(f"a card is of a model of {tuple(wrong[0].mean_LD.shape)} layers and hidden size, this one has {shape}")
+    if router == "phatgoose":
+        if all(expert.gate_LD is None for expert in experts):
+            raise ConfigError(
+                f"none of the experts has a gate, {folders[0]} for one; 'expert train --gate 100' trains it, the public model needs none"
+            )
+        gates = [torch.zeros(shape) if expert.gate_LD is None else expert.gate_LD for expert in experts]
+        if wrong_gates := [str(folder) for folder, gate in zip(folders, gates, strict=True) if tuple(gate.shape) != shape]:
+            raise ConfigError(f"{wrong_gates[0]}: its gate is of another model; expected {shape[0]} layers and hidden size {shape[1]}")
+        return route.Gated(torch.stack(gates, 1))
     if router == "document":
         return made.document_routing(model, cards, text)[0]
     return made.routing(router, cards)
@@ -140,10 +150,9 @@ def distilled(
         train, held_out = text_of.split(texts, opened.manifest.data, tokenizer)
         seq_len, state, spec = opened.manifest.data.seq_len, opened.state(), opened.spec
         model = model_of(state, spec)
-        cards = [made.load_expert(folder).card for folder in experts]
         first = next(iter(held_out.values()))
         teacher: Routing | None = (
-            made.evidence_of(model) if router == "evidence" else _with_cards(router, cards, spec, model, first[: spec.max_seq_len])
+            made.evidence_of(model) if router == "evidence" else _with_cards(router, experts, spec, model, first[: spec.max_seq_len])
         )
         if teacher is None:
             raise ConfigError("distil: the model's own router is linear already; name another one with --router")

@@ -91,16 +91,21 @@ def test_an_expert_comes_and_goes_without_a_trace(base: Path, tmp_path: Path) ->
     mine, plus, without, tuned = (str(tmp_path / name) for name in ("mine", "plus", "without", "tuned"))
     notes = tmp_path / "notes.txt"
     notes.write_bytes(embedded_domain("headers", DATA).train[:50_000])
-    trained = ran("expert", "train", str(base), mine, "--text", f"notes={notes}", "--name", "alice", "--steps", "40", "--lr", "4e-3")
+    trained = ran(
+        "expert", "train", str(base), mine, "--text", f"notes={notes}", "--name", "alice", "--steps", "40", "--lr", "4e-3", "--gate", "30"
+    )
     assert float(str(trained["loss_after"])) < float(str(trained["loss_before"]))
     assert ran("expert", "add", str(base), plus, "--expert", mine)["kind"] == "2 experts, 2 per token"
     assert "alice" in decentra("expert", "list", plus).out
     page = tmp_path / "page.html"
     card = str(tmp_path / "card")
     assert ran("expert", "card", str(base), card, "--text", "prose")["name"] == "public"
-    for router in ("own", "evidence", "prefix"):
+    assert (
+        "none of the experts has a gate" in decentra("route", plus, "int", "--router", "phatgoose", "--expert", card, "--expert", card).err
+    )
+    for router in ("own", "evidence", "prefix", "phatgoose"):
         more = ("--html", str(page)) if router == "evidence" else ()
-        cards = ("--expert", card, "--expert", mine) if router == "prefix" else ()
+        cards = ("--expert", card, "--expert", mine) if router in ("prefix", "phatgoose") else ()
         told = ran("route", plus, "int main(void) { return 0; }", "--router", router, *more, *cards)
         assert sum(map(float, told["share_per_expert"])) == pytest.approx(1.0, abs=1e-3)  # type: ignore[call-overload]
     assert "<span" in page.read_text()
