@@ -125,7 +125,7 @@ def upcycled(
 
     def prepare(first: Checkpoint) -> Piece:
         for other in others:
-            check_same_function(other, first.spec, source)
+            check_same_function(other, first)
             opened.append(stack.enter_context(open_checkpoint(other)))
         return make
 

@@ -42,7 +42,7 @@ def merge(
     try:
         first = opened[0]
         for folder in [*folders[1:], *([] if base is None else [base])]:
-            check_same_function(folder, first.spec, folders[0])
+            check_same_function(folder, first)
         seen = [] if not texts else _seen(opened, recipe.method, texts, say, rebasin=rebasin)
         picks: list[combine.Pick] = list(opened)
         if rebasin:
@@ -92,7 +92,7 @@ def cooked(folders: Sequence[Path], target: Path, texts: Sequence[str], say: Say
         raise ConfigError(f"soup: one model, {folders[0] if folders else 'none'}, makes none; the first folder is OUT, the models follow")
     opened = [open_checkpoint(folder) for folder in folders]
     tokenizer = opened[0].tokenizer()
-    states = [o.state() if n == 0 else state_of_same_shape(o.folder, opened[0].spec) for n, o in enumerate(opened)]
+    states = [o.state() if n == 0 else state_of_same_shape(o.folder, opened[0]) for n, o in enumerate(opened)]
     _, held_out = text_of.split(texts, opened[0].manifest.data, tokenizer)
     spec, seq_len = opened[0].spec, opened[0].manifest.data.seq_len
 

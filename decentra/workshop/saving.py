@@ -58,15 +58,23 @@ def kind_of(spec: ModelSpec) -> str:
     return "dense" if spec.num_experts == 1 else f"{spec.num_experts} experts, {spec.num_experts_per_token} per token"
 
 
-def check_same_function(folder: Path, spec: ModelSpec, first: Path) -> None:
-    """Raise ConfigError for a model whose numbers mean something else than the first one's."""
+def check_same_function(folder: Path, first: Checkpoint) -> None:
+    """Raise ConfigError for a model whose numbers, or whose tokens, mean something else than the first one's."""
+    spec, words = first.spec, first.manifest.data.tokenizer
     with open_checkpoint(folder) as other:
         for key, ours in spec.model_dump(exclude={"aux_loss_weight", "z_loss_weight", "max_seq_len", "code"}).items():
             if (theirs := getattr(other.spec, key)) != ours:
-                raise ConfigError(f"{folder}: {key} is {theirs}, {first} has {ours}; they are of different architectures and do not merge")
+                raise ConfigError(
+                    f"{folder}: {key} is {theirs}, {first.folder} has {ours}; they are of different architectures and do not merge"
+                )
+        own = other.manifest.data.tokenizer
+        if words is not None and own is not None and own != words:
+            raise ConfigError(
+                f"{folder}: its tokenizer.json is {own[:12]}, {first.folder} has {words[:12]}: equal numbers would be other words, so they do not merge"
+            )
 
 
-def state_of_same_shape(folder: Path, spec: ModelSpec) -> State:
-    check_same_function(folder, spec, Path("the first model"))
+def state_of_same_shape(folder: Path, first: Checkpoint) -> State:
+    check_same_function(folder, first)
     with open_checkpoint(folder) as other:
         return other.state()

@@ -16,6 +16,7 @@ from decentra.hf.checkpoint import open_checkpoint, save_checkpoint
 from decentra.model.decoder import build_model
 from decentra.workshop import making
 from decentra.workshop.training import Plan, train
+from tests.unit.tokenizer import saved
 
 DATA = DataSpec(seq_len=64, bytes_per_domain=60_000, held_out_bytes=8192)
 DENSE = ModelSpec(
@@ -68,6 +69,21 @@ def test_from_a_dense_model_to_experts_and_back(base: Path, tmp_path: Path) -> N
     assert "max violation" in shown.out
     ran("inspect", moe, "--text", "code", "--text", "prose", "--plot", str(tmp_path / "heat.png"))
     assert (tmp_path / "heat.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_models_of_other_words_do_not_merge(tmp_path: Path) -> None:
+    spec = DENSE.model_copy(update={"vocab_size": 384})
+    for name, num_tokens in (("one", 320), ("other", 330)):
+        folder = tmp_path / name
+        save_checkpoint(folder, Manifest(name=name, model=spec, data=DATA), build_model(spec, 1).state_dict().items(), {})
+        saved(folder / "tokenizer.json", num_tokens)
+        (folder / "decentra.json").unlink()  # a stranger's model, whose tokenizer is the file beside it
+    folders = [str(tmp_path / name) for name in ("out", "one", "other")]
+    for command in (("merge", *folders), ("soup", *folders, "--text", "code")):
+        said = decentra(*command)
+        assert said.code == 2, said.err
+        assert "equal numbers would be other words" in said.err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("method", ["copy", "noise:0.05", "drop:0.5", "btx"])
