@@ -186,7 +186,7 @@ def generate_text(
 
     manifest, model = load_model(path, model_code)
     tokenizer = tokenizer_of(path, manifest)
-    tokens = tensor_of(tokenizer.encode(prompt.encode())).tolist()
+    tokens = tensor_of(tokenizer.encode(prompt.encode(errors="replace"))).tolist()
     new = generate(model, tokens, num_tokens, temperature=temperature, top_k=top_k, seed=seed)
     if tokenizer.digest is None:
         return tokenizer.decode(new)

@@ -14,7 +14,7 @@ import typer
 from decentra.cli.app import JsonOpt, app
 from decentra.errors import ConfigError
 
-SourceArg = Annotated[Path, typer.Argument(help="a checkpoint's folder: of decentra, or a Qwen3 or Qwen3-MoE model", metavar="DIR")]
+SourceArg = Annotated[Path, typer.Argument(help="a checkpoint's folder: of decentra, or of Hugging Face (see import)", metavar="DIR")]
 TargetArg = Annotated[Path, typer.Argument(help="folder to write", metavar="OUT")]
 TextOpt = Annotated[list[str] | None, typer.Option("--text", help="embedded domain (code, prose, headers, math) or NAME=PATH; repeatable")]
 SeedOpt = Annotated[int, typer.Option(min=0)]
@@ -468,6 +468,8 @@ def inspect(
 
     if plot is not None and not text:
         raise ConfigError("inspect --plot shows who serves which text; name texts with --text")
+    if plot is not None and not plot.resolve().parent.is_dir():
+        raise ConfigError(f"--plot: there is no folder {plot.resolve().parent}")
     found = routing.inspect(source, text or ())
     if plot is not None:
         from decentra.status.plot import heat_png

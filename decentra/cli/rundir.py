@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from decentra.config import Manifest, load_toml, manifest_from_bytes, parse_config
-from decentra.data.tokens import TOKENIZER_FILE, FileTokenizer, check_vocabulary, load_tokenizer
+from decentra.data.tokens import BYTES, MAX_BYTE_VOCAB, FileTokenizer, check_vocabulary, load_tokenizer
 from decentra.errors import ConfigError, IntegrityError
 from decentra.hf.checkpoint import Checkpoint, open_checkpoint
 from decentra.hf.convert import parameter_shapes
@@ -139,7 +139,7 @@ def _tokenizer(start: Checkpoint | None, given: Path | None) -> FileTokenizer | 
         return None if given is None else load_tokenizer(given)
     if given is not None:
         raise ConfigError(
-            f"init: {start.folder} brings its own tokenizer; leave --tokenizer out, or put another {TOKENIZER_FILE} into the folder"
+            f"init: {start.folder} brings its own tokenizer; a model is read with the one it was made with: leave --tokenizer out"
         )
     found = start.tokenizer()
     return found if isinstance(found, FileTokenizer) else None
@@ -159,14 +159,16 @@ def _draft(
         raw["model"] = start.spec.model_dump(mode="json")
         raw["data"]["seq_len"] = min(raw["data"]["seq_len"], start.spec.max_seq_len)
         raw["placement"]["experts_per_peer"] = min(raw["placement"]["experts_per_peer"], start.spec.num_experts)
+    if raw["data"]["tokenizer"] is not None or any(setting.strip().startswith("data.tokenizer") for setting in settings):
+        raise ConfigError("init: data.tokenizer is computed; give the file with --tokenizer, or a checkpoint that has one")
     raw["data"]["tokenizer"] = None if tokenizer is None else tokenizer.digest
     if start is None and tokenizer is not None:
         raw["model"]["vocab_size"] = tokenizer.num_tokens
     for setting in settings:
         _set(raw, setting)
     manifest = parse_config(Manifest, raw, "init")
-    if tokenizer is not None:
-        check_vocabulary(tokenizer, manifest.model.vocab_size, "init")
+    if tokenizer is not None or (manifest.model.code == "decoder" and manifest.model.vocab_size > MAX_BYTE_VOCAB):
+        check_vocabulary(tokenizer or BYTES, manifest.model.vocab_size, "init")
     shape = set(parameter_shapes(manifest.model).items())
     if start is not None and shape != set(start.shapes.items()):
         raise ConfigError(f"init: a setting changes the shape of the model in {start.folder}; leave model.* out, or start from nothing")

@@ -80,14 +80,20 @@ def read_texts(paths: Sequence[str | Path], *, text_field: str = "text", min_byt
     if len(text) < min_bytes:
         where = ", ".join(str(p) for p in paths)
         raise DataError(f"{where}: {len(text)} bytes of text in {num_files} files, at least {min_bytes} (one window) are needed; add text")
+    if documents and all(sum(end - start for start, end in d.unlearnt) == len(d.text) for d in documents):
+        where = ", ".join(str(p) for p in paths)
+        raise DataError(f"{where}: nothing in it is to be learnt, there are prompts only; give completions, or messages of an assistant")
     return FileTexts(text, num_files, tuple(skipped), tuple(_spans(documents)))
 
 
 def _spans(documents: Sequence[_Document]) -> Iterator[tuple[int, int]]:
     at = 0
-    for document in documents:
+    for number, document in enumerate(documents, 1):
         yield from ((at + start, at + end) for start, end in document.unlearnt)
-        at += len(document.text) + 1
+        at += len(document.text)
+        if document.unlearnt and number < len(documents):
+            yield at, at + 1  # the newline that joins a lesson to the next one
+        at += 1
 
 
 def _files_of(given: Path) -> Iterator[Path]:

@@ -110,12 +110,16 @@ class FileTokenizer:
         self._foreign.no_padding()
         self._foreign.no_truncation()
         self.data, self.digest = data, digest_of(data)
+        whole, parts = (self._ids(text) for text in (["\nword"], ["\n", "word"]))
+        self._is_cuttable = whole[0] == parts[0] + parts[1]  # not where a mark is put before a text, as Llama's does
 
     @property
     def num_tokens(self) -> int:
         return 1 + max(self._foreign.get_vocab(with_added_tokens=True).values(), default=0)
 
     def encode(self, text: bytes, unlearnt: Spans = ()) -> Tokens:
+        if not self._is_cuttable:
+            return self._whole(text, unlearnt)
         parts: list[np.ndarray] = []
         at = 0
         for start, end in [*unlearnt, (len(text), len(text))]:
@@ -138,8 +142,21 @@ class FileTokenizer:
     def _numbers(self, text: bytes) -> np.ndarray:
         """int32; in pieces that end at lines, so that memory stays a small multiple of the text."""
         pieces = [piece.decode(errors="replace") for piece in _pieces(text)]
-        found = self._foreign.encode_batch(pieces, add_special_tokens=False)
-        return np.concatenate([np.array(one.ids, dtype=np.int32) for one in found] or [np.empty(0, dtype=np.int32)])
+        return np.concatenate([np.array(ids, dtype=np.int32) for ids in self._ids(pieces)] or [np.empty(0, dtype=np.int32)])
+
+    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
+        return [one.ids for one in self._foreign.encode_batch(list(texts), add_special_tokens=False)]
+
+    def _whole(self, text: bytes, unlearnt: Spans) -> np.ndarray:
+        """The same of a text that must not be cut: a token belongs to where it begins."""
+        encoding = self._foreign.encode(text.decode(errors="replace"), add_special_tokens=False)
+        numbers = np.array(encoding.ids, dtype=np.int32)
+        starts = np.array([start for start, _ in encoding.offsets], dtype=np.int64)
+        for start, end in unlearnt:
+            first = len(text[:start].decode(errors="replace"))
+            is_inside = (starts >= first) & (starts < first + len(text[start:end].decode(errors="replace")))
+            numbers[is_inside] = ~numbers[is_inside]
+        return numbers
 
 
 def _pieces(text: bytes) -> list[bytes]:
@@ -162,7 +179,9 @@ def load_tokenizer(path: Path, digest: Digest | None = None) -> FileTokenizer:
             raise ConfigError(f"{path}: {path.stat().st_size} bytes, a tokenizer has at most {MAX_TOKENIZER_BYTES}")
         data = path.read_bytes()
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror}); give a {TOKENIZER_FILE}") from None
+        raise ConfigError(
+            f"{path}: cannot be read ({error.strerror}); the model needs its {TOKENIZER_FILE}; pull or import it again"
+        ) from None
     if digest is not None and digest_of(data) != digest:
         raise IntegrityError(f"{path} has sha256 {digest_of(data)[:12]}, this model was trained with {digest[:12]}; get its own again")
     return FileTokenizer(data, str(path))
@@ -177,5 +196,5 @@ def check_vocabulary(tokenizer: Tokenizer, vocab_size: int, where: str) -> None:
     if tokenizer.digest is None and vocab_size > MAX_BYTE_VOCAB:
         raise ConfigError(
             f"{where}: the model has {vocab_size} tokens and no {TOKENIZER_FILE} is with it; read as bytes, text would mean nothing to it."
-            f" Put its {TOKENIZER_FILE} into the folder"
+            f" Put its {TOKENIZER_FILE} beside the original model and import that again"
         )

@@ -18,8 +18,9 @@ from torch import Tensor
 from decentra.config import DataSpec, Manifest, ModelSpec, manifest_from_bytes
 from decentra.data.tokens import BYTES, TOKENIZER_FILE, Tokenizer, check_vocabulary, load_tokenizer
 from decentra.errors import ConfigError, IntegrityError
-from decentra.hf.convert import config_of, names_of, parameter_shapes, spec_from
+from decentra.hf.convert import layout_of, names_of, parameter_shapes, spec_from
 from decentra.hf.files import CONFIG, ONE, ShardWriter, Weights, read_json, sha256_of
+from decentra.ids import Digest
 from decentra.modules import module_of_parameter
 
 CARD, README = "decentra.json", "README.md"
@@ -73,7 +74,7 @@ class Checkpoint:
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
-    """A folder made by decentra, or a Qwen3 or Qwen3-MoE model of Hugging Face. Raises ConfigError, IntegrityError."""
+    """A folder made by decentra, or a model of Hugging Face of a class that ``convert`` knows. Raises ConfigError, IntegrityError."""
     if not folder.is_dir():
         raise ConfigError(f"{folder} is no folder; give one that 'decentra pull' or 'decentra import' made, or a Hugging Face model's")
     card = read_json(folder / CARD) if (folder / CARD).is_file() else None
@@ -143,6 +144,10 @@ def verify(folder: Path) -> dict[str, str]:
                 f"{path} has sha256 {digest[:12]}, {CARD} says {expected[:12]}: it was changed or damaged; pull the model again"
             )
         found[name] = digest
+    manifest = card.get("manifest")
+    data = manifest.get("data") if isinstance(manifest, dict) else None
+    if isinstance(data, dict) and isinstance(data.get("tokenizer"), str):
+        found[TOKENIZER_FILE] = load_tokenizer(folder / TOKENIZER_FILE, Digest(data["tokenizer"])).digest
     if not found:
         raise ConfigError(f"{folder / CARD} names no file with a hash; it was made by another program")
     with Weights(folder) as weights:
@@ -157,13 +162,15 @@ def save_checkpoint(
     folder: Path, manifest: Manifest, tensors: Iterable[tuple[str, Tensor]], lineage: Mapping[str, Any], *, dtype: torch.dtype = torch.float32,
     tokenizer: Path | None = None, per_module: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
-    """Write a new folder that transformers loads. Returns the card.
+    """Write a new folder; transformers loads it where a stock class computes the same. Returns the card.
 
     Tensors come under our names, in any order, one at a time; with ``per_module`` module by module, and each module (trunk, router, an expert) gets a file of
-    its own, so that one can be fetched, compared or replaced alone. A model of one expert is written as the dense Qwen3 it is. The folder is made under another
+    its own, so that one can be fetched, compared or replaced alone. A model of one expert is written as the dense one it is. The folder is made under another
     name and gets its own when it is whole: what was there before is never touched. Raises ConfigError when there is something.
     """
     check_target(folder)
+    if tokenizer is not None:
+        tokenizer_of(tokenizer, manifest)  # a model goes nowhere without what its text is read with
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as scratch:
         made = Path(scratch) / "made"
@@ -192,7 +199,8 @@ def _write(
     per_module: bool,
 ) -> dict[str, Any]:
     spec = manifest.model
-    names, shapes = names_of(spec, parameter_shapes(spec)), parameter_shapes(spec)
+    shapes = parameter_shapes(spec)
+    config, names = layout_of(spec, shapes)
     writer, left = ShardWriter(folder), set(shapes)
     for name, value in tensors:
         if name not in left or tuple(value.shape) != shapes[name]:
@@ -203,8 +211,7 @@ def _write(
     if left:
         raise ConfigError(f"{len(left)} parameters are missing, {min(left)} for one")
     hashes = writer.finish()
-    config = config_of(spec) | {"dtype": str(dtype).removeprefix("torch.")}
-    (folder / CONFIG).write_text(json.dumps(config, indent=2))
+    (folder / CONFIG).write_text(json.dumps(config | {"dtype": str(dtype).removeprefix("torch.")}, indent=2))
     card = {"format": 1, "manifest": json.loads(manifest.canonical_bytes()), "files": hashes, "lineage": dict(lineage)}
     if set(hashes) == {ONE}:
         card["weights_sha256"] = hashes[ONE]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from typing import Any, Literal
 
 from decentra.config import ModelSpec, parse_config
@@ -52,20 +53,23 @@ def spec_from(config: Mapping[str, Any]) -> ModelSpec:
         if rope.get("rope_type", "default") != "default":
             raise ConfigError(f"config.json: rope_type {rope['rope_type']!r}, this decoder has the default one")
         num_heads = config["num_attention_heads"]
+        kv_heads = config.get("num_key_value_heads") if kind in ("llama", "olmoe") else config["num_key_value_heads"]
+        head_dim = config["head_dim"] if kind.startswith("qwen3") else config.get("head_dim")
         is_moe = kind not in _DENSE
-        longest = config.get("max_position_embeddings", 32768)
-        if kind in ("mistral", "mixtral") and config.get("sliding_window"):
-            longest = min(longest, config["sliding_window"])  # up to the window, attention is over everything
+        longest = config["max_position_embeddings"]
+        window = config.get("sliding_window", 4096 if kind == "mistral" else None)
+        if kind in ("mistral", "mixtral") and window:
+            longest = min(longest, window)  # up to the window, attention is over everything
         raw = {
             "vocab_size": config["vocab_size"], "hidden_size": config["hidden_size"], "num_layers": config["num_hidden_layers"],
-            "num_heads": num_heads, "num_kv_heads": config.get("num_key_value_heads") or num_heads,
-            "head_dim": config.get("head_dim") or config["hidden_size"] // num_heads, "qk_norm": _NORMS[kind],
+            "num_heads": num_heads, "num_kv_heads": kv_heads or num_heads, "head_dim": head_dim or config["hidden_size"] // num_heads,
+            "qk_norm": _NORMS[kind],
             "expert_hidden_size": config["moe_intermediate_size"] if kind == "qwen3_moe" else config["intermediate_size"],
             "num_experts": config.get("num_experts", config.get("num_local_experts")) if is_moe else 1,
             "num_experts_per_token": config["num_experts_per_tok"] if is_moe else 1,
             "norm_topk_prob": kind == "mixtral" or bool(config.get("norm_topk_prob", False)) if is_moe else True,
-            "rope_theta": float(rope.get("rope_theta") or config.get("rope_theta") or 10_000.0),
-            "rms_norm_eps": config.get("rms_norm_eps", 1e-5 if kind == "olmoe" else 1e-6), "max_seq_len": longest,
+            "rope_theta": float(rope.get("rope_theta") or config["rope_theta"]),
+            "rms_norm_eps": config["rms_norm_eps"], "max_seq_len": longest,
             "aux_loss_weight": config.get("router_aux_loss_coef", 0.001) if is_moe else 0.0,
         }  # fmt: skip
     except KeyError as error:
@@ -83,7 +87,8 @@ def stock_class(spec: ModelSpec) -> str:
     if spec.qk_norm == "none":
         if not is_dense and not spec.norm_topk_prob:
             raise ConfigError(
-                "norm_topk_prob = false without a norm on queries and keys: no stock class computes that; Mixtral's weights add up to one"
+                "norm_topk_prob = false without a norm on queries and keys: no stock class computes that, Mixtral's weights add up to one;"
+                " use two experts per token or more"
             )
         return "llama" if is_dense else "mixtral"
     if spec.head_dim * spec.num_heads != spec.hidden_size:
@@ -142,6 +147,14 @@ def config_of(spec: ModelSpec) -> dict[str, Any]:
     if kind == "olmoe":
         return config | {"clip_qkv": None}
     return config | {"moe_intermediate_size": spec.expert_hidden_size, "decoder_sparse_step": 1, "mlp_only_layers": []}
+
+
+def layout_of(spec: ModelSpec, names: Iterable[str]) -> tuple[dict[str, Any], dict[str, str | None]]:
+    """config.json and names in the file; a model that is of no stock class keeps its own, and decentra alone reads it."""
+    if spec.code == "decoder":
+        with suppress(ConfigError):
+            return config_of(spec), names_of(spec, names)
+    return {"model_type": "decentra"}, {name: name for name in names}
 
 
 def parameter_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:

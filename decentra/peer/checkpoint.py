@@ -7,8 +7,7 @@ digests and heights it was assembled from, and the sha256 of the weights.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,13 +16,13 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from decentra.config import Manifest, ModelSpec, manifest_from_bytes
+from decentra.config import Manifest, manifest_from_bytes
 from decentra.data.tokens import TOKENIZER_FILE
 from decentra.delta.anchor import decode_anchor
 from decentra.delta.flat import scatter
 from decentra.errors import ConfigError, IntegrityError
 from decentra.hf.checkpoint import open_checkpoint, verify
-from decentra.hf.convert import config_of, names_of
+from decentra.hf.convert import layout_of
 from decentra.hf.files import read_json
 from decentra.ids import Digest, FragmentId, digest_of
 from decentra.model.custom import layout_for, model_for
@@ -64,7 +63,7 @@ def save_model(path: Path, model: Assembled, extra: Mapping[str, Any] = {}, toke
     if tokenizer is not None:
         write_atomic(disk, TOKENIZER_FILE, tokenizer)
         write_atomic(disk, TOKENIZER_CONFIG, json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}).encode())
-    config, names = _stock(model.manifest.model, model.state)
+    config, names = layout_of(model.manifest.model, model.state)
     state = {theirs: model.state[ours] for ours, theirs in names.items() if theirs is not None}
     weights = safetensors.torch.save(state, metadata={"format": "pt"})
     write_atomic(disk, WEIGHTS, weights)
@@ -75,14 +74,6 @@ def save_model(path: Path, model: Assembled, extra: Mapping[str, Any] = {}, toke
         "heights": model.heights, "weights_sha256": digest_of(weights), "lineage": {"made_by": "swarm", "run": run}, **extra,
     }  # fmt: skip
     write_atomic(disk, CARD, json.dumps(card, indent=1).encode())
-
-
-def _stock(spec: ModelSpec, names: Iterable[str]) -> tuple[dict[str, Any], dict[str, str | None]]:
-    """config.json and names in the file; a model that is of no stock class keeps its own, and decentra alone reads it."""
-    if spec.code == "decoder":
-        with suppress(ConfigError):
-            return config_of(spec), names_of(spec, names)
-    return {"model_type": "decentra"}, {name: name for name in names}
 
 
 def load_model(path: Path, model_code: Path | None = None) -> tuple[Manifest, nn.Module]:

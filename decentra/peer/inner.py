@@ -130,11 +130,14 @@ class InnerLoop:
     # ------------------------------------------------------------ one step
 
     def step(self) -> int:
-        """One inner step; returns the tokens trained, 0 for a step that was skipped because its numbers were not finite."""
+        """One inner step; returns the tokens trained, 0 for a step that was skipped: nothing in it was to be learnt, or its numbers were not finite."""
         train, counters = self._manifest.train, self._counters
         tokens_BT1 = self._next_batch()
         lr = train.lr_at(counters.num_steps, counters.run_tokens)
         counters.num_steps += 1
+        num_tokens = int(num_learnt(tokens_BT1[:, 1:]))
+        if not num_tokens:
+            return 0  # nothing to learn here; the router's own losses alone must not move anything
         self._optimizer.zero_grad()
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.device.type == "cuda"):
             loss = loss_of(self._model, self._manifest.model, self._mine(tokens_BT1))
@@ -154,8 +157,8 @@ class InnerLoop:
         with torch.no_grad():
             for parameter, rows, values in kept:
                 parameter[rows] = values
-        num_tokens = int(num_learnt(tokens_BT1[:, 1:]))
-        self._count(num_tokens, cross_entropy, slots_E)
+        share = num_tokens / tokens_BT1[:, 1:].numel()  # what is only read trains no expert
+        self._count(num_tokens, cross_entropy, [round(share * slots) for slots in slots_E])
         return num_tokens
 
     # What follows is otherwise where several processes train one model (``sharded.py``).

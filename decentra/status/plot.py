@@ -84,7 +84,7 @@ def heat_png(path: Path, share: Mapping[str, Sequence[float]], title: str) -> No
             dark = value > 0.6 * max(map(max, values))
             axes.text(column, row, f"{value:.0%}", ha="center", va="center", color="white" if dark else "black", fontsize=8)
     figure.colorbar(image, label="share of its tokens")
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, format="png")
 
 
 def experts_text(curves: Sequence[Curve], title: str, width: int = 78, height: int = 16) -> str:

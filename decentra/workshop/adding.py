@@ -139,11 +139,12 @@ def forget(source: Path, target: Path, *, experts: Sequence[int], owner: str | N
         else "the model is bitwise the one that never had them"
     )
     original = int(top_k) if is_public and isinstance(top_k, int) and not doubt else None
+    losses_before = _losses_of(source, texts) if texts else None
     result = expert_keep(source, target, left, "forget", original, forgotten=sorted(gone), mode=mode)
     with open_checkpoint(target) as after:
         result |= {"forgotten": sorted(gone), "mode": mode, "why": why, "files_before": before, "files_after": after.hashes}
-    if texts:
-        result |= {"loss_before": _losses_of(source, texts), "loss_after": _losses_of(target, texts)}
+    if losses_before is not None:
+        result |= {"loss_before": losses_before, "loss_after": _losses_of(target, texts)}
     return result
 
 

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from decentra.config import ModelSpec
 from decentra.data.tokens import joined
-from decentra.errors import ConfigError
+from decentra.errors import ConfigError, DecentraError
 from decentra.hf.checkpoint import Checkpoint, check_target, open_checkpoint, save_checkpoint
-from decentra.hf.convert import parameter_shapes
+from decentra.hf.convert import parameter_shapes, stock_class
 from decentra.model.decoder import Decoder
 from decentra.modular import upcycle
 from decentra.modular.parts import State
@@ -32,6 +32,8 @@ def convert(source: Path, target: Path, how: str, dtype: str = "fp32", *, per_mo
     """``import`` and ``export`` are this: read a folder, write one that decentra and transformers both load, tensor by tensor."""
     check_target(target)
     with open_checkpoint(source) as opened:
+        if how == "export":
+            stock_class(opened.spec)  # said before anything is written; other commands keep what decentra alone computes
         manifest = with_spec(opened.manifest, opened.spec)
 
         def tensors() -> Iterator[tuple[str, Tensor]]:
@@ -80,8 +82,11 @@ def grow(
         if 4 * sum(sizes) > FREE_SHARE * free_bytes:
             why = f"two models of {4 * sum(sizes) >> 20} MiB together were not compared: {free_bytes >> 20} MiB of memory are free"
         else:
-            with open_checkpoint(target) as after:
-                gap = _start_gap(model_of(opened.state(), opened.spec), model_of(after.state(), first.spec))
+            try:
+                with open_checkpoint(target) as after:
+                    gap = _start_gap(model_of(opened.state(), opened.spec), model_of(after.state(), first.spec))
+            except (DecentraError, RuntimeError, MemoryError) as error:  # the model is made and whole; only the comparison failed
+                why = f"the models could not be compared: {error}"[:300]
         return {
             "ok": True, "dir": str(target), "before": kind_of(opened.spec), "after": kind_of(first.spec), "is_exact": first.is_exact,
             "start_logit_gap": gap, "why_no_gap": why, "num_parameters": sizes[1],

@@ -111,7 +111,7 @@ def test_lessons_are_read_whole_and_learnt_in_part(tmp_path: Path) -> None:
     for start, end in texts.unlearnt:
         learnt.append(texts.data[at:start])
         at = end
-    assert [part for part in learnt if part] == [b"plain\n", b"2\n", b"hi<|im_end|>"]
+    assert [part for part in learnt if part] == [b"plain\n", b"2", b"hi<|im_end|>"]
     assert at == len(texts.data)
 
 
@@ -121,6 +121,9 @@ def test_lessons_are_read_whole_and_learnt_in_part(tmp_path: Path) -> None:
         ({"prompt": "a"}, r"a\.jsonl:1: expected a string field 'text' \(or 'prompt' and 'completion', or 'messages'\), got: prompt"),
         ({"messages": [{"role": "user"}]}, r"a\.jsonl:1: a message has a text 'role' and a text 'content'"),
         ({"messages": ["hi"]}, "a message has"),
+        ({"messages": []}, "nothing in it is to be learnt|bytes of text"),
+        ({"prompt": "a question", "completion": ""}, "nothing in it is to be learnt"),
+        ({"messages": [{"role": "user", "content": "hi"}]}, "nothing in it is to be learnt"),
     ],
 )
 def test_lessons_with_holes_are_refused(tmp_path: Path, row: object, message: str) -> None:
@@ -141,7 +144,7 @@ def test_a_saved_data_set_is_its_arrow_files(tmp_path: Path) -> None:
     (folder / "dataset_info.json").write_text("{}")
     (tmp_path / "dataset_dict.json").write_text('{"splits": ["train"]}')
     texts = read_texts([tmp_path])
-    assert (texts.data, texts.num_files, texts.unlearnt) == (b"ac\nbd", 1, ((0, 1), (3, 4)))
+    assert (texts.data, texts.num_files, texts.unlearnt) == (b"ac\nbd", 1, ((0, 1), (2, 3), (3, 4)))
     (folder / "data-00000-of-00001.arrow").write_bytes(b"nothing")
     with pytest.raises(DataError, match=r"not a whole \.arrow file"):
         read_texts([tmp_path])

@@ -101,3 +101,20 @@ def test_bytes_and_numbers_make_the_same_windows() -> None:
     numbers = np.frombuffer(TEXT.encode(), dtype=np.uint8).astype(np.int32)
     one, other = WindowSource([TEXT.encode()], 8, 0, "p"), WindowSource([numbers], 8, 0, "p")
     assert torch.equal(one.next_batch(16), other.next_batch(16))
+
+
+def test_a_tokenizer_that_puts_a_mark_before_a_text_reads_it_in_one_piece() -> None:
+    """Llama's and Mistral's do; cut apart, a text would have the mark at every cut."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    foreign = Tokenizer(models.BPE())
+    foreign.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    foreign.decoder = decoders.Metaspace(prepend_scheme="always")
+    foreign.train_from_iterator([TEXT] * 5, trainers.BpeTrainer(vocab_size=200, show_progress=False))
+    tokenizer = FileTokenizer(foreign.to_str().encode())
+    text = TEXT.replace("\u00fc", "u").replace("\u00df", "s").encode()
+    numbers = numbers_of(tokenizer.encode(text, [(0, 10), (20, 30)])).astype(np.int64)
+    assert read(torch.from_numpy(numbers)).tolist() == foreign.encode(text.decode()).ids
+    assert 0 < int((numbers < 0).sum()) < len(numbers)
+    long = text * 1000
+    assert tensor_of(tokenizer.encode(long)).tolist() == foreign.encode(long.decode()).ids

@@ -17,6 +17,7 @@ from decentra.hf.checkpoint import open_checkpoint, save_checkpoint, verify
 from decentra.hf.convert import config_of, parameter_shapes, spec_from
 from decentra.model.decoder import build_model
 from decentra.modules import module_of_parameter
+from decentra.workshop.making import convert
 from tests.unit import tiny
 
 MOE = tiny.SPEC.model_copy(update={"vocab_size": 64})
@@ -151,10 +152,17 @@ def test_a_sliding_window_is_as_far_as_the_model_reads() -> None:
     ("change", "words"),
     [({"qk_norm": "none", "norm_topk_prob": False}, "no stock class"), ({"qk_norm": "all"}, "not the hidden size")],
 )
-def test_what_no_stock_class_computes_is_refused(tmp_path: Path, change: dict[str, object], words: str) -> None:
+def test_what_no_stock_class_computes_is_kept_under_our_names_and_not_exported(
+    tmp_path: Path, change: dict[str, object], words: str
+) -> None:
+    spec = MOE.model_copy(update=change)
+    saved(tmp_path / "ours", spec)
+    with open_checkpoint(tmp_path / "ours") as opened:
+        assert opened.spec == spec
+        assert all(torch.equal(value, opened(name)) for name, value in build_model(spec, 3).state_dict().items())
     with pytest.raises(ConfigError, match=words):
-        saved(tmp_path / "out", MOE.model_copy(update=change))
-    assert not list(tmp_path.iterdir())
+        convert(tmp_path / "ours", tmp_path / "out", "export")
+    assert not (tmp_path / "out").exists()
 
 
 def test_every_damage_is_named(tmp_path: Path) -> None:
