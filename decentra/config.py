@@ -230,13 +230,20 @@ class PlacementSpec(_Frozen):
         description="an expert without a present holder for this long is given to whoever trains fewest, beyond experts_per_peer",
     )
     adopt_rounds: int | None = Field(
-        None, ge=1, description="or, where that comes first, once so many rounds of the trunk were confirmed since its last holder went"
+        None,
+        ge=1,
+        description="or, where that comes first, once so many rounds of the trunk were confirmed since its last holder went; counted anew"
+        " when the service starts again, and only of experts that somebody held",
     )
     affinity: float = Field(
         0.0, ge=0, le=100, description="while training, a token's choice of experts adds this to the logits of those its peer trains"
     )
     data_affinity: int = Field(
-        1, ge=1, le=16, description="of so many windows of common text a peer trains on the one that the router sends to its experts most"
+        1,
+        ge=1,
+        le=16,
+        description="of so many windows of common text a peer trains on the one that the router sends to its experts most; of one window in a"
+        " peer of several processes and in a run with its own model code",
     )
     mode: Literal["mirror", "held"] = Field(
         "mirror",

@@ -17,6 +17,7 @@ from decentra.errors import DataError
 JSONL_SUFFIXES = (".jsonl", ".ndjson")
 PARQUET_SUFFIX, ARROW_SUFFIX = ".parquet", ".arrow"  # the second: of a data set that the datasets library saved
 MESSAGES, PROMPT, COMPLETION = "messages", "prompt", "completion"
+_ARROW_FILE = b"ARROW1"  # how Arrow's file format begins
 _ROWS_AT_ONCE = 4096
 # share of undecodable characters above which a file is not text; old 8-bit European text stays below it
 MAX_UNDECODABLE_SHARE = 0.1
@@ -53,7 +54,7 @@ def read_texts(paths: Sequence[str | Path], *, text_field: str = "text", min_byt
     A ``.jsonl`` or ``.ndjson`` file has one JSON object per line; ``.parquet`` and ``.arrow`` files (a folder of ``datasets``' save_to_disk) have columns, and
     need pyarrow, the ``data`` extra; every other file is text as it is. A row has its text as ``text_field``, or ``prompt`` and ``completion``, or
     ``messages`` with a role and a content each, which become ChatML (``<|im_start|>role``, the content, ``<|im_end|>``); of these, completions and what
-    the assistant says are learnt.
+    the assistant says are learnt. A row with null in its fields is left out, and so is a message with null as its content (the call of a tool).
     Raises DataError: a path that is missing or cannot be read, a given file that is empty or binary, a JSONL line that is not as
     described (named by file and line), less than ``min_bytes`` of text in all.
     """
@@ -146,7 +147,15 @@ def _jsonl_documents(path: Path, data: bytes, text_field: str) -> Iterable[_Docu
             row = json.loads(line)
         except (ValueError, RecursionError):
             raise DataError(f"{path}:{number}: expected one JSON object per line, got {line[:60]!r}") from None
-        yield _row_document(row, f"{path}:{number}", text_field)
+        if not _is_empty(row, text_field):
+            yield _row_document(row, f"{path}:{number}", text_field)
+
+
+def _is_empty(row: Any, text_field: str) -> bool:
+    """True for a row that has the right fields and nothing (null) in them."""
+    forms = [[text_field], [PROMPT, COMPLETION], [MESSAGES]]
+    known = [[row[name] for name in form] for form in forms if isinstance(row, dict) and all(name in row for name in form)]
+    return bool(known) and all(None in form for form in known)
 
 
 def _row_document(row: Any, where: str, text_field: str) -> _Document:
@@ -160,6 +169,8 @@ def _row_document(row: Any, where: str, text_field: str) -> _Document:
     elif isinstance(row, dict) and isinstance(row.get(MESSAGES), list):
         for message in row[MESSAGES]:
             role, content = (message.get("role"), message.get("content")) if isinstance(message, dict) else (None, None)
+            if isinstance(role, str) and content is None and "content" in message:
+                continue  # a call of a tool, of which there is no text
             if not isinstance(role, str) or not isinstance(content, str):
                 raise DataError(f"{where}: a message has a text 'role' and a text 'content', got {str(message)[:80]}")
             document.add(f"<|im_start|>{role}\n", is_learnt=False)
@@ -175,7 +186,7 @@ def _row_document(row: Any, where: str, text_field: str) -> _Document:
 
 
 def _column_rows(path: Path, text_field: str) -> Iterator[dict[str, Any]]:
-    """Rows of a Parquet or Arrow file, of the columns that are read; rows with nothing in one of them are left out. Raises DataError."""
+    """Rows of a Parquet or Arrow file, of the columns that are read; rows with nothing in them are left out. Raises DataError."""
     try:
         from pyarrow import ArrowException, ipc
         from pyarrow.parquet import ParquetFile
@@ -187,19 +198,23 @@ def _column_rows(path: Path, text_field: str) -> Iterator[dict[str, Any]]:
             with ParquetFile(path) as file:
                 yield from file.iter_batches(_ROWS_AT_ONCE, columns=_columns(path, file.schema_arrow.names, text_field))
         else:
-            with path.open("rb") as raw, ipc.open_stream(raw) as stream:
-                columns = _columns(path, stream.schema.names, text_field)
-                yield from (batch.select(columns) for batch in stream)
+            with path.open("rb") as raw:
+                is_file = raw.read(len(_ARROW_FILE)) == _ARROW_FILE  # else a stream, as the datasets library writes it
+                raw.seek(0)
+                with ipc.open_file(raw) if is_file else ipc.open_stream(raw) as reader:
+                    columns = _columns(path, reader.schema.names, text_field)
+                    found = (reader.get_batch(n) for n in range(reader.num_record_batches)) if is_file else reader
+                    yield from (batch.select(columns) for batch in found)
 
     try:
         for batch in batches():
-            yield from (row for row in batch.to_pylist() if all(value is not None for value in row.values()))
+            yield from (row for row in batch.to_pylist() if not _is_empty(row, text_field))
     except (ArrowException, OSError) as error:
         raise DataError(f"{path}: not a whole {path.suffix} file ({str(error)[:120]}); fetch it again") from None
 
 
 def _columns(path: Path, names: Sequence[str], text_field: str) -> list[str]:
-    found = [text_field] if text_field in names else [name for name in (PROMPT, COMPLETION, MESSAGES) if name in names]
+    found = [name for name in dict.fromkeys((text_field, PROMPT, COMPLETION, MESSAGES)) if name in names]
     if not found:
         raise DataError(f"{path}: expected a column '{text_field}', got: {', '.join(names[:10])}; name the right one as text_field")
     return found

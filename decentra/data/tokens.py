@@ -134,9 +134,11 @@ class FileTokenizer:
     def spread(self, text: bytes, values: Sequence[int]) -> list[int]:
         characters = text.decode(errors="replace")
         encoding = self._foreign.encode(characters, add_special_tokens=False)
-        of_character = [values[0] if len(values) else 0] * len(characters)
+        of_character, at, last = [], 0, values[0] if len(values) else 0
         for value, (start, end) in zip(values, encoding.offsets, strict=False):  # the text may have been cut
-            of_character[start:end] = [value] * (end - start)
+            of_character += [last] * (start - at) + [value] * (end - max(start, at))  # what no token covers goes with the one before
+            at, last = max(at, end), value
+        of_character += [last] * (len(characters) - at)
         return [value for value, one in zip(of_character, characters, strict=True) for _ in one.encode()]
 
     def _numbers(self, text: bytes) -> np.ndarray:

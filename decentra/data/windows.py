@@ -134,6 +134,10 @@ def source_for(manifest: Manifest, config: PeerConfig, peer_id: PeerId, tokenize
     fraction = spec.shared_fraction if config.shared_fraction is None else config.shared_fraction
     encoded = {text: tokenizer.encode(text) for text in common}
     texts = [encoded[text] if text in encoded else tokenizer.encode(text, unlearnt) for text, unlearnt in own]
+    if config.data and (longest := max(map(len, texts))) <= spec.seq_len:
+        raise DataError(
+            f"{', '.join(config.data)}: {longest} tokens of text, at least {spec.seq_len + 1} (one window) are needed; add text"
+        )
     return WindowSource(texts, spec.seq_len, manifest.seed, peer_id, list(encoded.values()), fraction if common else 0.0)
 
 

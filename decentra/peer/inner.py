@@ -144,7 +144,7 @@ class InnerLoop:
         total, cross_entropy, slots_E = self._told(loss)
         is_good = math.isfinite(total)
         if is_good:
-            loss.total.backward()  # type: ignore[no-untyped-call]
+            self._to_lower(loss).backward()  # type: ignore[no-untyped-call]
             self._forget_absent_rows()
             is_good = math.isfinite(self._clip(train.grad_clip))
         if not is_good:
@@ -170,6 +170,10 @@ class InnerLoop:
     def _mine(self, tokens_BT1: Tensor) -> Tensor:
         """The rows that this process trains on."""
         return tokens_BT1
+
+    def _to_lower(self, loss: LossOutput) -> Tensor:
+        """What this process's gradient is of."""
+        return loss.total
 
     def _told(self, loss: LossOutput) -> tuple[float, float, list[int]]:
         """Total loss, cross entropy and tokens per expert of the whole batch."""

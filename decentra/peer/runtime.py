@@ -232,6 +232,8 @@ class PeerRuntime:
             on_run_tokens=self.trainer.set_run_tokens if self.trainer is not None and self.manifest.train.schedule != "constant" else None,
         )  # fmt: skip
         self._resume_if_whole()
+        if self.trainer is not None and self.trainer.is_finished:
+            self._on_step()  # an earlier process did all its steps; no other one will come and say so
         if self._why_left is not None:
             return self._why_left
         chores = [asyncio.create_task(c) for c in (self._checkpoints(), self._announcements())]

@@ -29,7 +29,7 @@ from decentra.data.windows import WindowSource
 from decentra.errors import ConfigError, IntegrityError, Unreachable
 from decentra.ids import FragmentId
 from decentra.model.moe import MoE
-from decentra.model.output import LossOutput
+from decentra.model.output import LossOutput, num_learnt
 from decentra.modules import Layout
 from decentra.peer.adamw import AdamW
 from decentra.peer.inner import InnerLoop, Snapshot
@@ -118,6 +118,7 @@ class ShardedInner(InnerLoop):
         self.ranks = ranks
         self._locals: dict[str, nn.Parameter] = {}
         self._heard: Tensor | None = None  # the batch that rank 0 sent
+        self._share = 1.0  # of the batch's learnt tokens that are in this rank's rows, over 1 / size
         for module in model.modules():
             if isinstance(module, MoE):
                 module.gives_zeros = True
@@ -141,10 +142,16 @@ class ShardedInner(InnerLoop):
         return self._heard.to(self.device)
 
     def _mine(self, tokens_BT1: Tensor) -> Tensor:
-        return tokens_BT1.chunk(self.ranks.size)[self.ranks.rank]
+        mine = tokens_BT1.chunk(self.ranks.size)[self.ranks.rank]
+        self._share = self.ranks.size * int(num_learnt(mine[:, 1:])) / max(1, int(num_learnt(tokens_BT1[:, 1:])))
+        return mine
+
+    def _to_lower(self, loss: LossOutput) -> Tensor:
+        return loss.total + (self._share - 1.0) * loss.cross_entropy  # FSDP takes the mean over ranks, the loss is one over tokens learnt
 
     def _told(self, loss: LossOutput) -> tuple[float, float, list[int]]:
-        mine = [loss.total.item(), loss.cross_entropy.item(), *map(float, loss.tokens_per_expert_E.tolist())]
+        cross_entropy = self._share * loss.cross_entropy.item()
+        mine = [self._to_lower(loss).item(), cross_entropy, *map(float, loss.tokens_per_expert_E.tolist())]
         total, cross_entropy, *slots_E = self.ranks.sum(mine)
         return total / self.ranks.size, cross_entropy / self.ranks.size, [int(s) for s in slots_E]
 

@@ -10,11 +10,12 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from decentra.config import DataSpec, Manifest, ModelSpec, PeerConfig, TrainSpec
-from decentra.data.windows import source_for
+from decentra.data.windows import WindowSource, source_for
 from decentra.delta.flat import gather
 from decentra.ids import FragmentId, PeerId
 from decentra.model.custom import layout_for
@@ -35,6 +36,19 @@ LAYOUT = layout_for(MANIFEST)
 TRAINED = frozenset(FragmentId(f) for f in ("trunk/0", "router/0", "expert.0/0", "expert.2/0"))
 MORE = TRAINED | {FragmentId("expert.1/0")}
 NUM_STEPS = 4
+
+
+def as_lessons(source: WindowSource) -> WindowSource:
+    """The same windows, of which the first rows are learnt to a small part and the others whole: the ranks do not learn equally much."""
+    whole = source.next_batch
+
+    def next_batch(batch_size: int, *choice: Any) -> torch.Tensor:
+        tokens_BT1 = whole(batch_size, *choice)
+        is_read = torch.arange(tokens_BT1.shape[1]) < torch.tensor([20, 15, 0, 0])[:, None]
+        return torch.where(is_read, ~tokens_BT1, tokens_BT1)
+
+    source.next_batch = next_batch  # type: ignore[method-assign]
+    return source
 
 
 def drive(inner: InnerLoop) -> tuple[dict[str, object], bytes]:
@@ -82,7 +96,7 @@ def main(folder: Path) -> None:
     parts: list[dict[str, object]] = []
     records = b""
     for kind in ("one", "two"):
-        source, model = source_for(MANIFEST, config, PeerId("p")), build_model(MANIFEST.model, MANIFEST.seed)
+        source, model = as_lessons(source_for(MANIFEST, config, PeerId("p"))), build_model(MANIFEST.model, MANIFEST.seed)
         start = {f.id: gather(dict(model.named_parameters()), f).tolist() for f in LAYOUT.fragments}
         if kind == "one":
             inner: InnerLoop = InnerLoop(MANIFEST, LAYOUT, model, source, torch.device("cpu"), TRAINED)

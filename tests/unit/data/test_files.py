@@ -56,7 +56,7 @@ def test_binary_files_in_a_folder_are_passed_over_and_named(tmp_path: Path) -> N
         ("bad.jsonl", b'{"text": "ok"}\n{"text": ', r"bad\.jsonl:2: expected one JSON object"),
         ("list.jsonl", b'["text"]', r"list\.jsonl:1: expected a string field 'text' .*, got: list"),
         ("field.jsonl", b'{"text": "ok"}\n\n{"body": "x", "id": 3}', r"field\.jsonl:3: .*'text' .*, got: body, id"),
-        ("null.jsonl", b'{"text": null}', r"null\.jsonl:1"),
+        ("null.jsonl", b'{"text": null}', r"null\.jsonl: 0 bytes of text"),
         ("deep.jsonl", b"[" * 100_000, r"deep\.jsonl:1"),
     ],
 )
@@ -130,6 +130,34 @@ def test_lessons_with_holes_are_refused(tmp_path: Path, row: object, message: st
     (tmp_path / "a.jsonl").write_text(json.dumps(row))
     with pytest.raises(DataError, match=message):
         read_texts([tmp_path])
+
+
+def test_rows_with_nothing_in_them_are_left_out(tmp_path: Path) -> None:
+    rows = [
+        {"text": None, "n": 1},
+        {"text": "one", "messages": None},
+        {"text": None, "prompt": "a", "completion": "b"},
+        {"prompt": "a", "completion": None},
+        {"messages": [{"role": "assistant", "content": None, "tool_calls": []}, {"role": "assistant", "content": "c"}]},
+    ]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    assert read_texts([tmp_path]).data == b"one\nab\n<|im_start|>assistant\nc<|im_end|>\n"
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_columns_of_several_forms(tmp_path: Path, kind: str) -> None:
+    """Rows of one file may be texts and lessons; Arrow's file format is read beside its streams."""
+    pyarrow = pytest.importorskip("pyarrow", reason="the data extra is not installed")
+    from pyarrow import parquet
+
+    table = pyarrow.table({"text": ["one", None, None], "prompt": [None, "a", None], "completion": [None, "b", None]})
+    if kind == "parquet":
+        parquet.write_table(table, tmp_path / "a.parquet")
+    else:
+        with pyarrow.OSFile(str(tmp_path / "a.arrow"), "wb") as file, pyarrow.ipc.new_file(file, table.schema) as writer:
+            writer.write_table(table)
+    texts = read_texts([tmp_path])
+    assert (texts.data, texts.unlearnt) == (b"one\nab", ((4, 5),))
 
 
 def test_a_saved_data_set_is_its_arrow_files(tmp_path: Path) -> None:

@@ -101,3 +101,35 @@ def test_a_model_of_ones_own_is_held_whole() -> None:
     inner._model = torch.nn.Linear(2, 2)
     with pytest.raises(ConfigError, match="join with --mode mirror"):
         inner.hold([1])
+
+
+class Windows:
+    """Batches as they are given, one after the other."""
+
+    def __init__(self, *batches: torch.Tensor) -> None:
+        self.batches = list(batches)
+
+    def next_batch(self, batch_size: int, *_: object) -> torch.Tensor:
+        return self.batches.pop(0)
+
+    def cursor(self) -> bytes:
+        return b""
+
+
+def test_what_is_only_read_moves_nothing_and_counts_for_nobody() -> None:
+    """A batch of prompts alone would move the router by its own losses; and an expert is credited with what it learnt, not with what it read."""
+    shape = (MANIFEST.train.batch_size, MANIFEST.data.seq_len + 1)
+    text = torch.randint(0, 200, shape, generator=torch.Generator().manual_seed(0))
+    half = torch.where(torch.arange(shape[1]) <= shape[1] // 2, ~text, text)
+    inner = loop_of((0, 1, 2, 3))
+    inner._source = Windows(~text, half, text)  # type: ignore[assignment]
+    before = {f.id: inner.snapshot(f.id).live_N for f in LAYOUT.fragments}
+    assert inner.step() == 0
+    assert inner.num_skipped_steps == 0, "nothing is wrong with it"
+    assert all(torch.equal(inner.snapshot(name).live_N, values_N) for name, values_N in before.items())
+    assert not inner.totals(1.0).expert_tokens
+    num_learnt = inner.step()
+    assert 0 < num_learnt < text[:, 1:].numel()
+    slots = sum(inner.totals(1.0).expert_tokens.values())
+    assert abs(slots - MANIFEST.model.num_experts_per_token * num_learnt) <= 4, "rounded for each expert"
+    assert inner.step() == text[:, 1:].numel()
