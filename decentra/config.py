@@ -245,6 +245,9 @@ class PlacementSpec(_Frozen):
         description="of so many windows of common text a peer trains on the one that the router sends to its experts most; of one window in a"
         " peer of several processes and in a run with its own model code",
     )
+    frozen_experts: tuple[int, ...] = Field(
+        (), description="experts that nobody trains and that stay as the run began; their router rows learn on"
+    )
     mode: Literal["mirror", "held"] = Field(
         "mirror",
         description="mirror: every member has all experts in memory; held: only those it trains, unless it joins with --mode mirror",
@@ -289,6 +292,8 @@ class Manifest(_Frozen):
     def _check(self) -> Manifest:
         if self.data.seq_len > self.model.max_seq_len:
             raise ValueError(f"data.seq_len {self.data.seq_len} is more than model.max_seq_len {self.model.max_seq_len}")
+        if outside := [e for e in self.placement.frozen_experts if not 0 <= e < self.model.num_experts]:
+            raise ValueError(f"placement.frozen_experts names expert {outside[0]}; the model has experts 0 to {self.model.num_experts - 1}")
         is_trimmed = any(outer is not None and outer.merge == "trimmed" for outer in (self.outer, self.outer_experts))
         if is_trimmed and (sparse := [c for c in (self.codec.name, self.codec.sparsest) if c is not None and c.startswith("topk")]):
             raise ValueError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol, TypeVar
 
-from decentra.ids import FragmentId, PeerId
+from decentra.ids import FragmentId, PeerId, RunId
 from decentra.protocol.messages import FragmentView, Hello, MemberMessage, Outcome, Role, ServiceMessage, SwarmView
 
 
@@ -55,5 +55,9 @@ class ServiceDoor(Protocol[OutboxT_contra]):
         ...
 
     async def command(self, kind: str, argument: str) -> str:
-        """Carry out an order of the organiser (``stop``, ``revoke``) and say what was done. Raises Refused."""
+        """Carry out an order of the organiser (``stop``, ``pass-on``, ``revoke``) and say what was done. Raises Refused."""
+        ...
+
+    async def succeed(self, run: RunId, successor: str) -> str:
+        """The run is over and goes on as another one. Raises Refused while it is not over."""
         ...

@@ -6,7 +6,7 @@ import asyncio
 import time
 import traceback
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Generic
 
 import grpc
@@ -163,6 +163,10 @@ class AveragingServer(Generic[OutboxT]):
         self._remember(data, command.expires_at_s, now_s)
         if command.kind == "revoke":
             self.identity.chain.revoke(command.argument)
+        if command.kind == "succeed":
+            answer = await self.door.succeed(self.identity.chain.check_successor(command.argument).run_id, command.argument)
+            self._events.emit("command", kind=command.kind, answer=answer, run=self.identity.run)  # its argument lets in who reads it
+            return pb.CommandReply(answer=answer)
         answer = await self.door.command(command.kind, command.argument)
         self._events.emit("command", kind=command.kind, argument=command.argument, answer=answer, run=self.identity.run)
         return pb.CommandReply(answer=answer[: limits.MAX_WHY_CHARS])
@@ -185,9 +189,11 @@ class AveragingServer(Generic[OutboxT]):
             seq += len(page)
 
     async def _read_status(self, _data: bytes, metadata: Metadata, context: Any) -> None:
-        self._check_reader(metadata)
+        is_member = self._check_reader(metadata)
         swarm, fragments = self.door.status()
-        await context.write(service_frame(swarm))
+        await context.write(
+            service_frame(swarm if is_member else replace(swarm, successor=""))
+        )  # the way to the next run lets its bearer in
         for view in fragments:
             await context.write(service_frame(view))
 
@@ -250,16 +256,17 @@ class AveragingServer(Generic[OutboxT]):
     def _is_open(self) -> bool:
         return self.identity.manifest.admission.mode == "open"
 
-    def _check_reader(self, metadata: Metadata) -> None:
-        """A member's credentials or an invite's token open the reading doors; a run with open admission has none."""
+    def _check_reader(self, metadata: Metadata) -> bool:
+        """A member's credentials or an invite's token open the reading doors; a run with open admission has none. True for a trainer's or keeper's."""
+        credentials = rpc.papers_of(metadata, rpc.CREDENTIALS_KEY)
+        if credentials and not self._is_open:
+            return self.identity.chain.check_bearer(credentials, self._wall()).role is not Role.WATCHER
         if self._is_open:
-            return
-        if credentials := rpc.papers_of(metadata, rpc.CREDENTIALS_KEY):
-            self.identity.chain.check_bearer(credentials, self._wall())
-        elif token := rpc.papers_of(metadata, rpc.TOKEN_KEY):
+            return True
+        if token := rpc.papers_of(metadata, rpc.TOKEN_KEY):
             self.identity.chain.check_token(token, self._wall())
-        else:
-            raise Refused("this run is by invitation: show an admission or an invite's token")
+            return False
+        raise Refused("this run is by invitation: show an admission or an invite's token")
 
     def _open_fresh(self, data: bytes, kind: str, now_s: float) -> Opened:
         try:

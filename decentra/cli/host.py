@@ -15,6 +15,7 @@ from decentra.averaging.server import AveragingServer, ServiceIdentity
 from decentra.averaging.tls import load_or_create_tls
 from decentra.cli.rundir import DAY_S, RunDir
 from decentra.cli.running import StopRequest, locked_dir, watch_loop
+from decentra.cli.succession import tell_members
 from decentra.cli.wiring import Door, gossip, member_runtime, new_nonce
 from decentra.config import Manifest, PeerConfig, differing_keys, load_toml, manifest_from_bytes
 from decentra.errors import ConfigError, DecentraError, InviteError, ManifestMismatch, Refused
@@ -175,7 +176,9 @@ async def run_host(
             invite = _invite(run, uses, days, bootstrap, services) if run.has_run_key() else None
             if callable(on_ready):
                 on_ready(invite, (bootstrap,), services)
-            chores = (watch_loop(events), _beacon(node, service, services, events), _advertise_result(exchange, service))
+            chores = [watch_loop(events), _beacon(node, service, services, events), _advertise_result(exchange, service)]
+            if invite is not None:
+                chores.append(tell_members(run, invite, events))
             tasks = [asyncio.create_task(chore) for chore in chores]
             for task in tasks:
                 stack.push_async_callback(_end, task)

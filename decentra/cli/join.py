@@ -17,6 +17,7 @@ from decentra.cli.console import LogEvents
 from decentra.cli.permit import POLL_S, Permit
 from decentra.cli.rundir import read_genesis
 from decentra.cli.running import StopRequest, locked_dir, watch_loop
+from decentra.cli.succession import expect_successor, onward, successor_of
 from decentra.cli.tokenizers import tokenizer_for
 from decentra.cli.wiring import (
     check_fit,
@@ -54,10 +55,57 @@ async def run_member(
     genesis: Path | None = None,
     make_inner: MakeInner | None = None,
 ) -> dict[str, Any]:
-    """Take part until the run is over, Ctrl-C, or the configured number of steps; returns what was contributed."""
+    """Take part until the run is over, Ctrl-C, or the configured number of steps, and in the runs that it goes on as.
+
+    Returns what was contributed to the last of them, and which runs there were.
+    """
     check_local(config)
-    root: Path = state_dir(invite.run_id, config)
-    events: Events = LogEvents(run=invite.run_id[:8], peer=config.name)
+    runs, base = [invite.run_id], config.dir
+    while True:
+        root, events = state_dir(invite.run_id, config), LogEvents(run=invite.run_id[:8], peer=config.name)
+        try:
+            result = await _run_member(invite, config, root, stop, events, patience_s, genesis, make_inner)
+        except Refused as error:
+            if not _is_over(error) or (way := await _way_on(invite, root, stop, events)) is None:
+                raise
+            result = {"ok": True, "why": str(error)}
+        else:
+            way = await _way_on(invite, root, stop, events) if result.pop("is_over", False) else None
+        further = None if way is None or way.run_id in runs else onward(way, config, root, base)
+        if further is None:
+            return result | ({"runs": runs} if len(runs) > 1 else {})
+        events.emit("onward", run=further.invite.run_id, why="the run goes on as another one; this peer follows")
+        invite, config, genesis = further.invite, further.config, None
+        runs.append(invite.run_id)
+
+
+def _is_over(error: Refused) -> bool:
+    return "run is over" in str(error)
+
+
+async def _way_on(invite: Invite, root: Path, stop: StopRequest, events: Events) -> Invite | None:
+    """Where a run that is over goes on; None: nowhere, or Ctrl-C came first."""
+    asking, stopped = asyncio.create_task(successor_of(invite, root, events)), asyncio.create_task(stop.event.wait())
+    try:
+        await asyncio.wait([asking, stopped], return_when=asyncio.FIRST_COMPLETED)
+        return asking.result() if asking.done() else None
+    finally:
+        for task in (asking, stopped):
+            task.cancel()
+        await asyncio.gather(asking, stopped, return_exceptions=True)
+
+
+async def _run_member(
+    invite: Invite,
+    config: PeerConfig,
+    root: Path,
+    stop: StopRequest,
+    events: Events,
+    patience_s: float,
+    genesis: Path | None,
+    make_inner: MakeInner | None,
+) -> dict[str, Any]:
+    """In one run. ``is_over`` in what it returns: it saw the run's end."""
     permit = Permit(config, root)
     tx_bytes = rx_bytes = 0
     with locked_dir(root):
@@ -73,9 +121,9 @@ async def run_member(
                 first_anchors = None if "peer" in result else genesis
                 stay = await _one_stay(invite, config, root, permit, stop, events, patience_s, first_anchors, make_inner)
             except Refused as error:
-                if "peer" not in result or "run is over" not in str(error):
+                if "peer" not in result or not _is_over(error):
                     raise
-                result["why"] = str(error)  # it ended while this peer was paused
+                result |= {"why": str(error), "is_over": True}  # it ended while this peer was paused
                 break
             except NoRoomNow as error:
                 if "peer" not in result:
@@ -153,7 +201,10 @@ async def _one_stay(
             if runtime.saw_the_end:
                 assert runtime.loop is not None
                 assert runtime.loop.machine.swarm is not None
-                why = runtime.loop.machine.swarm.why  # also when its owner said pause at the same moment
+                swarm, num_steps = runtime.loop.machine.swarm, runtime.counters().num_steps
+                why = swarm.why  # also when its owner said pause at the same moment
+                if swarm.awaits_successor:
+                    expect_successor(root, num_steps)
                 with suppress(OSError):  # a full disk: the next start asks the service instead
                     write_atomic(RealDisk(root), OVER_FILE, why.encode())
         finally:
@@ -165,7 +216,7 @@ async def _one_stay(
         events.emit("leaving", why=why)
         failed = why.startswith("failed: ")
         return {
-            "ok": not failed, "why": why, "exit_code": int(ExitCode.FAILED if failed else ExitCode.OK), "run": invite.run_id,
+            "ok": not failed, "is_over": runtime.saw_the_end, "why": why, "exit_code": int(ExitCode.FAILED if failed else ExitCode.OK), "run": invite.run_id,
             "peer": door.key.peer_id, "name": config.name, "num_steps": counters.num_steps, "num_tokens": counters.num_tokens,
             "tx_bytes": counters.tx_bytes, "rx_bytes": counters.rx_bytes, "loss": counters.loss, "seconds": round(time.monotonic() - began, 1),
             "skipped_rounds": counters.skipped_rounds, "experts": sorted(e for e, _ in counters.expert_tokens),

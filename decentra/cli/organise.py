@@ -24,6 +24,12 @@ def init(
     tokenizer: Annotated[
         Path | None, typer.Option(help="a tokenizer.json for a model from nothing; default: the checkpoint's, else bytes are tokens")
     ] = None,
+    after: Annotated[
+        Path | None,
+        typer.Option(
+            help="directory of the run that this one continues: its rules, and its members come over; with --model, its changed model"
+        ),
+    ] = None,
     as_json: JsonOpt = False,
 ) -> None:
     """Make a run: run.toml, run.key (keep it safe), manifest.json and the first anchors."""
@@ -35,7 +41,7 @@ def init(
         from decentra.model.custom import model_code_digest
 
         values.append(f'model.code="{model_code_digest(model_code)}"')
-    run, manifest = create(run_dir, source, values, model_code, model, tokenizer)
+    run, manifest = create(run_dir, source, values, model_code, model, tokenizer, after)
     num_bytes = sum(p.stat().st_size for p in run.genesis.iterdir())
     if as_json:
         print_json(
@@ -217,8 +223,14 @@ def revoke(
 def stop(
     run_dir: RunDirArg,
     why: Annotated[str, typer.Option(help="told to every peer")] = "the organiser ended the run",
+    pass_on: Annotated[
+        bool,
+        typer.Option(
+            "--pass-on", help="it goes on as another run ('decentra init NEW --after RUN_DIR'): peers wait for that one and follow"
+        ),
+    ] = False,
     service: Annotated[list[str] | None, typer.Option()] = None,
     as_json: JsonOpt = False,
 ) -> None:
     """End the run: open rounds finish, then peers drain and leave."""
-    _command(run_dir, "stop", why, service, as_json)
+    _command(run_dir, "pass-on" if pass_on else "stop", why, service, as_json)

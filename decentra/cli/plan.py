@@ -96,7 +96,7 @@ def _experts(config: PeerConfig, manifest: Manifest, swarm: SwarmView, peer: Pee
         return tuple(sorted(config.experts))
     wanted = manifest.placement.experts_per_peer if config.num_experts is None else config.num_experts
     present = {m.peer: m.experts for m in swarm.members if m.is_live and m.role is Role.TRAINER}
-    return place(peer, min(wanted, most), manifest.model.num_experts, present)
+    return place(peer, min(wanted, most), manifest.model.num_experts, present, manifest.placement.frozen_experts)
 
 
 def _step_s(manifest: Manifest, layout: Layout, config: PeerConfig, key: Keypair, held: tuple[int, ...]) -> float:

@@ -21,6 +21,7 @@ from decentra.invite import Invite
 from decentra.peer.disk import RealDisk, write_atomic
 
 DAY_S = 86_400
+AFTER_FILE = "after.json"  # where the run before this one lies
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,18 @@ class RunDir:
 
     def has_run_key(self) -> bool:
         return self.run_key_file.exists()
+
+    def before(self) -> RunDir | None:
+        """The run that this one continues. Raises ConfigError for a damaged note."""
+        data = RealDisk(self.root).read(AFTER_FILE)
+        if data is None:
+            return None
+        try:
+            return RunDir(Path(str(json.loads(data)["run_dir"])))
+        except (ValueError, KeyError, TypeError):
+            raise ConfigError(
+                f'{self.root / AFTER_FILE} is damaged; put {{"run_dir": PATH}} with the path of the run before into it'
+            ) from None
 
     def genesis_blobs(self, manifest: Manifest) -> dict[Digest, bytes]:
         """The first anchors and the tokenizer, verified. Raises IntegrityError."""
@@ -105,23 +118,34 @@ def read_genesis(folder: Path, manifest: Manifest) -> dict[Digest, bytes]:
 
 
 def create(
-    root: Path, source: Path | None, settings: Sequence[str], model_code: Path | None = None, model: Path | None = None, tokenizer: Path | None = None
+    root: Path, source: Path | None, settings: Sequence[str], model_code: Path | None = None, model: Path | None = None, tokenizer: Path | None = None,
+    after: Path | None = None,
 ) -> tuple[RunDir, Manifest]:  # fmt: skip
     """``decentra init``: freeze the manifest, make the run key and the genesis anchors. Raises ConfigError; never overwrites a run.
 
     ``model``: a checkpoint's folder, whose shape, weights and tokenizer the run starts from. ``tokenizer``: a ``tokenizer.json`` for a model from nothing.
+    ``after``: the directory of a run that ended, whose rules it takes over and whose members follow; it needs the run's model.
     """
     run = RunDir(root)
     if (root / "manifest.json").exists():
         raise ConfigError(f"{root} holds a run already; its manifest is frozen. Choose another directory")
+    if after is not None:
+        if model is None:
+            raise ConfigError(f"init: --after {after} goes on with that run's model; get it with 'decentra pull', and give it as --model")
+        if not RunDir(after).has_run_key():
+            raise ConfigError(f"init: {RunDir(after).run_key_file} is missing; whoever has it can say where that run goes on")
+        if source is not None:
+            raise ConfigError(f"init: the rules come from {after}; leave --from out and change single ones with --set")
     with ExitStack() as stack:
         start = None if model is None else stack.enter_context(open_checkpoint(model))
         marks = _tokenizer(start, tokenizer)
-        draft = _draft(run, source, settings, start, marks)
+        draft = _draft(run, source, settings, start, marks, None if after is None else RunDir(after).manifest())
         blobs, genesis = _make_genesis(draft, model_code, start)
     held_out = _held_out(draft)
     manifest = draft.model_copy(update={"genesis": genesis, "data": draft.data.model_copy(update={"held_out": held_out})})
     run.genesis.mkdir(parents=True, exist_ok=True)
+    if after is not None:
+        write_atomic(RealDisk(root), AFTER_FILE, json.dumps({"run_dir": str(after.resolve())}).encode())
     disk = RealDisk(run.genesis)
     if marks is not None:
         blobs[marks.digest] = marks.data
@@ -146,9 +170,12 @@ def _tokenizer(start: Checkpoint | None, given: Path | None) -> FileTokenizer | 
 
 
 def _draft(
-    run: RunDir, source: Path | None, settings: Sequence[str], start: Checkpoint | None = None, tokenizer: FileTokenizer | None = None
-) -> Manifest:
-    if source is not None:
+    run: RunDir, source: Path | None, settings: Sequence[str], start: Checkpoint | None = None, tokenizer: FileTokenizer | None = None,
+    before: Manifest | None = None,
+) -> Manifest:  # fmt: skip
+    if before is not None:
+        base = _rules_of(before)
+    elif source is not None:
         base = load_toml(Manifest, source)
     elif run.toml.exists():
         base = load_toml(Manifest, run.toml)
@@ -176,6 +203,13 @@ def _draft(
     if start is not None or not run.toml.exists():
         run.toml.write_text(to_toml(manifest))
     return manifest
+
+
+def _rules_of(before: Manifest) -> Manifest:
+    """What a run that follows takes over: everything but the model's contents, and what names single experts."""
+    data = before.data.model_copy(update={"held_out": {}, "tokenizer": None})
+    placement = before.placement.model_copy(update={"frozen_experts": ()})
+    return before.model_copy(update={"genesis": {}, "data": data, "placement": placement})
 
 
 def _set(raw: dict[str, Any], setting: str) -> None:

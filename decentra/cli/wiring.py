@@ -82,7 +82,7 @@ async def open_door(
     key = load_or_create_key(root / "identity.key")
     trust = TrustChain(invite.run_id, invite.run_public)
     disk, nonce = RealDisk(root), new_nonce()
-    credentials = _stored_credentials(disk, trust, key.peer_id, events)
+    credentials = stored_credentials(disk, trust, key.peer_id, events)
     client = AveragingClient(invite.services, trust, events, key=key, token=invite.token, credentials=credentials)
     stored = _stored_manifest(disk, invite.run_id, events)
     deadline, retry_s = time.monotonic() + patience_s, RETRY_S
@@ -121,7 +121,7 @@ async def open_door(
     return Door(manifest, key, trust, client, nonce, is_admitted=True)
 
 
-def _stored_credentials(disk: RealDisk, trust: TrustChain, peer: PeerId, events: Events) -> bytes:
+def stored_credentials(disk: RealDisk, trust: TrustChain, peer: PeerId, events: Events) -> bytes:
     """What an earlier process was given, while it holds; what is damaged or has expired would only be refused, the token may still do."""
     credentials = disk.read(CREDENTIALS_FILE) or b""
     if not credentials:
@@ -239,7 +239,7 @@ def check_fit(config: PeerConfig, manifest: Manifest, peer: PeerId) -> None:
         return
     num_experts = manifest.model.num_experts
     if config.experts is not None:
-        check_experts(config.experts, num_experts)
+        check_experts(config.experts, num_experts, manifest.placement.frozen_experts)
     if config.num_experts is not None and config.num_experts > num_experts:
         raise ConfigError(f"num_experts {config.num_experts}: this run has {num_experts}")
     mode = config.mode or manifest.placement.mode

@@ -406,20 +406,24 @@ class MemberView(_message.Message):
     def __init__(self, peer: _Optional[str] = ..., name: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., is_live: bool = ..., addresses: _Optional[_Iterable[str]] = ..., experts: _Optional[_Iterable[int]] = ..., counters: _Optional[_Union[Counters, _Mapping]] = ..., is_partial: bool = ...) -> None: ...
 
 class SwarmView(_message.Message):
-    __slots__ = ("version", "members", "is_stopping", "is_stopped", "why", "revoked")
+    __slots__ = ("version", "members", "is_stopping", "is_stopped", "why", "revoked", "awaits_successor", "successor")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     MEMBERS_FIELD_NUMBER: _ClassVar[int]
     IS_STOPPING_FIELD_NUMBER: _ClassVar[int]
     IS_STOPPED_FIELD_NUMBER: _ClassVar[int]
     WHY_FIELD_NUMBER: _ClassVar[int]
     REVOKED_FIELD_NUMBER: _ClassVar[int]
+    AWAITS_SUCCESSOR_FIELD_NUMBER: _ClassVar[int]
+    SUCCESSOR_FIELD_NUMBER: _ClassVar[int]
     version: int
     members: _containers.RepeatedCompositeFieldContainer[MemberView]
     is_stopping: bool
     is_stopped: bool
     why: str
     revoked: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, version: _Optional[int] = ..., members: _Optional[_Iterable[_Union[MemberView, _Mapping]]] = ..., is_stopping: bool = ..., is_stopped: bool = ..., why: _Optional[str] = ..., revoked: _Optional[_Iterable[str]] = ...) -> None: ...
+    awaits_successor: bool
+    successor: str
+    def __init__(self, version: _Optional[int] = ..., members: _Optional[_Iterable[_Union[MemberView, _Mapping]]] = ..., is_stopping: bool = ..., is_stopped: bool = ..., why: _Optional[str] = ..., revoked: _Optional[_Iterable[str]] = ..., awaits_successor: bool = ..., successor: _Optional[str] = ...) -> None: ...
 
 class Rejected(_message.Message):
     __slots__ = ("peer", "reason", "detail")

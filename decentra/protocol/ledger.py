@@ -97,6 +97,14 @@ class RolledBack:
 class Stopping:
     why: str
     is_over: bool
+    awaits_successor: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Succeeded:
+    """The run, which is over, goes on as another one, with other experts or other rules."""
+
+    run: RunId
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,9 +112,9 @@ class Heads:
     heads: tuple[tuple[str, int, Digest], ...]
 
 
-Record = Started | Admitted | Placed | Revoked | Opened | Settled | Confirmed | GaveUp | RolledBack | Stopping | Heads
+Record = Started | Admitted | Placed | Revoked | Opened | Settled | Confirmed | GaveUp | RolledBack | Stopping | Succeeded | Heads
 _KINDS: dict[str, type[Record]] = {
-    c.__name__: c for c in (Started, Admitted, Placed, Revoked, Opened, Settled, Confirmed, GaveUp, RolledBack, Stopping, Heads)
+    c.__name__: c for c in (Started, Admitted, Placed, Revoked, Opened, Settled, Confirmed, GaveUp, RolledBack, Stopping, Succeeded, Heads)
 }
 
 

@@ -285,6 +285,8 @@ class SwarmView:
     is_stopped: bool = False
     why: str = ""
     revoked: tuple[PeerId, ...] = ()  # members whose admission was taken back: no door opens for them
+    awaits_successor: bool = False  # it ends to be continued as another run
+    successor: str = ""  # that run, as ``wire.trust.seal_successor`` made it
 
 
 @dataclass(frozen=True, slots=True)

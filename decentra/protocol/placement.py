@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 from decentra.config import PlacementSpec
@@ -18,29 +18,31 @@ def rendezvous(*parts: str) -> int:
     return int.from_bytes(hashlib.sha256("\0".join(parts).encode()).digest()[:8], "big")
 
 
-def check_experts(experts: Sequence[int], num_experts: int) -> tuple[int, ...]:
-    """Sorted, distinct and in range, or ConfigError."""
+def check_experts(experts: Sequence[int], num_experts: int, frozen: Collection[int] = ()) -> tuple[int, ...]:
+    """Sorted, distinct, in range and not frozen, or ConfigError."""
     for expert in experts:
         if not 0 <= expert < num_experts:
             raise ConfigError(f"expert {expert} is out of range: this run has experts 0 to {num_experts - 1}")
+        if expert in frozen:
+            raise ConfigError(f"expert {expert} is frozen in this run (placement.frozen_experts): nobody trains it; choose another")
     return tuple(sorted(set(experts)))
 
 
-def place(peer: PeerId, count: int, num_experts: int, present: Placement) -> tuple[int, ...]:
-    """``count`` experts for a newcomer, given what present peers hold.
+def place(peer: PeerId, count: int, num_experts: int, present: Placement, frozen: Collection[int] = ()) -> tuple[int, ...]:
+    """``count`` experts for a newcomer, given what present peers hold; none of the ``frozen`` ones.
 
     The least-held experts come first; among equals, those whose other holders share least with this choice so far (so that no two peers mirror
     each other and every pair of experts has independent holders); then by rendezvous score.
     """
-    holders: dict[int, list[PeerId]] = {e: [] for e in range(num_experts)}
+    holders: dict[int, list[PeerId]] = {e: [] for e in range(num_experts) if e not in frozen}
     for other, experts in present.items():
         for expert in experts:
             if other != peer and expert in holders:
                 holders[expert].append(other)
     chosen: list[int] = []
-    while len(chosen) < min(count, num_experts):
+    while len(chosen) < min(count, len(holders)):
         partners = [p for e in chosen for p in holders[e]]
-        free = [e for e in range(num_experts) if e not in chosen]
+        free = [e for e in holders if e not in chosen]
         chosen.append(min(free, key=lambda e: (len(holders[e]), sum(partners.count(p) for p in holders[e]), rendezvous(peer, str(e)))))
     return tuple(sorted(chosen))
 

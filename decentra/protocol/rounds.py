@@ -69,6 +69,15 @@ class Tick:
 @dataclass(frozen=True, slots=True)
 class Stop:
     why: str
+    awaits_successor: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Succeed:
+    """The run that is over goes on as another one: ``run``. ``successor``: the way there, which is for members' eyes only."""
+
+    run: RunId
+    successor: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +96,8 @@ class Detached:
     nonce: str
 
 
-Event = MemberMessage | Tick | Stop | Revoke | Detached
+Event = MemberMessage | Tick | Stop | Succeed | Revoke | Detached
+_OWN = Tick | Stop | Succeed | Revoke  # of the service and its organiser, not of a member
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +128,9 @@ class RoundBook:
     stopping: str | None = None
     last_rounds: dict[FragmentId, int] = field(default_factory=dict)  # while stopping: no round after this number is opened
     is_over: bool = False
+    awaits_successor: bool = False
+    successor_run: RunId | None = None
+    successor: str = ""  # the way to it; only in memory, the successor's host tells it again
     orphaned_at: dict[int, placement.Since] = field(default_factory=dict)  # experts that no present member trains
     swarm_version: int = 0
 
@@ -209,7 +222,7 @@ class RoundBook:
             )
         if hello.experts is not None:
             try:
-                placement.check_experts(hello.experts, self.manifest.model.num_experts)
+                self._checked(hello.experts)
             except ConfigError as error:
                 raise Refused(str(error)) from None
 
@@ -218,7 +231,7 @@ class RoundBook:
     def handle(self, event: Event, now: float) -> list[Effect]:
         """Everything that follows from ``event``. Records come before the views that depend on them."""
         effects: list[Effect] = []
-        if not isinstance(event, Tick | Stop | Revoke) and event.peer in self.revoked:
+        if not isinstance(event, _OWN) and event.peer in self.revoked:
             return [Reject(event.peer, "revoked", "the organiser took this peer's admission back")]
         match event:
             case Tick(wall_s):
@@ -245,12 +258,14 @@ class RoundBook:
                     # a killed process closes its stream at once: give it a moment to come back instead of its whole lease
                     heard_at = min(member.heard_at, now - self.manifest.rounds.lease_s + DETACHED_S)
                     self.members[peer] = replace(member, nonce="", heard_at=heard_at)
-            case Stop(why):
-                self._stop(why, effects)
+            case Stop(why, awaits_successor):
+                self._stop(why, effects, awaits_successor=awaits_successor)
+            case Succeed(run, successor):
+                self._succeed(run, successor, effects)
             case Revoke(subject, why):
                 self._revoke(subject, why, now, effects)
         version = self.swarm_version
-        if not isinstance(event, Tick | Stop | Revoke | Goodbye | Detached):
+        if not isinstance(event, _OWN | Goodbye | Detached):
             self._mark_alive(event.peer, now, effects)
         if isinstance(event, Offer | Receipt | Merge | Abstention | Attestation | Holding) and version == self.swarm_version:
             self._tick_fragments(now, effects, [event.fragment] if event.fragment in self.fragments else [])  # it concerns no other
@@ -281,7 +296,10 @@ class RoundBook:
             if m.has_greeted or m.name
         )
         revoked = tuple(sorted(p for p in self.members if p in self.revoked))
-        return SwarmView(self.swarm_version, members, self.stopping is not None, self.is_over, self.stopping or "", revoked)
+        is_stopping, why = self.stopping is not None, self.stopping or ""
+        return SwarmView(
+            self.swarm_version, members, is_stopping, self.is_over, why, revoked, self.awaits_successor or self.successor_run is not None, self.successor,
+        )  # fmt: skip
 
     # ------------------------------------------------------------ parts
 
@@ -352,9 +370,10 @@ class RoundBook:
         effects.extend(ViewChanged(f) for f in sorted(self.fragments))
 
     def _experts_for(self, hello: Hello, member: Member) -> tuple[int, ...]:
-        num_experts = self.manifest.model.num_experts
+        frozen = self.manifest.placement.frozen_experts
+        num_experts = self.manifest.model.num_experts - len(set(frozen))
         if hello.experts is not None:
-            return placement.check_experts(hello.experts, num_experts)
+            return self._checked(hello.experts)
         most = num_experts if hello.max_experts is None else min(num_experts, hello.max_experts)
         count = min(most, self.manifest.placement.experts_per_peer if hello.num_experts is None else hello.num_experts)
         keeps = len(member.experts) if hello.num_experts is None and len(member.experts) > count else count
@@ -363,7 +382,10 @@ class RoundBook:
         present = {m.peer: m.experts for m in self.members.values() if m.is_live and m.peer != hello.peer}
         if len(member.experts) > min(keeps, most):
             return placement.part_of(member.experts, min(keeps, most), present)
-        return placement.place(hello.peer, count, num_experts, present)
+        return placement.place(hello.peer, count, self.manifest.model.num_experts, present, frozen)
+
+    def _checked(self, experts: tuple[int, ...]) -> tuple[int, ...]:
+        return placement.check_experts(experts, self.manifest.model.num_experts, self.manifest.placement.frozen_experts)
 
     def _adopt_orphans(self, now: float, effects: list[Effect], leaving: PeerId | None = None) -> None:
         """An expert whose holders are gone for ``adopt_s`` or ``adopt_rounds`` gets another one; who comes back keeps it, too.
@@ -376,7 +398,7 @@ class RoundBook:
         held = {e for m in present.values() for e in m.experts}
         rules, at = self.manifest.placement, placement.Since(now, self.num_trunk_rounds)
         were_held = {e for m in self.members.values() for e in m.experts}
-        orphans = [e for e in range(self.manifest.model.num_experts) if e not in held]
+        orphans = [e for e in range(self.manifest.model.num_experts) if e not in held and e not in rules.frozen_experts]
         self.orphaned_at = {e: self.orphaned_at.get(e, at if e in were_held else placement.Since(now, None)) for e in orphans}
         left = self.members[leaving].experts if leaving is not None and leaving in self.members else ()
         due = [e for e, since in self.orphaned_at.items() if e in left or placement.is_late(rules, since, at)]
@@ -432,10 +454,22 @@ class RoundBook:
         effects.append(Write(ledger.Revoked(subject, why)))
         self._lose(PeerId(subject), f"revoked: {why}", now, effects)
 
-    def _stop(self, why: str, effects: list[Effect]) -> None:
-        if self.stopping is None:
-            self._begin_stopping(why)
-            effects.append(Write(ledger.Stopping(why, False)))
+    def _stop(self, why: str, effects: list[Effect], *, awaits_successor: bool = False) -> None:
+        if self.stopping is None or (awaits_successor and not self.awaits_successor):
+            if self.stopping is None:
+                self._begin_stopping(why)
+            self.awaits_successor = awaits_successor
+            effects.append(Write(ledger.Stopping(self.stopping or why, self.is_over, awaits_successor)))
+            self._swarm_changed(effects)
+
+    def _succeed(self, run: RunId, successor: str, effects: list[Effect]) -> None:
+        if not self.is_over:
+            return
+        if run != self.successor_run:
+            self.successor_run = run
+            effects.append(Write(ledger.Succeeded(run)))
+        if successor != self.successor:
+            self.successor = successor
             self._swarm_changed(effects)
 
     def _begin_stopping(self, why: str) -> None:
@@ -457,7 +491,7 @@ class RoundBook:
         if self.stopping is None or self.is_over or any(self._is_draining(b, now) for b in self.fragments.values()):
             return
         self.is_over = True
-        effects.append(Write(ledger.Stopping(self.stopping, True)))
+        effects.append(Write(ledger.Stopping(self.stopping, True, self.awaits_successor)))
         self._swarm_changed(effects)
 
     def _is_draining(self, book: FragmentBook, now: float) -> bool:
@@ -491,9 +525,11 @@ class RoundBook:
                 self.members[peer] = replace(self.members[peer], experts=experts)
             case ledger.Revoked(subject):
                 self.revoked.add(subject)
-            case ledger.Stopping(why, is_over):
+            case ledger.Stopping(why, is_over, awaits_successor):
                 self._begin_stopping(why)
-                self.is_over = is_over
+                self.is_over, self.awaits_successor = is_over, awaits_successor
+            case ledger.Succeeded(run):
+                self.successor_run = run
             case ledger.Opened() | ledger.Confirmed() | ledger.GaveUp() | ledger.RolledBack():
                 self._restore_fragment(record.fragment, record, now)
             case ledger.Settled(settlement):

@@ -8,14 +8,14 @@ from dataclasses import dataclass, field, replace
 
 from decentra.config import Manifest
 from decentra.errors import IntegrityError, Refused
-from decentra.ids import FragmentId, PeerId, short
+from decentra.ids import FragmentId, PeerId, RunId, short
 from decentra.ports import Clock, Compute, Events, Journal
 from decentra.protocol import ledger
 from decentra.protocol.fragment import FragmentBook, Write
 from decentra.protocol.ledger import Ledger, Record
 from decentra.protocol.messages import FragmentView, Hello, MemberMessage, Outcome, Phase, Rejected, Role, SwarmView
 from decentra.protocol.round import Reject
-from decentra.protocol.rounds import Detached, Effect, Event, Revoke, RoundBook, Stop, SwarmChanged, Tick, ViewChanged
+from decentra.protocol.rounds import Detached, Effect, Event, Revoke, RoundBook, Stop, Succeed, SwarmChanged, Tick, ViewChanged
 from decentra.service.mailbox import Mailbox
 
 MAX_TICK_S = 1.0
@@ -147,8 +147,8 @@ class Driver:
 
     async def command(self, kind: str, argument: str) -> str:
         """Carry out an organiser's command; its authority was checked at the door."""
-        if kind == "stop":
-            await self._submit(_Work(Stop(argument or "the organiser ended it")))
+        if kind in ("stop", "pass-on"):
+            await self._submit(_Work(Stop(argument or "the organiser ended it", kind == "pass-on")))
             return f"stopping: {self.book.stopping}"
         if kind == "revoke":
             if PeerId(argument) not in self.book.members and not _is_token_id(argument):
@@ -159,7 +159,14 @@ class Driver:
             if (mailbox := self._mailboxes.pop(PeerId(argument), None)) is not None:
                 mailbox.close("the organiser revoked this peer")
             return f"revoked {argument}"
-        raise Refused(f"unknown command {kind[:40]!r}; known: stop, revoke")
+        raise Refused(f"unknown command {kind[:40]!r}; known: stop, pass-on, succeed, revoke")
+
+    async def succeed(self, run: RunId, successor: str) -> str:
+        """The run is over and goes on as another one; who said so was checked at the door. Raises Refused while it is not over."""
+        if not self.book.is_over:
+            raise Refused(f"run {self.book.run[:12]} is not over yet; end it with 'decentra stop RUN_DIR --pass-on'")
+        await self._submit(_Work(Succeed(run, successor)))
+        return f"run {run[:12]} goes on where {self.book.run[:12]} ended"
 
     # ------------------------------------------------------------ parts
 
@@ -288,6 +295,8 @@ class Driver:
                 self.events.emit("rolled-back", fragment=record.fragment, height=record.height, why=record.why)
             case ledger.Stopping():
                 self.events.emit("run-over" if record.is_over else "run-stopping", why=record.why)
+            case ledger.Succeeded():
+                self.events.emit("succeeded", run=record.run)
             case ledger.Admitted():
                 self.events.emit("admitted", peer=short(record.peer), role=str(record.role))
             case ledger.Placed():

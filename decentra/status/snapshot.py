@@ -33,7 +33,11 @@ def snapshot(manifest: Manifest, swarm: SwarmView, views: Sequence[FragmentView]
         "members": [_member(m, m.peer in active) for m in sorted(swarm.members, key=lambda m: (m.role, m.name))],
         "modules": _modules(fragments, swarm),
         "holders_wanted": manifest.placement.holders,
-        "experts_short": {e: n for e, n in enumerate(_num_holders(manifest, live)) if n < manifest.placement.holders},
+        "experts_short": {
+            e: n
+            for e, n in enumerate(_num_holders(manifest, live))
+            if n < manifest.placement.holders and e not in manifest.placement.frozen_experts
+        },
         "rounds_confirmed_trunk": min(
             (v.tally.num_confirmed for v in views if expert_of(module_of_fragment(v.fragment)) is None), default=0
         ),

@@ -67,6 +67,7 @@ _TEXT: dict[str, tuple[int, bool]] = {
     "detail": (limits.MAX_WHY_CHARS, True),
     "state": (limits.MAX_WHY_CHARS, True),
     "addresses": (limits.MAX_ADDRESS_CHARS, False),
+    "successor": (limits.MAX_SUCCESSOR_CHARS, False),
 }
 # Lists that are cut when we send them (how: keep first or last), all others are asserted.
 _LISTS: dict[str, tuple[int, slice | None]] = {

@@ -13,6 +13,7 @@ from decentra.config import Manifest, manifest_from_bytes
 from decentra.errors import ConfigError, Refused, RejectedPayload
 from decentra.identity import Keypair, is_signed, peer_id_of
 from decentra.ids import PeerId, RunId, digest_of
+from decentra.invite import Invite, parse_invite
 from decentra.pb import averaging_pb2 as pb
 from decentra.protocol.messages import Role
 from decentra.wire import limits
@@ -20,7 +21,7 @@ from decentra.wire.convert import digest_bytes, dump, parse, role_from_wire, rol
 from decentra.wire.signed import Opened, open_sealed, purpose_of, seal
 
 CERTIFICATE, ADMISSION, JOIN, COMMAND, MANIFEST, TOKEN = "service-certificate", "admission", "join", "command", "manifest", "token"
-LEDGER = "ledger"
+LEDGER, SUCCESSOR = "ledger", "successor"
 MAX_CREDENTIALS_BYTES = 4096
 RECHECK_S, MAX_CHECKED = 60.0, 512  # signatures of shown credentials are checked again after; how many are remembered
 
@@ -115,6 +116,11 @@ def seal_token(run_key: Keypair, run: RunId, token: Token) -> bytes:
     return head + run_key.sign(purpose_of(TOKEN, run), head)
 
 
+def seal_successor(run_key: Keypair, run: RunId, invite: str) -> str:
+    """The invite line of the run that ``run`` goes on as, with the word of ``run``'s key: ``signature.invite``, the first as 128 hex characters."""
+    return f"{run_key.sign(purpose_of(SUCCESSOR, run), invite.encode()).hex()}.{invite}"
+
+
 # ---------------------------------------------------------------- checking
 
 
@@ -178,10 +184,21 @@ class TrustChain:
             raise Refused(f"a command has to expire within {limits.MAX_FRESH_S:.0f} s; check the clocks of both machines")
         try:
             stored = parse(pb.Command, opened.body)
-            kind, argument = take_text(stored.kind, 64, "command"), take_text(stored.argument, limits.MAX_WHY_CHARS, "argument")
+            kind, argument = take_text(stored.kind, 64, "command"), take_text(stored.argument, limits.MAX_SUCCESSOR_CHARS, "argument")
         except RejectedPayload as error:
             raise Refused(f"command: {error.detail}") from None
         return Command(kind, argument, stored.nonce, opened.not_after_s)
+
+    def check_successor(self, sealed: str) -> Invite:
+        """The way to the run that this one goes on as. Raises InviteError, too."""
+        signature, _, line = sealed[: limits.MAX_SUCCESSOR_CHARS].partition(".")
+        try:
+            is_ours = is_signed(self.run_public, purpose_of(SUCCESSOR, self.run_id), line.encode(), bytes.fromhex(signature))
+        except ValueError:
+            is_ours = False
+        if not is_ours:
+            raise Refused("the successor of this run is not named by its organiser's key; nobody follows there, tell the organiser")
+        return parse_invite(line)
 
     def check_manifest(self, sealed: bytes) -> Manifest:
         body = self._open(sealed, MANIFEST, self.run_public, None)

@@ -16,7 +16,7 @@ from decentra.averaging.tls import ServerTls, create_tls
 from decentra.config import AdmissionSpec, Manifest
 from decentra.errors import Refused
 from decentra.identity import Keypair
-from decentra.ids import Digest, FragmentId, PeerId
+from decentra.ids import Digest, FragmentId, PeerId, RunId
 from decentra.protocol.messages import FragmentView, Hello, MemberMessage, Outcome, Phase, Role, SwarmView
 from decentra.service.mailbox import Mailbox
 from decentra.wire import trust
@@ -77,6 +77,7 @@ class MemoryDoor:
         self.records: list[bytes] = []
         self.commands: list[tuple[str, str]] = []
         self.views: tuple[FragmentView, ...] = ()
+        self.successor = ""
 
     async def join(self, peer: PeerId, role: Role, nonce: str, token_id: str | None, token_uses: int) -> None:
         others = {known[0] for known in self.joined if known[3] == token_id} - {peer}
@@ -102,7 +103,7 @@ class MemoryDoor:
         return self.outcomes.get((fragment, round))
 
     def status(self) -> tuple[SwarmView, tuple[FragmentView, ...]]:
-        return SwarmView(7, ()), self.views
+        return SwarmView(7, (), successor=self.successor), self.views
 
     async def ledger(self, after_seq: int, limit: int) -> list[bytes]:
         return self.records[after_seq : after_seq + limit]
@@ -112,6 +113,10 @@ class MemoryDoor:
             raise ZeroDivisionError("a secret of the service")
         self.commands.append((kind, argument))
         return f"{kind} done"
+
+    async def succeed(self, run: RunId, successor: str) -> str:
+        self.successor = successor
+        return f"goes on as {run}"
 
 
 @dataclass

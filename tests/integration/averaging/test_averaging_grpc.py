@@ -18,7 +18,8 @@ from decentra.averaging.streams import StreamRules
 from decentra.averaging.tls import create_tls, load_or_create_tls
 from decentra.bits import ONE_BITS
 from decentra.errors import ConfigError, PortTaken, Refused, RejectedPayload, Unreachable
-from decentra.ids import Digest
+from decentra.ids import Digest, RunId
+from decentra.invite import Invite
 from decentra.protocol.messages import (
     Abstention,
     Attestation,
@@ -35,6 +36,7 @@ from decentra.protocol.messages import (
     SwarmView,
 )
 from decentra.wire.frames import open_fact
+from decentra.wire.trust import seal_successor
 
 
 def offer(key: Any = ALICE, round: int = 1) -> Offer:
@@ -130,6 +132,27 @@ def test_reading_doors() -> None:
                     await reading
             with pytest.raises(RejectedPayload, match="limit"):
                 await member.ledger(limit=0)
+
+    run(story())
+
+
+def test_the_way_to_a_successor_is_told_to_members_only() -> None:
+    """It lets in who reads it: those who only watch, or hold an invite they have not used, do not get it."""
+
+    async def story() -> None:
+        async with world() as w:
+            line = Invite(RunId("5" * 64), RUN_KEY.public, (), ("127.0.0.1:1",), b"secret").encode()
+            organiser = w.client(None)
+            with pytest.raises(Refused, match="not named by its organiser's key"):
+                await organiser.command(RUN_KEY, "succeed", line)
+            sealed = seal_successor(RUN_KEY, w.manifest.run_id(), line)
+            assert await organiser.command(RUN_KEY, "succeed", sealed) == f"goes on as {'5' * 64}"
+            assert not any("secret" in str(e) or line in str(e) for e in w.events.seen)
+            assert (await (await w.member()).status())[0].successor == sealed
+            watcher = w.client(BOB)
+            await watcher.join(Role.WATCHER, "n", "bob")
+            for reader in (w.client(None), watcher):
+                assert (await reader.status())[0].successor == ""
 
     run(story())
 

@@ -16,7 +16,7 @@ from decentra.protocol import ledger
 from decentra.protocol.fragment import Write
 from decentra.protocol.messages import Attestation, Counters, Goodbye, Heartbeat, Hello, Holding, Offer, Receipt, Role
 from decentra.protocol.round import Reject
-from decentra.protocol.rounds import Detached, Effect, Revoke, RoundBook, Stop, SwarmChanged, Tick, ViewChanged
+from decentra.protocol.rounds import Detached, Effect, Revoke, RoundBook, Stop, Succeed, SwarmChanged, Tick, ViewChanged
 
 A, B, C, D, E = PEERS
 TRUNK, EXPERT_0 = FragmentId("trunk/0"), FragmentId("expert.0/0")
@@ -160,6 +160,44 @@ def test_nobody_joins_a_run_that_is_over() -> None:
     assert house.book.is_over
     with pytest.raises(Refused, match=r"over \(enough\)"):
         house.admit(A)
+
+
+def test_a_run_that_goes_on_names_its_successor_once() -> None:
+    house, following = House(), RunId("5" * 64)
+    assert house.handle(Succeed(following, "the way")) == [], "not before it is over"
+    house.handle(Stop("it gets experts", awaits_successor=True))
+    house.handle(Stop("again", awaits_successor=True))
+    assert (house.book.swarm().is_stopped, house.book.swarm().awaits_successor) == (True, True)
+    assert house.restored().swarm().awaits_successor
+    for _ in range(2):
+        house.handle(Succeed(following, "the way"))
+    assert house.book.swarm().successor == "the way"
+    assert [r for r in house.records if isinstance(r, ledger.Succeeded)] == [ledger.Succeeded(following)]
+    after = house.restored()
+    assert (after.successor_run, after.swarm().awaits_successor) == (following, True)
+    assert after.swarm().successor == "", "the way lets in who reads it, so it is not in the ledger"
+
+
+def test_a_run_that_was_ended_can_still_be_passed_on() -> None:
+    house = House()
+    house.handle(Stop("enough"))
+    assert not house.book.swarm().awaits_successor
+    house.handle(Stop("it goes on after all", awaits_successor=True))
+    assert (house.book.swarm().awaits_successor, house.book.swarm().why) == (True, "enough")
+    assert house.restored().is_over
+
+
+def test_frozen_experts_are_given_to_nobody() -> None:
+    rules = PlacementSpec(holders=1, experts_per_peer=4, adopt_s=10, frozen_experts=(1, 3))
+    house = House(num_experts=4, placement=rules, genesis=GENESIS_OF_FOUR)
+    house.enter(A)
+    assert house.book.members[A].experts == (0, 2)
+    stay(house, A, seconds=30)
+    assert house.book.members[A].experts == (0, 2), "an expert that nobody trains is no orphan"
+    assert house.book.fragments[FragmentId("expert.1/0")].active is None
+    house.admit(B)
+    with pytest.raises(Refused, match="expert 3 is frozen"):
+        house.book.check_hello(Hello(B, Role.TRAINER, "b", "n", experts=(2, 3)), house.now)
 
 
 def test_a_manifest_without_genesis_is_refused() -> None:

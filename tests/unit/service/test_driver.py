@@ -168,7 +168,7 @@ def test_the_refused_hears_why_and_the_others_get_on() -> None:
             assert results[1] is None
             with pytest.raises(Refused, match="not a member"):
                 await driver.attend(hello(B), Mailbox())
-            with pytest.raises(Refused, match="known: stop, revoke"):
+            with pytest.raises(Refused, match="known: stop, pass-on, succeed, revoke"):
                 await driver.command("dance", "")
 
     run(job())

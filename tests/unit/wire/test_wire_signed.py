@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 from decentra.bits import ONE_BITS
 from decentra.config import Manifest
-from decentra.errors import ConfigError, Refused, RejectedPayload
+from decentra.errors import ConfigError, InviteError, Refused, RejectedPayload
 from decentra.identity import Keypair
 from decentra.ids import Digest, FragmentId, RunId, digest_of
+from decentra.invite import Invite
 from decentra.pb import messages_pb2 as pb
 from decentra.protocol.messages import (
     Abstention,
@@ -268,6 +269,18 @@ def test_the_chain_accepts_what_it_should() -> None:
     sealed = trust.seal_command(RUN_KEY, RUN, "stop", "enough", expires_at_s=NOW_S + 60)
     command = CHAIN.check_command(sealed, NOW_S)
     assert (command.kind, command.argument, command.expires_at_s, len(command.nonce)) == ("stop", "enough", int(NOW_S) + 60, 16)
+
+
+def test_the_way_to_a_successor_is_the_run_keys_word() -> None:
+    line = Invite(OTHER_RUN, MALLORY.public, ("/ip4/127.0.0.1/tcp/1",), ("127.0.0.1:2",), b"t").encode()
+    sealed = trust.seal_successor(RUN_KEY, RUN, line)
+    assert CHAIN.check_successor(sealed).encode() == line
+    forged = [trust.seal_successor(MALLORY, RUN, line), trust.seal_successor(RUN_KEY, OTHER_RUN, line), line, "", f"zz.{line}", sealed[:-1]]
+    for one in forged:
+        with pytest.raises(Refused, match="not named by its organiser's key"):
+            CHAIN.check_successor(one)
+    with pytest.raises(InviteError):
+        CHAIN.check_successor(trust.seal_successor(RUN_KEY, RUN, "no invite"))
 
 
 @pytest.mark.parametrize("role", [None, *Role])
