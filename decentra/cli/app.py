@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from decentra import __version__
+from decentra.errors import ConfigError
 
 app = typer.Typer(
     name="decentra", no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False, rich_markup_mode=None,
@@ -36,6 +37,19 @@ def logging_to(verbose: bool, log_json: bool) -> None:
     from decentra.cli.console import set_up_logging
 
     set_up_logging(is_verbose=verbose, is_json=log_json)
+
+
+WithoutOpt = Annotated[
+    str | None, typer.Option("--without", help="experts to leave out, such as 3 or 3,5; as if the model never had them, nothing is written")
+]
+
+
+def numbers_of(text: str | None, option: str) -> tuple[int, ...]:
+    """Numbers with commas between them; none where nothing was given. Raises ConfigError."""
+    try:
+        return tuple(int(part) for part in (text or "").split(",") if part.strip())
+    except ValueError:
+        raise ConfigError(f"{option} expects numbers such as 0,3, got {text!r}") from None
 
 
 def invite_of(text: str) -> Any:

@@ -6,7 +6,7 @@ import asyncio
 import os
 import tempfile
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from decentra.cli.console import LogEvents
 from decentra.cli.members import by_reachability, directory_of
 from decentra.cli.running import StopRequest
 from decentra.config import Manifest, PeerConfig
-from decentra.errors import IntegrityError, Unreachable
+from decentra.errors import ConfigError, IntegrityError, Unreachable
 from decentra.identity import Keypair, save_key
 from decentra.ids import FragmentId
 from decentra.invite import Invite
@@ -176,8 +176,9 @@ async def _newest_anchor(
 
 
 def generate_text(
-    path: Path, prompt: str, num_tokens: int, temperature: float, top_k: int | None, seed: int, model_code: Path | None
-) -> str:
+    path: Path, prompt: str, num_tokens: int, temperature: float, top_k: int | None, seed: int, model_code: Path | None,
+    without: Sequence[int] = (),
+) -> str:  # fmt: skip
     """Continue ``prompt`` with the model in a checkpoint folder; bytes that are no UTF-8 are shown as replacement characters."""
     from decentra.data.tokens import tensor_of
     from decentra.hf.checkpoint import tokenizer_of
@@ -185,6 +186,7 @@ def generate_text(
     from decentra.peer.checkpoint import load_model
 
     manifest, model = load_model(path, model_code)
+    _leave_out(model, without)
     tokenizer = tokenizer_of(path, manifest)
     tokens = tensor_of(tokenizer.encode(prompt.encode(errors="replace"))).tolist()
     new = generate(model, tokens, num_tokens, temperature=temperature, top_k=top_k, seed=seed)
@@ -194,7 +196,15 @@ def generate_text(
     return whole[len(start) :]
 
 
-def evaluate_checkpoint(path: Path, model_code: Path | None = None) -> dict[str, Any]:
+def _leave_out(model: Any, without: Sequence[int]) -> None:
+    if not without:
+        return
+    if not hasattr(model, "leave_out"):
+        raise ConfigError("--without: this model is its own code and has no leave_out; experts are known of the built-in decoder only")
+    model.leave_out(without)
+
+
+def evaluate_checkpoint(path: Path, model_code: Path | None = None, without: Sequence[int] = ()) -> dict[str, Any]:
     """Held-out loss of each embedded domain and their mean, nats per token and per byte (the same where bytes are the tokens)."""
     from decentra.data.domains import embedded_domain, embedded_domains
     from decentra.errors import DataError
@@ -203,6 +213,7 @@ def evaluate_checkpoint(path: Path, model_code: Path | None = None) -> dict[str,
     from decentra.peer.checkpoint import load_model
 
     manifest, model = load_model(path, model_code)
+    _leave_out(model, without)
     tokenizer = tokenizer_of(path, manifest)
     names = [n for n in manifest.data.domains if n in embedded_domains()]
     if not names:
@@ -214,6 +225,6 @@ def evaluate_checkpoint(path: Path, model_code: Path | None = None) -> dict[str,
         losses[name] = evaluate(model, tokens, manifest.data.seq_len)
         per_byte[name] = losses[name] * len(tokens) / len(text)
     return {
-        "ok": True, "dir": str(path), "loss": sum(losses.values()) / len(losses), "loss_per_domain": losses,
+        "ok": True, "dir": str(path), "without": list(without), "loss": sum(losses.values()) / len(losses), "loss_per_domain": losses,
         "nats_per_byte": sum(per_byte.values()) / len(per_byte), "nats_per_byte_per_domain": per_byte,
     }  # fmt: skip

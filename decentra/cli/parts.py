@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from decentra.cli.app import JsonOpt, app
+from decentra.cli.app import JsonOpt, app, numbers_of
 from decentra.errors import ConfigError
 
 SourceArg = Annotated[Path, typer.Argument(help="a checkpoint's folder: of decentra, or of Hugging Face (see import)", metavar="DIR")]
@@ -317,7 +317,7 @@ def expert_keep(
     """A model with some of the experts, numbered without holes, router rows moved along. Example: decentra expert keep my-moe small --experts 0,2"""
     from decentra.workshop import adding
 
-    _done(adding.expert_keep(source, target, _experts(numbers)), as_json, "dir", "kind", "kept")
+    _done(adding.expert_keep(source, target, list(numbers_of(numbers, "--experts"))), as_json, "dir", "kind", "kept")
 
 
 @expert_app.command("list")
@@ -330,13 +330,6 @@ def expert_list(source: SourceArg, as_json: JsonOpt = False) -> None:
         known = known_experts(opened.lineage)
         rows = {f"expert {e}": known[e]["about"] if e in known else "of the model itself" for e in range(opened.spec.num_experts)}
     _done({"ok": True, **rows}, as_json, *rows)
-
-
-def _experts(text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",") if part.strip()]
-    except ValueError:
-        raise ConfigError(f"--experts expects numbers such as 0,3, got {text!r}") from None
 
 
 @app.command()
@@ -435,7 +428,7 @@ def forget(
 
     if experts is None and owner is None:
         raise ConfigError("forget: say what, with --experts or --owner")
-    found = adding.forget(source, target, experts=_experts(experts or ""), owner=owner, texts=text or ())
+    found = adding.forget(source, target, experts=list(numbers_of(experts, "--experts")), owner=owner, texts=text or ())
     _done(found, as_json, "dir", "forgotten", "mode", "why", "kind", "loss_before", "loss_after")
 
 

@@ -10,8 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from decentra.cli.app import InviteArg, JsonOpt, LogJsonOpt, VerboseOpt, app, invite_of, logging_to
-from decentra.errors import ConfigError
+from decentra.cli.app import InviteArg, JsonOpt, LogJsonOpt, VerboseOpt, app, invite_of, logging_to, numbers_of
 
 
 def _peer_config(path: Path | None, given: dict[str, Any]) -> Any:
@@ -21,15 +20,6 @@ def _peer_config(path: Path | None, given: dict[str, Any]) -> Any:
     base = load_toml(PeerConfig, path) if path is not None else PeerConfig()
     raw = base.model_dump(exclude_defaults=True) | {k: v for k, v in given.items() if v is not None and v != []}
     return parse_config(PeerConfig, raw, "options")
-
-
-def _experts(text: str | None) -> tuple[int, ...] | None:
-    if text is None:
-        return None
-    try:
-        return tuple(int(part) for part in text.split(",") if part.strip())
-    except ValueError:
-        raise ConfigError(f"--experts expects numbers such as 0,3, got {text!r}") from None
 
 
 ConfigOpt = Annotated[Path | None, typer.Option("--config", help="peer TOML; see peers/")]
@@ -94,7 +84,8 @@ def join(
 ) -> None:
     """Join a run and train. Ctrl-C leaves cleanly, a second Ctrl-C at once; joining again goes on where it stopped."""
     given = {
-        "name": name, "dir": state, "experts": _experts(experts), "num_experts": num_experts, "mode": mode, "data": [str(d) for d in data or ()],
+        "name": name, "dir": state, "experts": None if experts is None else numbers_of(experts, "--experts"), "num_experts": num_experts,
+        "mode": mode, "data": [str(d) for d in data or ()],
         "domain": domain, "shared_fraction": shared_fraction, "device": device, "threads": threads,
         "listen": list(listen or ()), "announce": list(announce or ()),
         "max_steps": max_steps, "up": up, "cap": cap, "model_code": model_code,

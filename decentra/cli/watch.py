@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from decentra.cli.app import InviteArg, JsonOpt, VerboseOpt, app, invite_of, logging_to
+from decentra.cli.app import InviteArg, JsonOpt, VerboseOpt, WithoutOpt, app, invite_of, logging_to, numbers_of
 from decentra.errors import ConfigError, ExitCode
 
 
@@ -126,30 +126,32 @@ def generate(
     temperature: Annotated[float, typer.Option(min=0.0)] = 0.8,
     top_k: Annotated[int | None, typer.Option(min=1)] = 40,
     seed: Annotated[int, typer.Option()] = 0,
+    without: WithoutOpt = None,
     model_code: Annotated[Path | None, typer.Option(help="the run's own model code")] = None,
     as_json: JsonOpt = False,
 ) -> None:
-    """Continue a text with a pulled model."""
+    """Continue a text with a model. Example: decentra generate my-model "def " --without 3"""
     from decentra.cli import look
     from decentra.cli.console import print_json
 
     if not prompt:
         raise ConfigError("the prompt is empty; give at least one character")
-    text = look.generate_text(checkpoint, prompt, num_tokens, temperature, top_k, seed, model_code)
+    text = look.generate_text(checkpoint, prompt, num_tokens, temperature, top_k, seed, model_code, numbers_of(without, "--without"))
     print_json({"ok": True, "prompt": prompt, "text": text}) if as_json else print(prompt + text)
 
 
 @app.command("eval")
 def evaluate(
     checkpoint: CheckpointArg,
+    without: WithoutOpt = None,
     model_code: Annotated[Path | None, typer.Option(help="the run's own model code")] = None,
     as_json: JsonOpt = False,
 ) -> None:
-    """Held-out loss of a pulled model on the embedded domains."""
+    """Held-out loss of a model on each of the embedded domains. Example: decentra eval my-model --without 0,3"""
     from decentra.cli import look
     from decentra.cli.console import print_json, print_table
 
-    result = look.evaluate_checkpoint(checkpoint, model_code)
+    result = look.evaluate_checkpoint(checkpoint, model_code, numbers_of(without, "--without"))
     if as_json:
         print_json(result)
     else:

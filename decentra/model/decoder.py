@@ -180,6 +180,22 @@ class Decoder(nn.Module):
                 parameter.zero_()
         return list(added)
 
+    def leave_out(self, experts: Sequence[int]) -> None:
+        """From the next forward on answer without these experts, as if the model never had them; none: with all again. Nothing is loaded or moved.
+
+        Raises ConfigError for experts that are not here, and when none would be left.
+        """
+        left_out = tuple(sorted(set(experts)))
+        if unknown := set(left_out) - set(self.present):
+            raise ConfigError(
+                f"expert {min(unknown)} is not in this model, which has {', '.join(map(str, self.present))}; leave out one of these"
+            )
+        if left_out and len(left_out) == len(self.present):
+            raise ConfigError(f"all {len(left_out)} experts would be left out; a model needs one to answer")
+        for layer in self.model.layers:
+            assert isinstance(layer, Layer)
+            layer.mlp.left_out = left_out
+
     def router_rows(self, layer: int) -> Tensor:
         """One layer's router [E, D]."""
         found = self.model.layers[layer]

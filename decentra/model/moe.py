@@ -60,11 +60,12 @@ class MoE(nn.Module):
         self.is_renormalised = spec.norm_topk_prob
         self.bias_P: Tensor | None = None  # of loss-free balancing; lives while training goes on, and is in no checkpoint
         self.affinity_P: Tensor | None = None  # added to the logits of the choice, and to nothing else
+        self.left_out: tuple[int, ...] = ()  # present, and not chosen now
         self.gives_zeros = False  # gradients of experts without tokens: zeros instead of none, where processes have to agree
 
     @property
     def num_chosen(self) -> int:
-        return min(self.spec.num_experts_per_token, len(self.present))
+        return min(self.spec.num_experts_per_token, len(self.present) - len(self.left_out))
 
     def add(self, experts: Sequence[int], device: torch.device) -> None:
         """Room for experts that are absent; ``present`` and the dispatch stay in ascending order."""
@@ -86,6 +87,8 @@ class MoE(nn.Module):
         with torch.autocast(x_TD.device.type, enabled=False):
             if logits_TE is None:
                 logits_TE = F.linear(x_TD.float(), self.gate.weight)
+            if self.left_out:
+                logits_TE = logits_TE.index_fill(1, torch.tensor(self.left_out, device=logits_TE.device), -torch.inf)
             z_loss = logits_TE.logsumexp(-1).square().mean()
             logits_TP = logits_TE if len(self.present) == self.num_experts else logits_TE[:, list(self.present)]
             probs_TP = logits_TP.softmax(-1)

@@ -436,7 +436,9 @@ def test_a_checkpoint_that_is_none_or_damaged(tmp_path: Path, offline: RunDir) -
     manifest = offline.manifest()
     blobs = offline.genesis_blobs(manifest)
     save_model(tmp_path / "model", assemble(manifest, {f: blobs[d] for f, d in manifest.genesis.items()}, {}))
-    assert decentra("generate", str(tmp_path / "model"), "--num-tokens", "4", "--json").json["ok"]
+    assert decentra("generate", str(tmp_path / "model"), "--num-tokens", "4", "--without", "0", "--json").json["ok"]
+    decentra("eval", str(tmp_path / "model"), "--without", "9").refused(2, "expert 9 is not in this model")
+    decentra("eval", str(tmp_path / "model"), "--without", "x").refused(2, "--without expects numbers such as 0,3, got 'x'")
     decentra("generate", str(tmp_path / "model"), "").refused(2, "prompt is empty")
     weights = tmp_path / "model" / "model.safetensors"
     raw = weights.read_bytes()

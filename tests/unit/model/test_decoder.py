@@ -14,6 +14,7 @@ from decentra.config import ModelSpec
 from decentra.errors import ConfigError
 from decentra.ids import ROUTER, TRUNK, expert_module
 from decentra.model.decoder import Decoder, build_model
+from decentra.modular.parts import select, spec_with
 from decentra.modules import build_layout
 from tests.unit.tiny import SPEC
 
@@ -178,3 +179,24 @@ def test_a_model_without_experts_holds_weights_until_it_gets_some() -> None:
     assert not any(".experts." in name for name in empty.state_dict())
     empty.add_experts([2])
     assert empty(tokens(1, 5)).tokens_per_expert_E.tolist() == [0, 0, 10, 0]  # two layers, one expert per token
+
+
+@pytest.mark.parametrize("num_chosen", [1, 3])
+def test_experts_are_left_out_and_taken_in_again_between_two_forwards(num_chosen: int) -> None:
+    """The same as the model that never had them, with fewer chosen per token where too few are left; and with all again, bit for bit what it was."""
+    spec = SPEC.model_copy(update={"num_experts_per_token": num_chosen, "norm_topk_prob": num_chosen > 1})
+    model, batch = build_model(spec, 0), tokens(2, 9)
+    state = model.state_dict()
+    smaller = Decoder(spec_with(spec, 2, min(2, num_chosen)))
+    smaller.load_state_dict(select(state, [1, 3]))
+    whole = model(batch)
+    model.leave_out([2, 0, 2])
+    without = model(batch)
+    torch.testing.assert_close(without.logits_BTV, smaller(batch).logits_BTV, atol=1e-6, rtol=1e-5)
+    assert without.tokens_per_expert_E[[0, 2]].sum() == 0
+    model.leave_out([])
+    assert torch.equal(model(batch).logits_BTV, whole.logits_BTV)
+    with pytest.raises(ConfigError, match="expert 4 is not in this model"):
+        model.leave_out([4])
+    with pytest.raises(ConfigError, match="all 4 experts would be left out"):
+        model.leave_out(range(4))
