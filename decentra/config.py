@@ -254,6 +254,21 @@ class PlacementSpec(_Frozen):
     )
 
 
+class JudgeSpec(_Frozen):
+    """Whose packets are left out because they do not help: every holder judges the others' trunk packets by the loss of its own text.
+
+    So every holder fetches every packet: there are no reducers then.
+    """
+
+    share: float | None = Field(
+        None, ge=0, le=1, description="of the gain that a judge's own packet brings, which another's has to bring; null: nobody judges"
+    )
+    windows: int = Field(8, ge=1, le=1024, description="of text that a judge reads for a packet, and once more for the anchor")
+    quarantine_rounds: int = Field(
+        16, ge=1, description="rounds of the trunk for which whoever was condemned offers nothing; twice as many the next time"
+    )
+
+
 class AdmissionSpec(_Frozen):
     mode: Literal["open", "invited"] = "invited"
     max_members: int = Field(64, ge=1, le=4096)
@@ -284,6 +299,7 @@ class Manifest(_Frozen):
     outer_experts: OuterSpec | None = Field(None, description="the outer optimizer of experts, where it is another one")
     codec: CodecSpec = CodecSpec()
     placement: PlacementSpec = PlacementSpec()
+    judging: JudgeSpec = JudgeSpec()
     admission: AdmissionSpec = AdmissionSpec()
     stop: StopSpec = StopSpec()
     genesis: dict[FragmentId, Digest] = Field(default_factory=dict, description="fragment -> digest of its first anchor")

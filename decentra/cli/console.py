@@ -20,6 +20,7 @@ _INFO = frozenset(
         "bootstrap-attached", "p2p-died", "p2p-restarted", "clock-skew", "round-confirmed", "round-abandoned", "round-void", "rolled-back",
         "run-over", "run-stopping", "admitted", "placed", "service-started", "service-resumed", "rejected", "waiting", "progress",
         "leaving", "measuring", "capacity", "held-out-differs", "offer-forged", "settings-ignored", "codec", "limits-not-heard", "paused",
+        "objected", "judges-nothing", "quarantined", "succession", "succeeded", "onward",
     }
 )  # fmt: skip
 _SECRET = frozenset({"token", "invite", "credentials", "seed", "run_key", "service_key", "key"})

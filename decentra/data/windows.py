@@ -85,6 +85,11 @@ class WindowSource:
                 chosen[i] = best
         return _stacked([windows[best] for windows, best in zip(drawn, chosen, strict=True)])
 
+    def aside(self, number: int, batch_size: int) -> Tensor:
+        """Windows beside the training order, int64 [B, T + 1]: the same for the same ``number``, and training goes on as if they had not been read."""
+        first = (1 << 64) + number * batch_size
+        return _stacked([self._windows(first + i, 1)[0] for i in range(batch_size)])
+
     def next_inputs(self, batch_size: int) -> Tensor:
         """The same as a model reads them, without the last token of each: int64 [B, T]."""
         return read(self.next_batch(batch_size)[:, :-1])

@@ -52,3 +52,11 @@ def loss_of(model: nn.Module, spec: ModelSpec, tokens_BT1: Tensor) -> LossOutput
     cross_entropy = nats / num_learnt(targets_BT).clamp_min(1)
     total = cross_entropy + spec.aux_loss_weight * output.aux_loss + spec.z_loss_weight * output.z_loss
     return LossOutput(total, cross_entropy, output.tokens_per_expert_E)
+
+
+def window_losses(model: nn.Module, tokens_BT1: Tensor) -> Tensor:
+    """Cross entropy of each window, nats per token that is learnt, float64 [B] on the CPU; 0 where nothing is."""
+    output: ForwardOutput = model(read(tokens_BT1[:, :-1]))
+    targets_BT = tokens_BT1[:, 1:].clamp_min(NOT_LEARNT)
+    nats_BT = F.cross_entropy(output.logits_BTV.float().transpose(1, 2), targets_BT, ignore_index=NOT_LEARNT, reduction="none")
+    return nats_BT.double().sum(1).cpu() / (targets_BT >= 0).sum(1).clamp_min(1).cpu()

@@ -118,18 +118,20 @@ class Offer(_message.Message):
     def __init__(self, fragment: _Optional[str] = ..., round: _Optional[int] = ..., peer: _Optional[str] = ..., base: _Optional[bytes] = ..., packet: _Optional[bytes] = ..., num_bytes: _Optional[int] = ..., num_tokens: _Optional[int] = ..., num_steps: _Optional[int] = ..., norm_bits: _Optional[int] = ..., proof: _Optional[bytes] = ...) -> None: ...
 
 class Receipt(_message.Message):
-    __slots__ = ("fragment", "round", "peer", "sender", "packet")
+    __slots__ = ("fragment", "round", "peer", "sender", "packet", "objects")
     FRAGMENT_FIELD_NUMBER: _ClassVar[int]
     ROUND_FIELD_NUMBER: _ClassVar[int]
     PEER_FIELD_NUMBER: _ClassVar[int]
     SENDER_FIELD_NUMBER: _ClassVar[int]
     PACKET_FIELD_NUMBER: _ClassVar[int]
+    OBJECTS_FIELD_NUMBER: _ClassVar[int]
     fragment: str
     round: int
     peer: str
     sender: str
     packet: bytes
-    def __init__(self, fragment: _Optional[str] = ..., round: _Optional[int] = ..., peer: _Optional[str] = ..., sender: _Optional[str] = ..., packet: _Optional[bytes] = ...) -> None: ...
+    objects: bool
+    def __init__(self, fragment: _Optional[str] = ..., round: _Optional[int] = ..., peer: _Optional[str] = ..., sender: _Optional[str] = ..., packet: _Optional[bytes] = ..., objects: bool = ...) -> None: ...
 
 class Merge(_message.Message):
     __slots__ = ("fragment", "round", "peer", "packet", "num_bytes", "residual", "proof")
@@ -386,7 +388,7 @@ class FragmentView(_message.Message):
     def __init__(self, fragment: _Optional[str] = ..., version: _Optional[int] = ..., height: _Optional[int] = ..., anchor: _Optional[bytes] = ..., round: _Optional[int] = ..., phase: _Optional[_Union[Phase, str]] = ..., why: _Optional[str] = ..., holders: _Optional[_Iterable[str]] = ..., keepers: _Optional[_Iterable[str]] = ..., quorum: _Optional[int] = ..., cut_off_in_s: _Optional[float] = ..., offers: _Optional[_Iterable[_Union[Offer, _Mapping]]] = ..., receipts: _Optional[_Union[Receipts, _Mapping]] = ..., settlement: _Optional[_Union[Settlement, _Mapping]] = ..., attesters: _Optional[_Iterable[str]] = ..., ready: _Optional[_Iterable[str]] = ..., recent: _Optional[_Iterable[_Union[Outcome, _Mapping]]] = ..., tally: _Optional[_Union[Tally, _Mapping]] = ..., reducers: _Optional[_Iterable[str]] = ..., residual: _Optional[bytes] = ...) -> None: ...
 
 class MemberView(_message.Message):
-    __slots__ = ("peer", "name", "role", "is_live", "addresses", "experts", "counters", "is_partial")
+    __slots__ = ("peer", "name", "role", "is_live", "addresses", "experts", "counters", "is_partial", "quarantine")
     PEER_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
@@ -395,6 +397,7 @@ class MemberView(_message.Message):
     EXPERTS_FIELD_NUMBER: _ClassVar[int]
     COUNTERS_FIELD_NUMBER: _ClassVar[int]
     IS_PARTIAL_FIELD_NUMBER: _ClassVar[int]
+    QUARANTINE_FIELD_NUMBER: _ClassVar[int]
     peer: str
     name: str
     role: Role
@@ -403,7 +406,8 @@ class MemberView(_message.Message):
     experts: _containers.RepeatedScalarFieldContainer[int]
     counters: Counters
     is_partial: bool
-    def __init__(self, peer: _Optional[str] = ..., name: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., is_live: bool = ..., addresses: _Optional[_Iterable[str]] = ..., experts: _Optional[_Iterable[int]] = ..., counters: _Optional[_Union[Counters, _Mapping]] = ..., is_partial: bool = ...) -> None: ...
+    quarantine: str
+    def __init__(self, peer: _Optional[str] = ..., name: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., is_live: bool = ..., addresses: _Optional[_Iterable[str]] = ..., experts: _Optional[_Iterable[int]] = ..., counters: _Optional[_Union[Counters, _Mapping]] = ..., is_partial: bool = ..., quarantine: _Optional[str] = ...) -> None: ...
 
 class SwarmView(_message.Message):
     __slots__ = ("version", "members", "is_stopping", "is_stopped", "why", "revoked", "awaits_successor", "successor")

@@ -30,6 +30,7 @@ from decentra.errors import DecentraError, IntegrityError, RejectedPayload, Trai
 from decentra.ids import MERGED, Digest, FragmentId, PeerId, digest_of
 from decentra.modules import Fragment
 from decentra.peer.disk import write_atomic
+from decentra.peer.judge import Packet
 from decentra.peer.kept import KeptBlobs
 from decentra.ports import Compute, Disk, Events, Exchange
 from decentra.protocol import canonical
@@ -209,12 +210,22 @@ class Replica:
             detail = f"{num_bytes} bytes are offered, a packet of {self.fragment.id} has at most {most}"
             raise RejectedPayload("size", detail, peer=sender, round=number)
 
-    async def check_packet(self, digest: Digest, data: bytes, sender: PeerId, number: int, norm_bits: int | None) -> None:
+    async def check_packet(self, digest: Digest, data: bytes, sender: PeerId, number: int, norm_bits: int | None) -> Decoded:
         """Screen a foreign packet and the norm its sender states, then store and serve it. Raises RejectedPayload."""
         delta = await self.compute.run(self._screen, data, sender, number, norm_bits)
         if delta.is_sparse and len(self._screened) < MAX_SCREENED:
             self._screened[digest] = delta  # small: kept until its round is applied, so that it is decoded once
         await self._kept.hold(number, digest, data)
+        return delta
+
+    async def own_packet(self, number: int) -> Packet | None:
+        """This peer's packet of a round as everybody decodes it, while it is pending."""
+        if self.account is None or (pending := self.account.pending) is None or pending.round != number:
+            return None
+        delta = pending.sent
+        if delta is None:
+            delta = await self.compute.run(functools.partial(decode_packet, pending.packet, self.fragment))
+        return Packet(self.me, delta, pending.num_tokens)
 
     async def keep_residual(self, digest: Digest, blob: bytes) -> None:
         """Hold what earlier merges left out, verified by its digest. Raises RejectedPayload when it is no residual of this fragment."""

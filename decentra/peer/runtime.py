@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import json
+import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -18,6 +19,7 @@ from decentra.ids import FragmentId, PeerId, expert_of, module_of_fragment
 from decentra.modules import Fragment, Layout
 from decentra.peer.disk import sweep, write_atomic
 from decentra.peer.inner import InnerLoop
+from decentra.peer.judge import Judge
 from decentra.peer.link import RateControl, limits_of
 from decentra.peer.replica import Replica
 from decentra.peer.sync import PeerLoop
@@ -229,7 +231,7 @@ class PeerRuntime:
             head_start=self.manifest.rounds.inner_steps if self.manifest.rounds.stagger else 0,
             fragments=tuple(f.id for f in self.layout.fragments) if self.is_partial else (),
             on_limit=self.trainer.step_to if self.trainer is not None and not self.manifest.rounds.overlap else None,
-            on_run_tokens=self.trainer.set_run_tokens if self.trainer is not None and self.manifest.train.schedule != "constant" else None,
+            judge=self._judge(), on_run_tokens=self.trainer.set_run_tokens if self.trainer is not None and self.manifest.train.schedule != "constant" else None,
         )  # fmt: skip
         self._resume_if_whole()
         if self.trainer is not None and self.trainer.is_finished:
@@ -249,6 +251,17 @@ class PeerRuntime:
             for task in (loop, *chores):
                 task.cancel()
             await asyncio.gather(loop, *chores, return_exceptions=True)
+
+    def _judge(self) -> Judge | None:
+        rules = self.manifest.judging
+        if rules.share is None or self.trainer is None:
+            return None
+        if self.make_inner is not InnerLoop:
+            self.ports.events.emit(
+                "judges-nothing", why="a peer of several processes does not judge packets; it vouches for all that are well-formed"
+            )
+            return None
+        return Judge(rules, self.trainer, self.ports.events, salt=secrets.randbits(48))
 
     def _hello(self) -> Hello:
         return Hello(

@@ -13,10 +13,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from decentra.delta.anchor import max_anchor_bytes
+from decentra.delta.decoded import Decoded
 from decentra.delta.reduce import max_residual_bytes
 from decentra.errors import DecentraError, Refused, RejectedPayload, TrainingError, Unreachable, VersionMismatch
-from decentra.ids import FragmentId, PeerId, short
+from decentra.ids import TRUNK, FragmentId, PeerId, module_of_fragment, short
 from decentra.peer.fetch import Fetcher
+from decentra.peer.judge import Judge, Packet
 from decentra.peer.link import RateControl
 from decentra.peer.replica import Replica
 from decentra.ports import AveragingService, Clock, Events, Exchange, Session
@@ -31,6 +33,7 @@ from decentra.protocol.messages import (
     Holding,
     MemberMessage,
     MemberView,
+    Phase,
     Rejected,
     SwarmView,
 )
@@ -59,6 +62,7 @@ class PeerLoop:
     rate: RateControl | None = None
     on_limit: Callable[[int | None], None] | None = None  # told how far training may go, where it waits for rounds
     on_run_tokens: Callable[[int], None] | None = None  # told how many tokens the run has confirmed, where training follows it
+    judge: Judge | None = None  # where the run's holders judge each other's packets
     num_steps: int = 0
     head_start: int = 0  # inner steps over which the fragments' first rounds are spread
     fragments: tuple[FragmentId, ...] = ()  # all of the run, where this peer does not hold all of them
@@ -265,13 +269,29 @@ class PeerLoop:
                 raise RejectedPayload(
                     "size", f"{len(data)} bytes, the offer said {effect.num_bytes}", peer=effect.sender, round=effect.round
                 )
-            await self.replicas[effect.fragment].check_packet(effect.packet, data, effect.sender, effect.round, effect.norm_bits)
+            delta = await self.replicas[effect.fragment].check_packet(effect.packet, data, effect.sender, effect.round, effect.norm_bits)
+            objects = await self._objects(effect, delta)
         except RejectedPayload as error:
             self._fetch_failed(effect, "packet-refused", error, is_bad=True)
         except (DecentraError, OSError) as error:
             self._fetch_failed(effect, "fetch-failed", error)
         else:
-            self._inbox.put_nowait(m.Fetched(effect.fragment, effect.packet))
+            self._inbox.put_nowait(m.Fetched(effect.fragment, effect.packet, objects))
+
+    async def _objects(self, effect: do.Fetch, delta: Decoded) -> bool:
+        """Judge a packet of the open round, where this peer is one of its holders and the run judges."""
+        view, replica = self.machine.lives[effect.fragment].view, self.replicas[effect.fragment]
+        if self.judge is None or module_of_fragment(effect.fragment) != TRUNK or view is None or replica.account is None:
+            return False
+        offer = next((o for o in view.offers if o.packet == effect.packet), None)
+        is_open = view.phase is Phase.OPEN and view.round == effect.round and offer is not None and offer.base == replica.anchor
+        if not is_open or offer is None or self.me.peer not in view.holders:
+            return False
+        packet = Packet(effect.sender, delta, offer.num_tokens)
+        own = await replica.own_packet(effect.round)
+        return await self.judge.objects(
+            effect.fragment, effect.round, replica.account.anchor_state.anchor_N, packet, own, len(view.holders)
+        )
 
     async def _fetch_residual(self, effect: do.Fetch) -> None:
         replica = self.replicas[effect.fragment]

@@ -177,6 +177,12 @@ class Trainer:
         """live := values (fp32 [N] on the CPU); the fragment's optimizer moments are dropped."""
         await self._call(lambda: self._inner.load(fragment, values_N))
 
+    async def gains(
+        self, fragment: FragmentId, anchor_N: Tensor, deltas: Sequence[Tensor], step: float, number: int, num_windows: int
+    ) -> Tensor:
+        """How much a step of each delta lowers this peer's loss; see ``InnerLoop.gains``."""
+        return await self._call(lambda: self._inner.gains(fragment, anchor_N, deltas, step, number, num_windows))
+
     async def set_trained(self, trained: frozenset[FragmentId]) -> None:
         """Train exactly these fragments from now on; moments of those that stay are kept. With none the trainer waits."""
         await self._call(lambda: self._inner.set_trained(trained))

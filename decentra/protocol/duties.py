@@ -141,6 +141,7 @@ class FragmentLife:
     fetching: frozenset[Digest] = frozenset()
     norms: frozenset[tuple[Digest, int]] = frozenset()  # (packet, float32 bits of the norm it is or was screened for)
     bad_packets: frozenset[Digest] = frozenset()
+    objected: frozenset[Digest] = frozenset()  # of ``packets``: those that do not help, judged by their loss
     busy: str = ""
     encoded_at_steps: int = 0
     encoded_before_steps: int = 0
@@ -282,7 +283,7 @@ def _take_part(life: FragmentLife, view: FragmentView, me: Self, num_steps: int,
             effects += more
             is_vouched = offer.packet in life.packets and (offer.packet, offer.norm_bits) in life.norms
             if is_vouched and offer.peer != me.peer:
-                receipt = Receipt(life.fragment, view.round, me.peer, offer.peer, offer.packet)
+                receipt = Receipt(life.fragment, view.round, me.peer, offer.peer, offer.packet, offer.packet in life.objected)
                 life, more = _say(life, ("receipt", f"{view.round} {offer.packet}"), receipt)
                 effects += more
     return life, effects

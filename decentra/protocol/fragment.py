@@ -14,7 +14,7 @@ from decentra.protocol import round as rounds
 from decentra.protocol.deadline import cut_off_s
 from decentra.protocol.messages import Abstention, Attestation, FragmentView, Holding, Merge, Offer, Outcome, Phase, Receipt, Tally
 from decentra.protocol.placement import rendezvous
-from decentra.protocol.round import Reject, Round, Rules
+from decentra.protocol.round import DidCondemn, Reject, Round, Rules
 
 NUM_RECENT = 8
 NUM_HISTORY = 256
@@ -98,7 +98,7 @@ class Write:
     record: ledger.Record
 
 
-FragmentEffect = Write | Reject
+FragmentEffect = Write | Reject | DidCondemn
 Step = tuple[FragmentBook, tuple[FragmentEffect, ...]]
 
 
@@ -242,6 +242,8 @@ def _advance(book: FragmentBook, event: rounds.RoundEvent, now: float, rules: Ru
                 if was_open:
                     took_s = (now - after.opened_at) * (CUT_SHORT if after.due - {e.peer for e in settlement.entries} else 1.0)
                     book = replace(book, arrivals_s=(*book.arrivals_s, took_s)[-NUM_ARRIVALS:])
+            case rounds.DidCondemn():
+                out.append(effect)
             case rounds.DidConfirm(anchor, attestations, thin, why):
                 attesters, proofs = tuple(a.peer for a in attestations), tuple(a.proof for a in attestations)
                 height = after.height + 1

@@ -46,6 +46,15 @@ class Revoked:
 
 
 @dataclass(frozen=True, slots=True)
+class Quarantined:
+    """Until the trunk has ``until_height`` confirmed rounds this member offers nothing: most holders said that its packet does not help."""
+
+    peer: PeerId
+    until_height: int
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
 class Opened:
     fragment: FragmentId
     round: int
@@ -112,9 +121,12 @@ class Heads:
     heads: tuple[tuple[str, int, Digest], ...]
 
 
-Record = Started | Admitted | Placed | Revoked | Opened | Settled | Confirmed | GaveUp | RolledBack | Stopping | Succeeded | Heads
+Record = (
+    Started | Admitted | Placed | Revoked | Quarantined | Opened | Settled | Confirmed | GaveUp | RolledBack | Stopping | Succeeded | Heads
+)
 _KINDS: dict[str, type[Record]] = {
-    c.__name__: c for c in (Started, Admitted, Placed, Revoked, Opened, Settled, Confirmed, GaveUp, RolledBack, Stopping, Succeeded, Heads)
+    c.__name__: c
+    for c in (Started, Admitted, Placed, Revoked, Quarantined, Opened, Settled, Confirmed, GaveUp, RolledBack, Stopping, Succeeded, Heads)
 }
 
 

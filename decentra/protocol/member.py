@@ -67,6 +67,7 @@ class Fetched:
 
     fragment: FragmentId
     packet: Digest
+    objects: bool = False  # judged by its loss it does not help
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,8 +227,9 @@ class MemberMachine:
             case Skipped(_, number, why):
                 self.skipped_rounds += 1
                 life = replace(life, busy="", sat_out=number, why_sat_out=why)
-            case Fetched(_, packet):
-                life = replace(life, fetching=life.fetching - {packet}, packets=life.packets | {packet})
+            case Fetched(_, packet, objects):
+                objected = life.objected | ({packet} if objects else set())
+                life = replace(life, fetching=life.fetching - {packet}, packets=life.packets | {packet}, objected=objected)
             case FetchFailed(_, packet, is_bad):
                 bad = life.bad_packets | ({packet} if is_bad else set())
                 if life.view is not None and needs(life, life.view, packet):
@@ -241,7 +243,8 @@ class MemberMachine:
                 life = replace(life, busy="", tentative=(number, anchor))
             case Committed(_, anchor):
                 life = replace(
-                    life, busy="", anchor=anchor, tentative=None, pending=None, packets=frozenset(), bad_packets=frozenset(), told=frozenset()
+                    life, busy="", anchor=anchor, tentative=None, pending=None, packets=frozenset(), bad_packets=frozenset(),
+                    objected=frozenset(), told=frozenset(),
                 )  # fmt: skip
             case Cancelled():
                 life = replace(life, busy="", pending=None, encoded_at_steps=life.encoded_before_steps)
@@ -249,8 +252,8 @@ class MemberMachine:
                 dropped = life.pending is not None
                 self.skipped_rounds += dropped
                 life = replace(
-                    life, busy="", anchor=anchor, tentative=None, pending=None, packets=frozenset(), bad_packets=frozenset(), told=frozenset(),
-                    no_replay_to=None, encoded_at_steps=self.num_steps, encoded_before_steps=self.num_steps,
+                    life, busy="", anchor=anchor, tentative=None, pending=None, packets=frozenset(), bad_packets=frozenset(),
+                    objected=frozenset(), told=frozenset(), no_replay_to=None, encoded_at_steps=self.num_steps, encoded_before_steps=self.num_steps,
                 )  # fmt: skip
             case Failed():
                 undo = life.encoded_before_steps if life.busy == "encode" else life.encoded_at_steps

@@ -76,13 +76,14 @@ class Offer:
 
 @dataclass(frozen=True, slots=True)
 class Receipt:
-    """``peer`` holds ``sender``'s packet, it passed the screen, and its norm is the offer's."""
+    """``peer`` holds ``sender``'s packet, it passed the screen, and its norm is the offer's. ``objects``: judged by its loss it does not help."""
 
     fragment: FragmentId
     round: int
     peer: PeerId
     sender: PeerId
     packet: Digest
+    objects: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,6 +274,7 @@ class MemberView:
     experts: tuple[int, ...]
     counters: Counters
     is_partial: bool = False
+    quarantine: str = ""  # why its packets are left out now
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,8 @@ The law of this file:
   once with the packet both of them made of it, or without them (one died, was late, or they disagree): only the second is applied. A round that
   lacks receipts at its cut-off goes on without reducers, too: everybody fetches then.
 - Confirmed: min(2, size of the roster at open) members attested the same digest. One attester is *thin*.
+- Where holders judge, an offer to which more than two thirds of the other holders object is condemned: it is not settled, nobody waits for its sender, and
+  until the cut-off the round waits for words that could still condemn one. With fewer than three holders nobody is condemned: one liar would decide.
 - Suspicion removes a member from those waited for and never adds one; giving up is allowed at any time before settling (abandon) or confirming
   (void). Safety rests on every replica keeping its last confirmed anchor beside the tentative one.
 """
@@ -23,10 +25,11 @@ from dataclasses import dataclass, replace
 
 from decentra.bits import ONE_BITS, bits_float, float_bits
 from decentra.config import OuterSpec
-from decentra.ids import Digest, FragmentId, PeerId, expert_of, module_of_fragment, short
+from decentra.ids import TRUNK, Digest, FragmentId, PeerId, expert_of, module_of_fragment, short
 from decentra.protocol.messages import Abstention, Attestation, Entry, Merge, Merged, Offer, Phase, Receipt, Settlement
 
 MAX_OFFER_TOKENS, MAX_OFFER_BYTES = 1 << 40, 1 << 40  # sums of them stay far inside 63 bits
+MIN_JUDGES = 2  # with one other holder a liar would decide alone
 INFINITE_BITS = 0x7F800000  # float32: what is below is a finite number that is not negative
 
 ACTIVE = frozenset({Phase.OPEN, Phase.SETTLED, Phase.TENTATIVE})
@@ -42,6 +45,11 @@ class Rules:
     outer: OuterSpec
     merge_s: float = 20.0
     outer_experts: OuterSpec | None = None
+    is_judged: bool = False  # holders judge the packets of the trunk
+
+    def judges(self, fragment: FragmentId) -> bool:
+        """True where holders judge each other's packets by what they do to the loss."""
+        return self.is_judged and module_of_fragment(fragment) == TRUNK
 
     def outer_of(self, fragment: FragmentId) -> OuterSpec:
         is_expert = expert_of(module_of_fragment(fragment)) is not None
@@ -63,6 +71,7 @@ class Round:
     phase: Phase = Phase.OPEN
     offers: tuple[Offer, ...] = ()  # sorted by peer
     receipts: frozenset[tuple[PeerId, PeerId]] = frozenset()  # (sender, holder of the packet)
+    objections: frozenset[tuple[PeerId, PeerId]] = frozenset()  # (sender, holder who says that its packet does not help)
     abstained: frozenset[PeerId] = frozenset()
     suspects: frozenset[PeerId] = frozenset()
     reducers: tuple[PeerId, ...] = ()  # sorted; as the round opened
@@ -88,7 +97,28 @@ class Round:
     @property
     def due(self) -> frozenset[PeerId]:
         """Holders whose offers the round waits for."""
-        return self.holders - self.suspects - self.abstained
+        return self.holders - self.suspects - self.abstained - self.condemned.keys()
+
+    @property
+    def condemned(self) -> dict[PeerId, int]:
+        """Senders to whose packets more than two thirds of the other holders object, and how many do."""
+        num_judges = len(self.holders) - 1
+        counts = Counter(sender for sender, _ in self.objections)
+        return {sender: n for sender, n in sorted(counts.items()) if num_judges >= MIN_JUDGES and _is_most(n, num_judges)}
+
+    def unjudged(self) -> tuple[Offer, ...]:
+        """Offers that the holders who are here and have said nothing yet could still condemn."""
+        num_judges = len(self.holders) - 1
+        if num_judges < MIN_JUDGES:
+            return ()
+        found = []
+        for offer in self.offers:
+            judges = self.holders - {offer.peer}
+            said = {judge for sender, judge in self.receipts if sender == offer.peer} & judges
+            against = sum(sender == offer.peer for sender, _ in self.objections)
+            if not _is_most(against, num_judges) and _is_most(against + len(judges - said - self.suspects), num_judges):
+                found.append(offer)
+        return tuple(found)
 
     @property
     def live_reducers(self) -> tuple[PeerId, ...]:
@@ -114,7 +144,17 @@ class Round:
         """Offers that would survive the death of their sender: another member of the roster holds the packet."""
         if len(self.roster) == 1:
             return self.offers
-        return tuple(o for o in self.offers if any(sender == o.peer and holder != sender for sender, holder in self.receipts))
+        condemned = self.condemned
+        return tuple(
+            o
+            for o in self.offers
+            if o.peer not in condemned and any(sender == o.peer and holder != sender for sender, holder in self.receipts)
+        )
+
+
+def _is_most(num_objections: int, num_judges: int) -> bool:
+    """More than two thirds: of eight holders three that lie and one that errs condemn nobody, and the five that are honest condemn each of the three."""
+    return 3 * num_objections > 2 * num_judges
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +193,14 @@ class DidSettle:
 
 
 @dataclass(frozen=True, slots=True)
+class DidCondemn:
+    """More than two thirds of the other holders say that this packet does not help: it is left out."""
+
+    peer: PeerId
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
 class DidConfirm:
     anchor: Digest
     attestations: tuple[Attestation, ...]
@@ -166,14 +214,14 @@ class DidGiveUp:
     why: str
 
 
-RoundEffect = Reject | DidSettle | DidConfirm | DidGiveUp
+RoundEffect = Reject | DidSettle | DidCondemn | DidConfirm | DidGiveUp
 
 
 def step(round_: Round, event: RoundEvent, now: float, rules: Rules) -> tuple[Round, tuple[RoundEffect, ...]]:
     """The round after ``event`` at ``now`` and what follows from it: time first, then the event, then the decision."""
     if not round_.is_active:
         return round_, ()
-    taken, rejects = _take(round_, event)
+    taken, rejects = _take(round_, event, rules)
     decided, effects = _decide(taken, now, rules)
     return decided, rejects + effects
 
@@ -199,7 +247,9 @@ def waits_for(round_: Round) -> str:
         due = round_.due
         if missing := due - {o.peer for o in round_.offers}:
             return f"waits for offers of {_names(missing)} ({len(round_.offers)} of {len(due)} in)"
-        sound = {o.peer for o in round_.sound_offers()}
+        sound = {o.peer for o in round_.sound_offers()} | round_.condemned.keys()
+        if {o.peer for o in round_.offers} <= sound:
+            return f"waits for judgement of {_names(o.peer for o in round_.unjudged())}"
         return f"waits for a second holder of the packets of {_names({o.peer for o in round_.offers} - sound)}"
     if round_.is_merging:
         unheard = set(round_.reducers) - {m.peer for m in round_.merges}
@@ -214,12 +264,12 @@ def _names(peers: Iterable[PeerId]) -> str:
     return ", ".join(sorted(short(p) for p in peers))
 
 
-def _take(round_: Round, event: RoundEvent) -> tuple[Round, tuple[RoundEffect, ...]]:
+def _take(round_: Round, event: RoundEvent, rules: Rules) -> tuple[Round, tuple[RoundEffect, ...]]:
     match event:
         case Offer():
             return _take_offer(round_, event)
         case Receipt():
-            return _take_receipt(round_, event)
+            return _take_receipt(round_, event, can_object=rules.judges(round_.fragment))
         case Merge():
             return _take_merge(round_, event)
         case Attestation():
@@ -254,13 +304,16 @@ def _take_offer(round_: Round, offer: Offer) -> tuple[Round, tuple[RoundEffect, 
     return replace(round_, offers=offers, abstained=round_.abstained - {offer.peer}), ()
 
 
-def _take_receipt(round_: Round, receipt: Receipt) -> tuple[Round, tuple[RoundEffect, ...]]:
+def _take_receipt(round_: Round, receipt: Receipt, *, can_object: bool) -> tuple[Round, tuple[RoundEffect, ...]]:
     if receipt.peer not in round_.roster:
         return round_, (Reject(receipt.peer, "not-in-roster", "only the roster's members give receipts"),)
     offer = round_.offer_of(receipt.sender)
     if offer is None or offer.packet != receipt.packet:
         return round_, (Reject(receipt.peer, "receipt", f"no such offer of {short(receipt.sender)}"),)
-    return replace(round_, receipts=round_.receipts | {(receipt.sender, receipt.peer)}), ()
+    said = (receipt.sender, receipt.peer)
+    is_first_word = round_.phase is Phase.OPEN and said not in round_.receipts
+    is_objection = can_object and receipt.objects and is_first_word and receipt.peer in round_.holders and receipt.peer != receipt.sender
+    return replace(round_, receipts=round_.receipts | {said}, objections=round_.objections | ({said} if is_objection else set())), ()
 
 
 def _take_merge(round_: Round, merge: Merge) -> tuple[Round, tuple[RoundEffect, ...]]:
@@ -296,11 +349,17 @@ def _decide(round_: Round, now: float, rules: Rules) -> tuple[Round, tuple[Round
 
 def _decide_open(round_: Round, now: float, rules: Rules) -> tuple[Round, tuple[RoundEffect, ...]]:
     due, sound = round_.due, round_.sound_offers()
-    if sound and due <= {o.peer for o in sound}:
+    is_judged = not rules.judges(round_.fragment) or not round_.unjudged()
+    if sound and due <= {o.peer for o in sound} and (is_judged or now >= round_.cut_off_at):
         return _settle(round_, now, rules, sound, f"all {len(sound)} due offers are in")
     present = round_.roster - round_.suspects
     if not due and not sound:
-        return _give_up(round_, Phase.ABANDONED, "no holder is left to wait for")
+        why = (
+            f"objected to: {_names(round_.condemned)}; no holder is left to wait for"
+            if round_.condemned
+            else "no holder is left to wait for"
+        )
+        return _give_up(round_, Phase.ABANDONED, why)
     if len(present) == 1 < len(round_.roster) and not sound:
         return _give_up(round_, Phase.ABANDONED, "one member is left of the roster: nobody else can hold its packet")
     if now >= round_.cut_off_at and len(sound) >= round_.quorum:
@@ -326,12 +385,19 @@ def _settle(round_: Round, now: float, rules: Rules, offers: tuple[Offer, ...], 
     )
     if clipped := ", ".join(f"{short(e.peer)} to {bits_float(e.clip_bits):.2g}" for e in entries if e.clip_bits != ONE_BITS):
         why += f"; clipped {clipped}"
+    num_judges = len(round_.holders) - 1
+    condemned = tuple(
+        DidCondemn(p, f"{n} of {num_judges} other holders say that its packet of {round_.fragment}, round {round_.number}, does not help")
+        for p, n in round_.condemned.items()
+    )
+    if condemned:
+        why += f"; left out {_names(c.peer for c in condemned)}, to which most object"
     settlement = Settlement(
         round_.fragment, round_.number, round_.height + 1, round_.base, entries,
         float_bits(lr), float_bits(momentum), why, round_.live_reducers, round_.residual if round_.live_reducers else None,
     )  # fmt: skip
     settled = replace(round_, phase=Phase.SETTLED, settlement=settlement, settled_at=now, why=why)
-    return settled, (DidSettle(settlement),)
+    return settled, (DidSettle(settlement), *condemned)
 
 
 def _decide_settled(round_: Round, now: float, rules: Rules) -> tuple[Round, tuple[RoundEffect, ...]]:

@@ -33,9 +33,10 @@ from decentra.protocol.messages import (
     Role,
     SwarmView,
 )
-from decentra.protocol.round import Reject, Rules
+from decentra.protocol.round import DidCondemn, Reject, Rules
 
 PLACE_KEPT_S = 86_400.0  # an absent member's place is given away after this
+MAX_DOUBLINGS = 6  # of a quarantine
 DETACHED_S = 3.0  # a member whose stream ended is suspected after this
 
 
@@ -55,6 +56,9 @@ class Member:
     nonce: str = ""
     heard_at: float = 0.0
     is_live: bool = False
+    quarantined_until: int = 0  # height of the trunk
+    num_quarantines: int = 0
+    why_quarantined: str = ""
     has_greeted: bool = False  # said Hello since the service started
     counters: Counters = field(default_factory=Counters)
 
@@ -139,8 +143,17 @@ class RoundBook:
         """A new run at its genesis anchors, and the record that begins its ledger."""
         run = manifest.run_id()
         spec = manifest.rounds
-        rules = Rules(spec.cut_off_s, spec.grace_s, spec.attest_s, manifest.outer, spec.merge_s, manifest.outer_experts)
-        book = RoundBook(manifest, run, rules, Timing(spec.cut_off_s, spec.gather_s, spec.rollback_s, spec.reduce_from))
+        rules = Rules(
+            spec.cut_off_s,
+            spec.grace_s,
+            spec.attest_s,
+            manifest.outer,
+            spec.merge_s,
+            manifest.outer_experts,
+            manifest.judging.share is not None,
+        )
+        reduce_from = None if rules.is_judged else spec.reduce_from  # who judges has to have every packet
+        book = RoundBook(manifest, run, rules, Timing(spec.cut_off_s, spec.gather_s, spec.rollback_s, reduce_from))
         for fragment, digest in sorted(manifest.genesis.items()):
             book.fragments[fragment] = FragmentBook(fragment, digest, idle_since=now)
         if not book.fragments:
@@ -291,7 +304,7 @@ class RoundBook:
 
     def swarm(self) -> SwarmView:
         members = tuple(
-            MemberView(m.peer, m.name, m.role, m.is_live, m.addresses, m.experts, m.counters, m.is_partial)
+            MemberView(m.peer, m.name, m.role, m.is_live, m.addresses, m.experts, m.counters, m.is_partial, self._quarantine_of(m))
             for _, m in sorted(self.members.items())
             if m.has_greeted or m.name
         )
@@ -306,8 +319,10 @@ class RoundBook:
     def _present(self, fragment: FragmentId) -> Present:
         expert = expert_of(module_of_fragment(fragment))
         live = [m for m in self.members.values() if m.is_live and m.has_greeted]
-        trainers = frozenset(m.peer for m in live if m.role is Role.TRAINER)
-        holders = frozenset(m.peer for m in live if m.peer in trainers and (expert is None or expert in m.experts))
+        trainers, height = frozenset(m.peer for m in live if m.role is Role.TRAINER), self.num_trunk_rounds
+        holders = frozenset(
+            m.peer for m in live if m.peer in trainers and (expert is None or expert in m.experts) and m.quarantined_until <= height
+        )
         limited = frozenset(m.peer for m in live if not m.may_reduce)
         return Present(holders, frozenset(m.peer for m in live if m.role is Role.KEEPER), trainers - holders, limited)
 
@@ -319,11 +334,29 @@ class RoundBook:
         book, found = step
         changed = book.version != self.fragments[name].version
         self.fragments[name] = book
-        effects.extend(found)
+        effects.extend(e for e in found if not isinstance(e, DidCondemn))
+        for condemned in (e for e in found if isinstance(e, DidCondemn)):
+            self._quarantine(condemned, effects)
         if any(isinstance(e, Write) and isinstance(e.record, ledger.Confirmed) for e in found):
             effects.append(Write(ledger.Heads(())))  # the driver fills in the heads it has just written
         if changed:
             effects.append(ViewChanged(name))
+
+    def _quarantine(self, condemned: DidCondemn, effects: list[Effect]) -> None:
+        """Longer each time. Until then it follows and attests nothing: it is in no roster."""
+        member = self.members[condemned.peer]
+        until = self.num_trunk_rounds + 1 + (self.manifest.judging.quarantine_rounds << min(member.num_quarantines, MAX_DOUBLINGS))
+        effects.append(Write(ledger.Quarantined(condemned.peer, until, condemned.why)))
+        self._note_quarantine(condemned.peer, until, condemned.why)
+        self._swarm_changed(effects)
+
+    def _note_quarantine(self, peer: PeerId, until: int, why: str) -> None:
+        member = self.members[peer]
+        self.members[peer] = replace(member, quarantined_until=until, num_quarantines=member.num_quarantines + 1, why_quarantined=why)
+
+    def _quarantine_of(self, member: Member) -> str:
+        left = member.quarantined_until - self.num_trunk_rounds
+        return f"{member.why_quarantined}; for {left} more rounds of the trunk" if left > 0 else ""
 
     def _tick_fragments(self, now: float, effects: list[Effect], names: Iterable[FragmentId]) -> None:
         for name in names:
@@ -523,6 +556,8 @@ class RoundBook:
                     self.token_uses.setdefault(token, set()).add(peer)
             case ledger.Placed(peer, experts) if peer in self.members:
                 self.members[peer] = replace(self.members[peer], experts=experts)
+            case ledger.Quarantined(peer, until, why) if peer in self.members:
+                self._note_quarantine(peer, until, why)
             case ledger.Revoked(subject):
                 self.revoked.add(subject)
             case ledger.Stopping(why, is_over, awaits_successor):

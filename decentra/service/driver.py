@@ -295,6 +295,8 @@ class Driver:
                 self.events.emit("rolled-back", fragment=record.fragment, height=record.height, why=record.why)
             case ledger.Stopping():
                 self.events.emit("run-over" if record.is_over else "run-stopping", why=record.why)
+            case ledger.Quarantined():
+                self.events.emit("quarantined", peer=short(record.peer), until_height=record.until_height, why=record.why)
             case ledger.Succeeded():
                 self.events.emit("succeeded", run=record.run)
             case ledger.Admitted():

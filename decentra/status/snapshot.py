@@ -38,6 +38,7 @@ def snapshot(manifest: Manifest, swarm: SwarmView, views: Sequence[FragmentView]
             for e, n in enumerate(_num_holders(manifest, live))
             if n < manifest.placement.holders and e not in manifest.placement.frozen_experts
         },
+        "is_judged": manifest.judging.share is not None,
         "rounds_confirmed_trunk": min(
             (v.tally.num_confirmed for v in views if expert_of(module_of_fragment(v.fragment)) is None), default=0
         ),
@@ -96,6 +97,7 @@ def _member(m: MemberView, is_participating: bool) -> dict[str, Any]:
     return {
         "peer": m.peer, "name": m.name, "role": str(m.role), "is_live": m.is_live, "is_participating": is_participating, "experts": list(m.experts),
         "mode": ("held" if m.is_partial else "mirror") if m.role is Role.TRAINER else None,
+        "quarantine": m.quarantine or None,
         "state": c.state, "num_steps": c.num_steps, "num_tokens": c.num_tokens, "tokens_per_s": round(c.tokens_per_s, 1), "loss": c.loss,
         "tx_bytes": c.tx_bytes, "rx_bytes": c.rx_bytes, "skipped_rounds": c.skipped_rounds, "addresses": list(m.addresses),
     }  # fmt: skip

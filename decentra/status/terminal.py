@@ -76,6 +76,11 @@ def _headline(snap: dict[str, Any]) -> Text:
     if snap["experts_short"] and not snap["is_stopped"]:
         few = ", ".join(f"{expert} ({number} of {snap['holders_wanted']})" for expert, number in snap["experts_short"].items())
         text.append(f"\nexperts with fewer holders than wanted: {few}; the run goes on, another trainer would take them", "yellow")
+    for m in snap["members"]:
+        if m["quarantine"]:
+            text.append(f"\n{m['name']} is in quarantine: {m['quarantine']}", "yellow")
+    if snap["is_judged"] and 0 < (num := sum(m["role"] == "trainer" and m["is_live"] for m in snap["members"])) < 3:
+        text.append(f"\nnobody is protected from a liar: {num} trainers, and judging takes three", "yellow")
     agree = ("   anchors agree", "green") if snap["anchors_equal"] else ("   anchors differ for now", "yellow")
     text.append(*agree)
     return text

@@ -66,6 +66,7 @@ _TEXT: dict[str, tuple[int, bool]] = {
     "why": (limits.MAX_WHY_CHARS, True),
     "detail": (limits.MAX_WHY_CHARS, True),
     "state": (limits.MAX_WHY_CHARS, True),
+    "quarantine": (limits.MAX_WHY_CHARS, True),
     "addresses": (limits.MAX_ADDRESS_CHARS, False),
     "successor": (limits.MAX_SUCCESSOR_CHARS, False),
 }

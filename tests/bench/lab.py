@@ -146,14 +146,19 @@ class Swarm:
             self.anchors[fragment.id] = new
             for peer in self.peers:
                 account = peer.accounts.get(fragment.id)
-                shift_N = new.anchor_N - old.anchor_N if account is None else account.applied(new, digest, clips[peer.id])
+                if account is None:
+                    shift_N = new.anchor_N - old.anchor_N
+                elif peer.id in clips:
+                    shift_N = account.applied(new, digest, clips[peer.id])
+                else:
+                    shift_N = account.excluded(new, digest)
                 if account is not None or self.manifest.placement.mode == "mirror":
                     peer.inner.shift(fragment.id, shift_N)
 
     def altered(
         self, fragment: FragmentId, deltas: dict[PeerId, Decoded], norms: dict[PeerId, float]
     ) -> tuple[dict[PeerId, Decoded], dict[PeerId, float]]:  # fmt: skip
-        """What arrives instead of what was sent: nothing else, where all are honest."""
+        """What is merged instead of what was sent: nothing else, where all are honest."""
         del fragment
         return deltas, norms
 
@@ -161,10 +166,11 @@ class Swarm:
         """The next anchor and every peer's clip; weights are tokens, as a settlement computes them."""
         pendings = {p.id: p.accounts[fragment].pending for p in self.peers if fragment in p.accounts}
         tokens = {id: pending.num_tokens for id, pending in pendings.items() if pending is not None}
-        total = sum(tokens.values())
-        weights = {id: float_bits(n / total if total else 1.0 / len(tokens)) for id, n in tokens.items()}
         deltas = {id: decode_packet(p.packet, self.layout[fragment]) for id, p in pendings.items() if p is not None}
         deltas, norms = self.altered(fragment, deltas, {id: bits_float(p.norm_bits) for id, p in pendings.items() if p is not None})
+        tokens = {id: tokens[id] for id in deltas}
+        total = sum(tokens.values())
+        weights = {id: float_bits(n / total if total else 1.0 / len(tokens)) for id, n in tokens.items()}
         outer = self.manifest.outer_of(fragment)
         lr, momentum = outer.scalars(self.num_rounds, total)
         clips = dict(zip(norms, map(float_bits, outer.clips(list(norms.values()))), strict=True))

@@ -1,4 +1,4 @@
-"""Members that lie: eval loss of a swarm of eight with three hostile ones, with and without the trimmed merge, over the same swarm without them.
+"""Members that lie: eval loss of a swarm of eight, three of them hostile, over that of the five honest ones: with judges, with the trimmed merge, with neither.
 
     python -m tests.chaos.byzantine --json [--attacks flip,x100,...] [--steps 100] [--seed 1]
 
@@ -24,10 +24,12 @@ import torch
 from torch import Tensor
 
 from decentra.delta.decoded import Decoded
-from decentra.ids import FragmentId, PeerId
+from decentra.ids import TRUNK, FragmentId, PeerId, module_of_fragment
+from decentra.peer.judge import CLEARLY, Standing, asked_of, score
 from tests.bench.lab import Lab, Swarm, build_swarm, mean_loss, parse_settings, run_steps
 
 NUM_PEERS, NUM_HOSTILE, H = 8, 3, 10
+SHARE, NUM_WINDOWS, QUARANTINE_ROUNDS = 0.2, 8, 16
 Deltas = dict[PeerId, Decoded]
 
 
@@ -36,7 +38,11 @@ class Hostile(Swarm):
     """A swarm in which the first peers send something else than what they learned."""
 
     attack: str = ""
+    is_judged: bool = False
     first: dict[FragmentId, Deltas] = field(default_factory=dict)
+    quarantined_until: dict[PeerId, int] = field(default_factory=dict)  # round
+    false_quarantines: int = 0
+    standings: dict[tuple[PeerId, PeerId], Standing] = field(default_factory=dict)  # (judge, sender)
 
     def altered(self, fragment: FragmentId, deltas: Deltas, norms: dict[PeerId, float]) -> tuple[Deltas, dict[PeerId, float]]:
         liars, honest = sorted(deltas)[:NUM_HOSTILE], sorted(deltas)[NUM_HOSTILE:]
@@ -44,8 +50,35 @@ class Hostile(Swarm):
         values = {peer: deltas[peer].dense() for peer in deltas}
         stacked = torch.stack([values[peer] for peer in honest])
         for number, peer in enumerate(liars):
-            deltas = deltas | {peer: Decoded.of(self._lie(fragment, peer, number, values, stacked, honest))}
+            if self.attack:
+                deltas = deltas | {peer: Decoded.of(self._lie(fragment, peer, number, values, stacked, honest))}
+        if self.is_judged:
+            deltas = {p: d for p, d in deltas.items() if self.quarantined_until.get(p, 0) <= self.num_rounds}
+            if module_of_fragment(fragment) == TRUNK:
+                condemned = self._condemned(fragment, deltas, set(liars) if self.attack else set())
+                self.quarantined_until |= dict.fromkeys(condemned, self.num_rounds + QUARANTINE_ROUNDS)
+                self.false_quarantines += len(condemned & set(honest)) if self.attack else len(condemned)
+                deltas = {p: d for p, d in deltas.items() if p not in condemned}
         return deltas, {peer: delta.norm() for peer, delta in deltas.items()}
+
+    def _condemned(self, fragment: FragmentId, deltas: Deltas, liars: set[PeerId]) -> set[PeerId]:
+        """Whom more than two thirds of the other holders object to. Liars object to everybody who is honest, and to no liar: the worst they can do."""
+        objections = dict.fromkeys(deltas, 0)
+        names = sorted(deltas)
+        values = [deltas[p].dense() for p in names]
+        for judge in self.peers:
+            if judge.id not in deltas:
+                continue
+            if judge.id in liars:
+                objections |= {p: n + 1 for p, n in objections.items() if p not in liars}
+                continue
+            found = judge.inner.gains(fragment, self.anchors[fragment].anchor_N, values, 1 / len(names), self.num_rounds, NUM_WINDOWS)
+            own_W = found[names.index(judge.id)]
+            for peer, gains_W in zip(names, found, strict=True):
+                at = judge.id, peer
+                self.standings[at] = self.standings.get(at, Standing()).after(score(gains_W, asked_of(gains_W, own_W, SHARE)))
+                objections[peer] += peer != judge.id and self.standings[at].score < CLEARLY
+        return {p for p, n in objections.items() if 3 * n > 2 * (len(deltas) - 1)}
 
     def _lie(
         self, fragment: FragmentId, peer: PeerId, number: int, values: dict[PeerId, Tensor], honest_PN: Tensor, names: Sequence[PeerId]
@@ -70,47 +103,50 @@ class Hostile(Swarm):
         raise ValueError(self.attack)
 
 
+ARMS = ("mean", "trimmed", "judged")
 ATTACKS = ("flip", "x100", "noise", "replay", "copy", "nothing", "alie")
 
 
-def run(attack: str, merge: str, steps: int, seed: int) -> float:
-    """Held-out loss; no attack: the honest peers alone."""
+def run(attack: str, merge: str, steps: int, seed: int) -> tuple[float, int]:
+    """Held-out loss, and how often somebody honest was put into quarantine. No attack: the honest peers alone. ``judged``: the mean, with judges."""
     torch.set_num_threads(1)
     num_peers = NUM_PEERS if attack else NUM_PEERS - NUM_HOSTILE
     manifest, lab = parse_settings(
         [
             f"lab.peers={num_peers}", f"lab.steps={steps}", "lab.report_every=0", "placement.experts_per_peer=8", f"rounds.inner_steps={H}",
-            "data.shared_fraction=1.0", f"outer.merge={merge}", "outer.clip=2",
+            "data.shared_fraction=1.0", f"outer.merge={'mean' if merge == 'judged' else merge}", "outer.clip=2",
         ]
     )  # fmt: skip
     manifest = manifest.model_copy(update={"seed": seed})
     swarm: Swarm = build_swarm(manifest, lab)
-    if attack:
-        swarm = Hostile(swarm.manifest, swarm.layout, swarm.peers, swarm.anchors, attack=attack)
-    model, _ = run_steps(swarm, Lab(**vars(lab)), lambda _: None)
-    return mean_loss(model, manifest, 64)
+    hostile = Hostile(swarm.manifest, swarm.layout, swarm.peers, swarm.anchors, attack=attack, is_judged=merge == "judged")
+    model, _ = run_steps(hostile if attack or hostile.is_judged else swarm, Lab(**vars(lab)), lambda _: None)
+    return mean_loss(model, manifest, 64), hostile.false_quarantines
 
 
 def measure(attacks: Sequence[str], steps: int, seed: int, jobs: int, say: Callable[[str], None]) -> dict[str, Any]:
-    cases = [("", "mean"), ("", "trimmed"), *((a, m) for a in attacks for m in ("mean", "trimmed"))]
+    cases = [("", m) for m in ARMS] + [(a, m) for a in attacks for m in ARMS]
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        losses = {}
-        for case, loss in zip(cases, pool.map(run, *zip(*cases, strict=True), [steps] * len(cases), [seed] * len(cases)), strict=True):
-            losses[case] = loss
-            say(f"{case[0] or 'honest peers alone'}, {case[1]}: {loss:.4f}")
+        losses, mistakes = {}, {}
+        for case, (loss, num) in zip(
+            cases, pool.map(run, *zip(*cases, strict=True), [steps] * len(cases), [seed] * len(cases)), strict=True
+        ):
+            losses[case], mistakes[case] = loss, num
+            say(f"{case[0] or 'honest peers alone'}, {case[1]}: {loss:.4f}, {num} false quarantines")
     honest = losses["", "mean"]
     rows = [
         {
             "attack": a,
-            "loss_ratio": losses[a, "trimmed"] / honest,
+            "loss_ratio": losses[a, "judged"] / honest,
+            "loss_ratio_trimmed": losses[a, "trimmed"] / honest,
             "loss_ratio_undefended": losses[a, "mean"] / honest,
-            "false_quarantines": 0,
+            "false_quarantines": mistakes[a, "judged"],
         }
         for a in attacks
     ]
     return {
         "num_peers": NUM_PEERS, "num_hostile": NUM_HOSTILE, "steps": steps, "seed": seed, "honest_loss": honest,
-        "trimmed_without_liars": losses["", "trimmed"] / honest, "rows": rows,
+        "without_liars": {m: losses["", m] / honest for m in ARMS}, "false_quarantines_without_liars": mistakes["", "judged"], "rows": rows,
     }  # fmt: skip
 
 
@@ -129,7 +165,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     found = measure(args.attacks.split(","), args.steps, args.seed, args.jobs, say)
     for row in found["rows"]:
-        print(f"{row['attack']:8} trimmed {row['loss_ratio']:.3f}, mean {row['loss_ratio_undefended']:.3f}", file=sys.stderr)
+        print(
+            f"{row['attack']:8} judged {row['loss_ratio']:.3f}, trimmed {row['loss_ratio_trimmed']:.3f}, mean {row['loss_ratio_undefended']:.3f},"
+            f" {row['false_quarantines']} false quarantines", file=sys.stderr,
+        )  # fmt: skip
     if args.json:
         print(json.dumps(found))
     return 0

@@ -53,6 +53,7 @@ def test_host_toml_shows_every_key_with_its_default() -> None:
         "codec.merged",
         "train.decay_tokens",
         "placement.adopt_rounds",
+        "judging.share",
     }
     everything = {
         f"{section}.{key}" if isinstance(value, dict) else section

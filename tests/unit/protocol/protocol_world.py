@@ -33,8 +33,10 @@ def offer(
     return Offer(fragment, number, peer, base, packet_of(peer, number, variant), 64, num_tokens, 10, norm_bits)
 
 
-def receipt(peer: PeerId, sender: PeerId, number: int = 1, *, variant: int = 0, fragment: FragmentId = FRAGMENT) -> Receipt:
-    return Receipt(fragment, number, peer, sender, packet_of(sender, number, variant))
+def receipt(
+    peer: PeerId, sender: PeerId, number: int = 1, *, variant: int = 0, fragment: FragmentId = FRAGMENT, objects: bool = False
+) -> Receipt:
+    return Receipt(fragment, number, peer, sender, packet_of(sender, number, variant), objects)
 
 
 def attestation(peer: PeerId, anchor: Digest, number: int = 1, *, fragment: FragmentId = FRAGMENT) -> Attestation:
@@ -82,7 +84,10 @@ def round_events(number: int = 1) -> st.SearchStrategy[object]:
             peers, st.integers(-1, 1000), st.sampled_from([0, 0, 0, 0, 1]), norms,
         ),
         st.builds(lambda p: offer(p, number, base=digest("another base")), peers),
-        st.builds(lambda p, s, v: receipt(p, s, number, variant=v), peers, peers, st.sampled_from([0, 0, 0, 1])),
+        st.builds(
+            lambda p, s, v, o: receipt(p, s, number, variant=v, objects=o), peers, peers, st.sampled_from([0, 0, 0, 1]),
+            st.sampled_from([False, False, True]),
+        ),
         st.builds(lambda p: Abstention(FRAGMENT, number, p, "no tokens"), peers),
         st.builds(lambda p, a: attestation(p, a, number), peers, anchors),
         st.builds(lambda p, v: merge(p, number, variant=v), peers, st.sampled_from([0, 0, 0, 1])),

@@ -13,9 +13,10 @@ from protocol_world import BASE, PEERS, RULES, attestation, digest, new_round, o
 
 from decentra.bits import ONE_BITS, bits_float, float_bits
 from decentra.config import OuterSpec
-from decentra.ids import FragmentId
+from decentra.ids import FragmentId, PeerId
 from decentra.protocol.messages import Abstention, Phase
 from decentra.protocol.round import (
+    DidCondemn,
     DidConfirm,
     DidGiveUp,
     DidSettle,
@@ -36,6 +37,7 @@ ANCHOR = digest("anchor a")
 timed_events = st.lists(st.tuples(st.floats(0, 6), round_events()), max_size=40)
 rosters = st.tuples(st.integers(1, 3), st.integers(0, 2), st.booleans())
 CLIPPING = replace(RULES, outer=OuterSpec(lr=0.7, momentum=0.9, clip=2.0))
+JUDGED = replace(RULES, is_judged=True)
 ORDER = {Phase.OPEN: 0, Phase.SETTLED: 1, Phase.TENTATIVE: 2, Phase.CONFIRMED: 3, Phase.ABANDONED: 3, Phase.VOID: 3}
 
 
@@ -47,7 +49,7 @@ def play(round_: Round, *events: object, now: float = 1.0, rules: Rules = RULES)
     return round_, out
 
 
-@given(rosters, timed_events, st.sampled_from([RULES, CLIPPING]))
+@given(rosters, timed_events, st.sampled_from([RULES, CLIPPING, JUDGED]))
 @settings(max_examples=300)
 def test_the_law_holds_after_any_events(roster: tuple[int, int, bool], events: Sequence[tuple[float, object]], rules: Rules) -> None:
     round_, now = new_round(*roster), 0.0
@@ -80,6 +82,7 @@ def check_step(before: Round, after: Round, effects: Sequence[RoundEffect], now:
         assert settlement.base == after.base
         assert settlement.height == after.height + 1
         assert settlement.entries, "a settlement has offers"
+        assert not {e.peer for e in settlement.entries} & after.condemned.keys(), "nobody is settled to whom most object"
         assert [e.peer for e in settlement.entries] == sorted(e.peer for e in settlement.entries)
         assert all(sound[e.peer].packet == e.packet for e in settlement.entries), "settled only with a receipt of another member"
         weights = [bits_float(e.weight_bits) for e in settlement.entries]
@@ -97,7 +100,9 @@ def check_step(before: Round, after: Round, effects: Sequence[RoundEffect], now:
         assert len(agreeing) >= min(2, len(after.roster))
         assert after.thin == (len(agreeing) == 1)
         assert agreeing <= after.roster
-    assert [type(e) for e in effects if not isinstance(e, Reject)] == expected_effects(before, after)
+    assert [type(e) for e in effects if not isinstance(e, Reject | DidCondemn)] == expected_effects(before, after)
+    assert {e.peer for e in effects if isinstance(e, DidCondemn)} in (set(), set(after.condemned))
+    assert rules.is_judged or not after.objections
     if after.is_active:
         assert next_deadline(after, RULES) is not None
     assert waits_for(after)
@@ -357,3 +362,67 @@ def test_the_settlements_scalars_follow_the_manifests_outer_rule() -> None:
     assert rules.outer_of(FragmentId("router/0")).lr == 0.7
     assert rules.outer_of(FragmentId("expert.3/0")).lr == 0.3
     assert replace(RULES, outer_experts=None).outer_of(FragmentId("expert.3/0")) == RULES.outer
+
+
+# ---------------------------------------------------------------- judging
+
+
+def judged(
+    num_holders: int, *objections: tuple[PeerId, PeerId], num_keepers: int = 0, silent: Sequence[PeerId] = ()
+) -> tuple[Round, list[RoundEffect]]:
+    """Everybody offers and receipts everything, with these (judge, sender) objections; ``silent`` say nothing of others."""
+    round_ = new_round(num_holders, num_keepers)
+    events: list[object] = [offer(p) for p in sorted(round_.holders)]
+    events += [
+        receipt(judge, sender, objects=(judge, sender) in objections)
+        for judge in sorted(round_.roster)
+        for sender in sorted(round_.holders)
+        if judge != sender and judge not in silent
+    ]
+    return play(round_, *events, rules=JUDGED)
+
+
+def test_an_offer_to_which_most_holders_object_is_left_out() -> None:
+    after, effects = judged(4, (B, A), (C, A), (D, A), (A, B), (A, C), (A, D), (B, C))
+    assert after.settlement is not None
+    assert [e.peer for e in after.settlement.entries] == [B, C, D], "the liar's objections and a mistake are two of three"
+    assert "left out" in after.settlement.why
+    (condemned,) = [e for e in effects if isinstance(e, DidCondemn)]
+    assert (condemned.peer, condemned.why.startswith("3 of 3 other holders say")) == (A, True)
+
+
+def test_two_thirds_of_the_judges_are_not_enough_and_keepers_judge_nothing() -> None:
+    after, _ = judged(3, (B, A), (C, B))
+    assert len(after.settlement.entries if after.settlement else ()) == 3, "one of two judges"
+    after, _ = judged(2, (B, A), (C, A), (D, A), num_keepers=2)
+    assert len(after.settlement.entries if after.settlement else ()) == 2, "two holders: nobody is condemned, keepers have no text"
+    after, _ = judged(3, (B, A), (D, A), (E, A), num_keepers=2)
+    assert len(after.settlement.entries if after.settlement else ()) == 3
+
+
+def test_a_round_waits_for_words_that_could_condemn_and_not_beyond_its_cut_off() -> None:
+    after, _ = judged(4, (B, A), (D, A), silent=(C,))
+    assert after.phase is Phase.OPEN
+    assert waits_for(after).startswith("waits for judgement of")
+    objected, _ = play(after, receipt(C, A, objects=True), rules=JUDGED)
+    assert [e.peer for e in objected.settlement.entries if objected.settlement] == [B, C, D] if objected.settlement else False
+    gone, _ = play(after, Suspected(C), rules=JUDGED)
+    assert gone.settlement is not None, "who is gone is not waited for"
+    late, _ = play(after, Tick(), now=11.0, rules=JUDGED)
+    assert len(late.settlement.entries if late.settlement else ()) == 4
+
+
+def test_a_round_in_which_everybody_objects_to_everybody_is_given_up() -> None:
+    everybody = tuple((a, b) for a in (A, B, C) for b in (A, B, C) if a != b)
+    after, effects = judged(3, *everybody)
+    assert (after.phase, [type(e) for e in effects]) == (Phase.ABANDONED, [DidGiveUp])
+    assert "objected to" in after.why
+
+
+def test_objections_count_where_the_run_judges_only() -> None:
+    round_ = new_round(3)
+    events = [offer(p) for p in (A, B, C)] + [receipt(j, s, objects=True) for j in (A, B, C) for s in (A, B, C) if j != s]
+    plain, _ = play(round_, *events)
+    assert len(plain.settlement.entries if plain.settlement else ()) == 3
+    expert = replace(round_, fragment=FragmentId("expert.0/0"))
+    assert not JUDGED.judges(expert.fragment)
