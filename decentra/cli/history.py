@@ -40,9 +40,10 @@ async def read_ledger(invite: Invite) -> tuple[Manifest, list[Record]]:
 
 def summary(manifest: Manifest, records: list[Record], csv_file: Path | None, plot_file: Path | None) -> dict[str, Any]:
     """Sums for people and programs; writes the files that were asked for."""
-    from decentra.status.history import expert_curves, rounds, to_csv, tokens_per_peer
+    from decentra.status.history import check_settlements, expert_curves, rounds, to_csv, tokens_per_peer
     from decentra.status.plot import experts_png
 
+    check_settlements(manifest, records)
     done = rounds(records)
     curves = expert_curves(done, manifest.model.num_experts)
     if csv_file is not None:

@@ -15,7 +15,7 @@ from typing import Any
 from decentra.delta.anchor import max_anchor_bytes
 from decentra.delta.decoded import Decoded
 from decentra.delta.reduce import max_residual_bytes
-from decentra.errors import DecentraError, Refused, RejectedPayload, TrainingError, Unreachable, VersionMismatch
+from decentra.errors import DecentraError, IntegrityError, Refused, RejectedPayload, TrainingError, Unreachable, VersionMismatch
 from decentra.ids import TRUNK, FragmentId, PeerId, module_of_fragment, short
 from decentra.peer.fetch import Fetcher
 from decentra.peer.judge import Judge, Packet
@@ -37,6 +37,7 @@ from decentra.protocol.messages import (
     Rejected,
     SwarmView,
 )
+from decentra.protocol.round import what_is_wrong
 
 TICK_S = 0.5
 FIRST_BACKOFF_S, MAX_BACKOFF_S = 1.0, 5.0  # well inside a lease: whoever only waits to come back is not suspected
@@ -318,7 +319,13 @@ class PeerLoop:
 
     async def _apply(self, effect: do.Apply) -> None:
         settlement = effect.settlement
-        anchor = await self.replicas[settlement.fragment].apply(settlement)
+        replica = self.replicas[settlement.fragment]
+        if wrong := what_is_wrong(settlement, replica.manifest.outer_of(settlement.fragment)):
+            raise IntegrityError(
+                f"the averaging service settled round {settlement.round} of {settlement.fragment} otherwise than the manifest says: {wrong}; it is"
+                " neither applied nor attested here, tell the organiser"
+            )
+        anchor = await replica.apply(settlement)
         self._inbox.put_nowait(m.Applied(settlement.fragment, settlement.round, anchor))
 
     async def _close(self, effect: do.Commit | do.Cancel | do.Recover) -> None:

@@ -400,6 +400,28 @@ def _settle(round_: Round, now: float, rules: Rules, offers: tuple[Offer, ...], 
     return settled, (DidSettle(settlement), *condemned)
 
 
+def what_is_wrong(settlement: Settlement, outer: OuterSpec) -> str:
+    """What a settlement's scalars say that its manifest does not give; empty where all is as it should be. Anybody can compute it, whoever wrote it."""
+    entries = settlement.entries
+    names, packets = [e.peer for e in entries], [e.packet for e in entries]
+    if not entries or names != sorted(set(names)) or len(set(packets)) != len(packets):
+        return "its entries are none, or not one for each peer in their order"
+    if not all(0 <= e.num_tokens <= MAX_OFFER_TOKENS and 0 <= e.norm_bits < INFINITE_BITS for e in entries):
+        return "an entry has tokens or a norm that no offer may have"
+    if not (num_tokens := sum(e.num_tokens for e in entries)):
+        return "nobody trained a token of it"
+    if wrong := next((e for e in entries if e.weight_bits != float_bits(e.num_tokens / num_tokens)), None):
+        return f"{short(wrong.peer)} weighs {bits_float(wrong.weight_bits):g}, its tokens give {wrong.num_tokens / num_tokens:g}"
+    clips = outer.clips([bits_float(e.norm_bits) for e in entries])
+    if cut := next(((e, clip) for e, clip in zip(entries, clips, strict=True) if e.clip_bits != float_bits(clip)), None):
+        return f"{short(cut[0].peer)} is clipped to {bits_float(cut[0].clip_bits):g}, the norms give {cut[1]:g}"
+    lr, momentum = outer.scalars(settlement.height, num_tokens)
+    if (settlement.lr_bits, settlement.momentum_bits) != (float_bits(lr), float_bits(momentum)):
+        said = bits_float(settlement.lr_bits), bits_float(settlement.momentum_bits)
+        return f"its outer lr and momentum are {said[0]:g} and {said[1]:g}, the manifest gives {lr:g} and {momentum:g}"
+    return ""
+
+
 def _decide_settled(round_: Round, now: float, rules: Rules) -> tuple[Round, tuple[RoundEffect, ...]]:
     round_, effects = _decide_merging(round_, now, rules)
     decided, more = _decide_attesting(round_, now, rules)

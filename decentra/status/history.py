@@ -7,9 +7,12 @@ import io
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 
+from decentra.config import Manifest
+from decentra.errors import IntegrityError
 from decentra.ids import TRUNK, Digest, FragmentId, PeerId, expert_of, module_of_fragment
 from decentra.protocol import ledger
 from decentra.protocol.messages import Settlement
+from decentra.protocol.round import what_is_wrong
 
 FIRST_OF_TRUNK = FragmentId(f"{TRUNK}/0")
 
@@ -52,6 +55,18 @@ def rounds(records: Iterable[ledger.Record]) -> list[Round]:
             case _:
                 pass
     return found
+
+
+def check_settlements(manifest: Manifest, records: Iterable[ledger.Record]) -> None:
+    """Raise IntegrityError for the first settlement whose weights, clips or outer scalars are not those that the manifest gives."""
+    for record in records:
+        if isinstance(record, ledger.Settled):
+            settled = record.settlement
+            if wrong := what_is_wrong(settled, manifest.outer_of(settled.fragment)):
+                raise IntegrityError(
+                    f"round {settled.round} of {settled.fragment} was settled otherwise than the manifest says: {wrong}; the averaging service or"
+                    " its ledger is not to be trusted, ask the organiser over another channel"
+                )
 
 
 def tokens_per_peer(records: Iterable[ledger.Record]) -> dict[PeerId, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import pytest
@@ -14,7 +14,7 @@ from protocol_world import BASE, PEERS, RULES, attestation, digest, new_round, o
 from decentra.bits import ONE_BITS, bits_float, float_bits
 from decentra.config import OuterSpec
 from decentra.ids import FragmentId, PeerId
-from decentra.protocol.messages import Abstention, Phase
+from decentra.protocol.messages import Abstention, Phase, Settlement
 from decentra.protocol.round import (
     DidCondemn,
     DidConfirm,
@@ -30,6 +30,7 @@ from decentra.protocol.round import (
     next_deadline,
     step,
     waits_for,
+    what_is_wrong,
 )
 
 A, B, C, D, E = PEERS
@@ -92,6 +93,7 @@ def check_step(before: Round, after: Round, effects: Sequence[RoundEffect], now:
         assert all(sound[e.peer].norm_bits == e.norm_bits for e in settlement.entries)
         clips = rules.outer.clips([bits_float(e.norm_bits) for e in settlement.entries])
         assert [e.clip_bits for e in settlement.entries] == [float_bits(clip) for clip in clips]
+        assert what_is_wrong(settlement, rules.outer) == ""
         assert ("clipped" in settlement.why) == any(e.clip_bits != ONE_BITS for e in settlement.entries)
         assert (settlement.lr_bits, settlement.momentum_bits) == (float_bits(RULES.outer.lr), float_bits(RULES.outer.momentum))
     assert not (after.is_merging and after.attestations), "nobody attests what is not merged"
@@ -426,3 +428,30 @@ def test_objections_count_where_the_run_judges_only() -> None:
     assert len(plain.settlement.entries if plain.settlement else ()) == 3
     expert = replace(round_, fragment=FragmentId("expert.0/0"))
     assert not JUDGED.judges(expert.fragment)
+
+
+# ---------------------------------------------------------------- what anybody can check
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda s: replace(s, lr_bits=float_bits(0.9)), "outer lr and momentum are 0.9 and 0.9, the manifest gives 0.7 and 0.9"),
+        (lambda s: replace(s, entries=()), "its entries are none"),
+        (lambda s: replace(s, entries=tuple(reversed(s.entries))), "in their order"),
+        (lambda s: replace(s, entries=(s.entries[0], s.entries[0])), "one for each peer"),
+        (lambda s: replace(s, entries=(replace(s.entries[0], weight_bits=ONE_BITS), s.entries[1])), "weighs 1, its tokens give 0.5"),
+        (
+            lambda s: replace(s, entries=(replace(s.entries[0], clip_bits=float_bits(0.5)), s.entries[1])),
+            "clipped to 0.5, the norms give 1",
+        ),
+        (lambda s: replace(s, entries=(replace(s.entries[0], num_tokens=-1), s.entries[1])), "no offer may have"),
+        (lambda s: replace(s, entries=(replace(s.entries[0], num_tokens=10**6), s.entries[1])), "weighs 0.5, its tokens give 0.9999"),
+        (lambda s: replace(s, entries=tuple(replace(e, num_tokens=0) for e in s.entries)), "nobody trained"),
+    ],
+)
+def test_a_settlement_that_the_manifest_does_not_give_is_told(change: Callable[[Settlement], Settlement], words: str) -> None:
+    after, _ = play(new_round(2), offer(A), offer(B), receipt(A, B), receipt(B, A))
+    assert after.settlement is not None
+    assert what_is_wrong(after.settlement, RULES.outer) == ""
+    assert words in what_is_wrong(change(after.settlement), RULES.outer)
