@@ -67,10 +67,15 @@ class Standing:
 
 
 def score(gains_W: Tensor, least_W: Tensor) -> float:
-    """How far a packet's gains are above what is asked, in standard errors of the mean over windows. What is not finite is far below."""
+    """How far a packet's gains are above what is asked, in standard errors of the mean over windows. What is not finite is far below.
+
+    A window that is more than twice as far off as most counts as twice: a loss that explodes does so unevenly, and must not hide behind that.
+    """
     above_W = gains_W - least_W
     if not bool(above_W.isfinite().all()):
         return -MOST
+    most = 2.0 * float(above_W.abs().median())
+    above_W = above_W.clamp(-most, most)
     error = float(above_W.std() / len(above_W) ** 0.5) if len(above_W) > 1 else 0.0
     mean = float(above_W.mean())
     if error == 0.0:

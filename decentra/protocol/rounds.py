@@ -36,6 +36,7 @@ from decentra.protocol.messages import (
 from decentra.protocol.round import DidCondemn, Reject, Rules
 
 PLACE_KEPT_S = 86_400.0  # an absent member's place is given away after this
+KNOCKS_S = 8.0  # whoever waits for a restarted service knocks every five seconds: nobody is suspected before
 MAX_DOUBLINGS = 6  # of a quarantine
 DETACHED_S = 3.0  # a member whose stream ended is suspected after this
 
@@ -162,7 +163,7 @@ class RoundBook:
 
     @staticmethod
     def restore(manifest: Manifest, records: Iterable[ledger.Record], now: float) -> RoundBook:
-        """The book after a restart. Members have one lease to speak before they are suspected."""
+        """The book after a restart. Members have one lease to speak before they are suspected, at least ``KNOCKS_S``."""
         book, _ = RoundBook.start(manifest, now)
         for record in records:
             book._restore_one(record, now)
@@ -551,7 +552,8 @@ class RoundBook:
                         f"the ledger is of run {run[:12]}, this manifest is run {self.run[:12]}; use the run's own directory"
                     )
             case ledger.Admitted(peer, role, name, token):
-                self.members[peer] = Member(peer, role, name, heard_at=now, is_live=True)
+                grace_s = max(0.0, KNOCKS_S - self.manifest.rounds.lease_s)
+                self.members[peer] = Member(peer, role, name, heard_at=now + grace_s, is_live=True)
                 if token:
                     self.token_uses.setdefault(token, set()).add(peer)
             case ledger.Placed(peer, experts) if peer in self.members:
