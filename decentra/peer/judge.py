@@ -74,8 +74,8 @@ def score(gains_W: Tensor, least_W: Tensor) -> float:
     above_W = gains_W - least_W
     if not bool(above_W.isfinite().all()):
         return -MOST
-    most = 2.0 * float(above_W.abs().median())
-    above_W = above_W.clamp(-most, most)
+    if most := 2.0 * float(above_W.abs().quantile(0.5)):
+        above_W = above_W.clamp(-most, most)
     error = float(above_W.std() / len(above_W) ** 0.5) if len(above_W) > 1 else 0.0
     mean = float(above_W.mean())
     if error == 0.0:
