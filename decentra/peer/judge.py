@@ -21,6 +21,7 @@ from decentra.ports import Events
 
 CLEARLY = -2.5  # standard errors below what is asked
 MEMORY = 0.7  # what a round counts for in the next one
+LONGEST = 8.0  # times the length of one's own packet, per token where it is of more: nobody learns so much more of the same rules
 MOST = 4.0  # standard errors that one round counts: nobody lives on a good beginning
 
 
@@ -83,6 +84,11 @@ def score(gains_W: Tensor, least_W: Tensor) -> float:
     return mean / error
 
 
+def is_too_long(norm: float, num_tokens: int, own_norm: float, own_tokens: int) -> bool:
+    """A step that long may even lower the loss, early in a run; it is still nobody's progress."""
+    return own_norm > 0 and own_tokens > 0 and norm > LONGEST * own_norm * max(1.0, num_tokens / own_tokens)
+
+
 def asked_of(gains_W: Tensor, own_W: Tensor, share: float) -> Tensor:
     """``share`` of one's own gains, window by window, where one's own brings anything at all."""
     return share * own_W if float(own_W.mean()) > 0 else torch.zeros_like(gains_W)
@@ -118,8 +124,12 @@ class Judge:
             least_W = asked_of(found[0], known.gains_W, self.rules.share * min(1.0, other.num_tokens / known.num_tokens))
         standing = self._standings.get((fragment, other.sender), Standing()).after(score(found[0], least_W))
         self._standings[fragment, other.sender] = standing
-        objects = standing.score < CLEARLY
-        if objects:
+        is_long = own is not None and is_too_long(other.delta.norm(), other.num_tokens, own.delta.norm(), own.num_tokens)
+        objects = standing.score < CLEARLY or is_long
+        if is_long:
+            why = f"it is more than {LONGEST:g} times as long as this peer's own of the same round"
+            self.events.emit("objected", fragment=fragment, round=round, peer=short(other.sender), why=why)
+        elif objects:
             why = (
                 f"a step of it brings {float(found[0].mean()):.2e} nats per token, {float(least_W.mean()):.2e} is asked; with the rounds before"
                 f" {standing.score:.1f} standard errors"

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from decentra.delta.decoded import Decoded
 from decentra.ids import TRUNK, FragmentId, PeerId, module_of_fragment
-from decentra.peer.judge import CLEARLY, Standing, asked_of, score
+from decentra.peer.judge import CLEARLY, Standing, asked_of, is_too_long, score
 from tests.bench.lab import Lab, Swarm, build_swarm, mean_loss, parse_settings, run_steps
 
 NUM_PEERS, NUM_HOSTILE, H = 8, 3, 10
@@ -77,7 +77,8 @@ class Hostile(Swarm):
             for peer, gains_W in zip(names, found, strict=True):
                 at = judge.id, peer
                 self.standings[at] = self.standings.get(at, Standing()).after(score(gains_W, asked_of(gains_W, own_W, SHARE)))
-                objections[peer] += peer != judge.id and self.standings[at].score < CLEARLY
+                is_long = is_too_long(deltas[peer].norm(), 1, deltas[judge.id].norm(), 1)
+                objections[peer] += peer != judge.id and (is_long or self.standings[at].score < CLEARLY)
         return {p for p, n in objections.items() if 3 * n > 2 * (len(deltas) - 1)}
 
     def _lie(

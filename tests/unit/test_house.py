@@ -16,7 +16,7 @@ from tests.unit.cli_lines import cli, in_markdown, problem_of, read
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = ("README.md", "decentra/ARCHITECTURE.md", "peers/README.md", ".github/SECURITY.md")
-VERBS = ("demo", "test", "check", "bench", "acceptance", "proto")
+VERBS = ("demo", "test", "check", "bench", "acceptance", "chaos", "proto")
 
 
 def tracked() -> list[Path]:

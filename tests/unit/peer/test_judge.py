@@ -140,3 +140,17 @@ def test_without_an_own_packet_and_where_ones_own_does_not_help_any_progress_wil
             assert await judge.objects(TRUNK, 1, anchor_N, packet(-0.1, sender="third"), own, 3) is True
 
     asyncio.run(story())
+
+
+def test_what_is_far_too_long_is_objected_to_even_where_it_helps() -> None:
+    async def story() -> None:
+        told = Told()
+        judge, anchor_N, own = Judge(JudgeSpec(share=0.2), Scale(), told, salt=0), torch.zeros(1), packet(1.0, sender="me")
+        assert await judge.objects(TRUNK, 1, anchor_N, packet(100.0), own, 4) is True
+        assert "8 times as long" in told.events[0]
+        assert await judge.objects(TRUNK, 1, anchor_N, packet(4.0, sender="quick", num_tokens=400), own, 4) is False
+        assert await judge.objects(TRUNK, 1, anchor_N, packet(20.0, sender="quicker", num_tokens=400), own, 4) is False, (
+            "of four times the tokens"
+        )
+
+    asyncio.run(story())
