@@ -310,6 +310,13 @@ class Manifest(_Frozen):
             raise ValueError(f"data.seq_len {self.data.seq_len} is more than model.max_seq_len {self.model.max_seq_len}")
         if outside := [e for e in self.placement.frozen_experts if not 0 <= e < self.model.num_experts]:
             raise ValueError(f"placement.frozen_experts names expert {outside[0]}; the model has experts 0 to {self.model.num_experts - 1}")
+        frozen = set(self.placement.frozen_experts)
+        if frozen and self.placement.mode == "held":
+            raise ValueError(
+                "placement.frozen_experts: in a run of 'held' peers nobody would hold them, and all train without them; use mode 'mirror'"
+            )
+        if len(frozen) == self.model.num_experts:
+            raise ValueError("placement.frozen_experts names all experts; leave one to train")
         is_trimmed = any(outer is not None and outer.merge == "trimmed" for outer in (self.outer, self.outer_experts))
         if is_trimmed and (sparse := [c for c in (self.codec.name, self.codec.sparsest) if c is not None and c.startswith("topk")]):
             raise ValueError(

@@ -259,10 +259,14 @@ class AveragingServer(Generic[OutboxT]):
     def _check_reader(self, metadata: Metadata) -> bool:
         """A member's credentials or an invite's token open the reading doors; a run with open admission has none. True for a trainer's or keeper's."""
         credentials = rpc.papers_of(metadata, rpc.CREDENTIALS_KEY)
-        if credentials and not self._is_open:
-            return self.identity.chain.check_bearer(credentials, self._wall()).role is not Role.WATCHER
+        try:
+            if credentials:
+                return self.identity.chain.check_bearer(credentials, self._wall()).role is not Role.WATCHER
+        except Refused:
+            if not self._is_open:
+                raise
         if self._is_open:
-            return True
+            return False
         if token := rpc.papers_of(metadata, rpc.TOKEN_KEY):
             self.identity.chain.check_token(token, self._wall())
             return False

@@ -178,7 +178,7 @@ async def run_host(
                 on_ready(invite, (bootstrap,), services)
             chores = [watch_loop(events), _beacon(node, service, services, events), _advertise_result(exchange, service)]
             if invite is not None:
-                chores.append(tell_members(run, invite, events))
+                chores.append(tell_members(run, ((bootstrap,), services), events))
             tasks = [asyncio.create_task(chore) for chore in chores]
             for task in tasks:
                 stack.push_async_callback(_end, task)

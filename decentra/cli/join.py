@@ -9,7 +9,7 @@ import gc
 import sys
 import time
 from collections.abc import Callable
-from contextlib import AsyncExitStack, suppress
+from contextlib import AsyncExitStack, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from decentra.cli.console import LogEvents
 from decentra.cli.permit import POLL_S, Permit
 from decentra.cli.rundir import read_genesis
 from decentra.cli.running import StopRequest, locked_dir, watch_loop
-from decentra.cli.succession import expect_successor, onward, successor_of
+from decentra.cli.succession import check_dir, expect_successor, note_steps, onward, successor_of
 from decentra.cli.tokenizers import tokenizer_for
 from decentra.cli.wiring import (
     check_fit,
@@ -60,15 +60,37 @@ async def run_member(
     Returns what was contributed to the last of them, and which runs there were.
     """
     check_local(config)
-    runs, base = [invite.run_id], config.dir
+    first = state_dir(invite.run_id, config)
+    check_dir(first, invite.run_id)
+    with locked_dir(first):  # while it waits, too; and 'decentra pause' knows this directory, whichever run the peer is in
+        return await _follow(invite, config, first, stop, patience_s=patience_s, genesis=genesis, make_inner=make_inner)
+
+
+async def _follow(
+    invite: Invite,
+    config: PeerConfig,
+    first: Path,
+    stop: StopRequest,
+    *,
+    patience_s: float,
+    genesis: Path | None,
+    make_inner: MakeInner | None,
+) -> dict[str, Any]:
+    runs, base, permit = [invite.run_id], config.dir, Permit(config, first)
     while True:
         root, events = state_dir(invite.run_id, config), LogEvents(run=invite.run_id[:8], peer=config.name)
         try:
-            result = await _run_member(invite, config, root, stop, events, patience_s, genesis, make_inner)
+            with nullcontext() if root == first else locked_dir(root):
+                result = await _run_member(
+                    invite, config, root, permit, stop, events, patience_s, genesis, make_inner, is_following=len(runs) > 1
+                )
         except Refused as error:
-            if not _is_over(error) or (way := await _way_on(invite, root, stop, events)) is None:
+            if not _is_over(error):
                 raise
-            result = {"ok": True, "why": str(error)}
+            way = await _way_on(invite, root, stop, events)
+            if way is None and not stop.event.is_set():
+                raise
+            result = {"ok": True, "why": stop.why or str(error), "num_steps": 0, "num_tokens": 0}
         else:
             way = await _way_on(invite, root, stop, events) if result.pop("is_over", False) else None
         further = None if way is None or way.run_id in runs else onward(way, config, root, base)
@@ -99,47 +121,48 @@ async def _run_member(
     invite: Invite,
     config: PeerConfig,
     root: Path,
+    permit: Permit,
     stop: StopRequest,
     events: Events,
     patience_s: float,
     genesis: Path | None,
     make_inner: MakeInner | None,
+    *,
+    is_following: bool,
 ) -> dict[str, Any]:
     """In one run. ``is_over`` in what it returns: it saw the run's end."""
-    permit = Permit(config, root)
     tx_bytes = rx_bytes = 0
-    with locked_dir(root):
-        if (over := RealDisk(root).read(OVER_FILE)) is not None:
-            raise Refused(f"this run is over ({over.decode(errors='replace')[:200]}); 'decentra pull' gets its result")
-        result: dict[str, Any] = {"ok": True, "num_steps": 0, "num_tokens": 0}
-        while not stop.event.is_set():
-            if why := permit.refusal():
-                events.emit("paused", why=why)
-                await _until(lambda: not permit.refusal(), stop)
-                continue
-            try:
-                first_anchors = None if "peer" in result else genesis
-                stay = await _one_stay(invite, config, root, permit, stop, events, patience_s, first_anchors, make_inner)
-            except Refused as error:
-                if "peer" not in result or not _is_over(error):
-                    raise
-                result |= {"why": str(error), "is_over": True}  # it ended while this peer was paused
-                break
-            except NoRoomNow as error:
-                if "peer" not in result:
-                    raise
-                events.emit("paused", why=str(error))
-                await _until(functools.partial(_is_later, time.monotonic() + NO_ROOM_S), stop)
-                continue
-            finally:
-                _give_memory_back()
-            tx_bytes, rx_bytes = tx_bytes + stay.get("tx_bytes", 0), rx_bytes + stay.get("rx_bytes", 0)
-            result = stay if "peer" in stay or "peer" not in result else result | {"why": stay["why"]}
-            if not str(stay["why"]).startswith(PAUSED):
-                break
-        if stop.event.is_set():
-            result["why"] = stop.why
-        return result | ({"tx_bytes": tx_bytes, "rx_bytes": rx_bytes} if "peer" in result else {})
+    if (over := RealDisk(root).read(OVER_FILE)) is not None:
+        raise Refused(f"this run is over ({over.decode(errors='replace')[:200]}); 'decentra pull' gets its result")
+    result: dict[str, Any] = {"ok": True, "num_steps": 0, "num_tokens": 0}
+    while not stop.event.is_set():
+        if why := permit.refusal():
+            events.emit("paused", why=why)
+            await _until(lambda: not permit.refusal(), stop)
+            continue
+        try:
+            first_anchors = None if "peer" in result else genesis
+            stay = await _one_stay(invite, config, root, permit, stop, events, patience_s, first_anchors, make_inner, is_following)
+        except Refused as error:
+            if "peer" not in result or not _is_over(error):
+                raise
+            result |= {"why": str(error), "is_over": True}  # it ended while this peer was paused
+            break
+        except NoRoomNow as error:
+            if "peer" not in result:
+                raise
+            events.emit("paused", why=str(error))
+            await _until(functools.partial(_is_later, time.monotonic() + NO_ROOM_S), stop)
+            continue
+        finally:
+            _give_memory_back()
+        tx_bytes, rx_bytes = tx_bytes + stay.get("tx_bytes", 0), rx_bytes + stay.get("rx_bytes", 0)
+        result = stay if "peer" in stay or "peer" not in result else result | {"why": stay["why"]}
+        if not str(stay["why"]).startswith(PAUSED):
+            break
+    if stop.event.is_set():
+        result["why"] = stop.why
+    return result | ({"tx_bytes": tx_bytes, "rx_bytes": rx_bytes} if "peer" in result else {})
 
 
 def _is_later(at_s: float) -> bool:
@@ -165,10 +188,13 @@ async def _one_stay(
     patience_s: float,
     genesis: Path | None,
     make_inner: MakeInner | None,
+    is_following: bool,
 ) -> dict[str, Any]:
     """From the door until the peer leaves: the run is over, Ctrl-C, its steps are done, or its owner's rules make it pause."""
     async with AsyncExitStack() as stack:
-        opening = open_door(invite, config, root, events, patience_s=patience_s, check=functools.partial(check_fit, config))
+        opening = open_door(
+            invite, config, root, events, patience_s=patience_s, check=functools.partial(check_fit, config, is_following=is_following)
+        )
         door = await _or_stop(opening, stop, permit)
         if door is None:
             return {"ok": True, "why": stop.why or f"{PAUSED}{permit.refusal()}", "num_steps": 0, "num_tokens": 0}
@@ -201,10 +227,10 @@ async def _one_stay(
             if runtime.saw_the_end:
                 assert runtime.loop is not None
                 assert runtime.loop.machine.swarm is not None
-                swarm, num_steps = runtime.loop.machine.swarm, runtime.counters().num_steps
+                swarm = runtime.loop.machine.swarm
                 why = swarm.why  # also when its owner said pause at the same moment
                 if swarm.awaits_successor:
-                    expect_successor(root, num_steps)
+                    expect_successor(root)
                 with suppress(OSError):  # a full disk: the next start asks the service instead
                     write_atomic(RealDisk(root), OVER_FILE, why.encode())
         finally:
@@ -213,6 +239,8 @@ async def _one_stay(
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
         counters = runtime.counters()
+        with suppress(OSError):  # a full disk: then a run that follows counts from nought
+            note_steps(root, counters.num_steps)
         events.emit("leaving", why=why)
         failed = why.startswith("failed: ")
         return {

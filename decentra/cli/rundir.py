@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from decentra.config import Manifest, load_toml, manifest_from_bytes, parse_config
+from decentra.config import Manifest, StopSpec, load_toml, manifest_from_bytes, parse_config
 from decentra.data.tokens import BYTES, MAX_BYTE_VOCAB, FileTokenizer, check_vocabulary, load_tokenizer
 from decentra.errors import ConfigError, IntegrityError
 from decentra.hf.checkpoint import Checkpoint, open_checkpoint
@@ -206,10 +206,10 @@ def _draft(
 
 
 def _rules_of(before: Manifest) -> Manifest:
-    """What a run that follows takes over: everything but the model's contents, and what names single experts."""
+    """What a run that follows takes over: everything but the model's contents, what names single experts, and when it ends."""
     data = before.data.model_copy(update={"held_out": {}, "tokenizer": None})
     placement = before.placement.model_copy(update={"frozen_experts": ()})
-    return before.model_copy(update={"genesis": {}, "data": data, "placement": placement})
+    return before.model_copy(update={"genesis": {}, "data": data, "placement": placement, "stop": StopSpec()})
 
 
 def _set(raw: dict[str, Any], setting: str) -> None:

@@ -233,14 +233,14 @@ def check_local(config: PeerConfig) -> None:
         resolve_device(config.device)
 
 
-def check_fit(config: PeerConfig, manifest: Manifest, peer: PeerId) -> None:
-    """What is wrong with this machine's part in this run. Raises ConfigError, DataError."""
+def check_fit(config: PeerConfig, manifest: Manifest, peer: PeerId, *, is_following: bool = False) -> None:
+    """What is wrong with this machine's part in this run. ``is_following``: its owner's words were for the run before. Raises ConfigError, DataError."""
     if config.role != "trainer":
         return
     num_experts = manifest.model.num_experts
     if config.experts is not None:
         check_experts(config.experts, num_experts, manifest.placement.frozen_experts)
-    if config.num_experts is not None and config.num_experts > num_experts:
+    if config.num_experts is not None and config.num_experts > num_experts and not is_following:
         raise ConfigError(f"num_experts {config.num_experts}: this run has {num_experts}")
     mode = config.mode or manifest.placement.mode
     if mode == "held" and manifest.placement.mode != "held":

@@ -154,10 +154,12 @@ class FileTokenizer:
         encoding = self._foreign.encode(text.decode(errors="replace"), add_special_tokens=False)
         numbers = np.array(encoding.ids, dtype=np.int32)
         starts = np.array([start for start, _ in encoding.offsets], dtype=np.int64)
+        at_byte = at = 0  # characters are counted once, from span to span
         for start, end in unlearnt:
-            first = len(text[:start].decode(errors="replace"))
-            is_inside = (starts >= first) & (starts < first + len(text[start:end].decode(errors="replace")))
-            numbers[is_inside] = ~numbers[is_inside]
+            at += len(text[at_byte:start].decode(errors="replace"))
+            inside = slice(*np.searchsorted(starts, [at, at := at + len(text[start:end].decode(errors="replace"))]))
+            numbers[inside] = ~numbers[inside]
+            at_byte = end
         return numbers
 
 

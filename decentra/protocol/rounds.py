@@ -489,9 +489,10 @@ class RoundBook:
         self._lose(PeerId(subject), f"revoked: {why}", now, effects)
 
     def _stop(self, why: str, effects: list[Effect], *, awaits_successor: bool = False) -> None:
-        if self.stopping is None or (awaits_successor and not self.awaits_successor):
+        if self.stopping is None or awaits_successor:
             if self.stopping is None:
                 self._begin_stopping(why)
+            self.successor_run, self.successor = None, ""  # said again: another one may follow
             self.awaits_successor = awaits_successor
             effects.append(Write(ledger.Stopping(self.stopping or why, self.is_over, awaits_successor)))
             self._swarm_changed(effects)
@@ -564,7 +565,7 @@ class RoundBook:
                 self.revoked.add(subject)
             case ledger.Stopping(why, is_over, awaits_successor):
                 self._begin_stopping(why)
-                self.is_over, self.awaits_successor = is_over, awaits_successor
+                self.is_over, self.awaits_successor, self.successor_run = is_over, awaits_successor, None
             case ledger.Succeeded(run):
                 self.successor_run = run
             case ledger.Opened() | ledger.Confirmed() | ledger.GaveUp() | ledger.RolledBack():

@@ -165,6 +165,10 @@ class Driver:
         """The run is over and goes on as another one; who said so was checked at the door. Raises Refused while it is not over."""
         if not self.book.is_over:
             raise Refused(f"run {self.book.run[:12]} is not over yet; end it with 'decentra stop RUN_DIR --pass-on'")
+        if self.book.successor_run not in (None, run):
+            raise Refused(
+                f"run {self.book.run[:12]} goes on as {self.book.successor_run} already; say 'decentra stop RUN_DIR --pass-on' again to name another"
+            )
         await self._submit(_Work(Succeed(run, successor)))
         return f"run {run[:12]} goes on where {self.book.run[:12]} ended"
 

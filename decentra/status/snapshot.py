@@ -42,7 +42,7 @@ def snapshot(manifest: Manifest, swarm: SwarmView, views: Sequence[FragmentView]
         "rounds_confirmed_trunk": min(
             (v.tally.num_confirmed for v in views if expert_of(module_of_fragment(v.fragment)) is None), default=0
         ),
-        "rounds_confirmed_min_expert": min((v.tally.num_confirmed for v in views if _is_expert(v.fragment)), default=0),
+        "rounds_confirmed_min_expert": min((v.tally.num_confirmed for v in views if _is_trained_expert(v.fragment, manifest)), default=0),
         "rounds_abandoned": sum(v.tally.num_abandoned + v.tally.num_void for v in views),
         "rounds_thin": sum(v.tally.num_thin for v in views),
         "loss": round(sum(losses) / len(losses), 4) if losses else None,
@@ -88,8 +88,9 @@ def _num_holders(manifest: Manifest, live: Sequence[MemberView]) -> list[int]:
     return [sum(m.role is Role.TRAINER and e in m.experts for m in live) for e in range(manifest.model.num_experts)]
 
 
-def _is_expert(fragment: FragmentId) -> bool:
-    return expert_of(module_of_fragment(fragment)) is not None
+def _is_trained_expert(fragment: FragmentId, manifest: Manifest) -> bool:
+    expert = expert_of(module_of_fragment(fragment))
+    return expert is not None and expert not in manifest.placement.frozen_experts
 
 
 def _member(m: MemberView, is_participating: bool) -> dict[str, Any]:

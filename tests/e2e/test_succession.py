@@ -60,6 +60,8 @@ def test_a_run_gets_experts_and_its_members_follow(tmp_path: Path) -> None:
         assert stopped.last_json()["peer"] == peer
         assert len(waiting.last_json()["experts"]) == 2, "as many as its owner chose"
 
+        code, refused, _ = world.run("join", onward, "--dir", str(tmp_path / "waiting"), "--json")
+        assert (code, "every run needs a directory of its own" in refused["error"]) == (2, True)
         status = world.run("status", onward, "--json")[1]
         assert 0 not in map(int, status["experts_short"])
         assert ctrl_c(succeeding)[0] == 0
