@@ -49,8 +49,10 @@ def test_a_run_gets_experts_and_its_members_follow(tmp_path: Path) -> None:
         onward = world.invite_of(succeeding.start())
         world.wait_for("the waiting one trains on", lambda: len(waiting.events("training")) == 2)
         stopped.start()
+        world.wait_for("the stopped one trains on", lambda: len(stopped.events("training")) == 2)
+        before = succeeding.heights()
         world.wait_for(
-            "both train on", lambda: succeeding.heights().get("trunk/0", 0) >= 2 and succeeding.heights().get("expert.7/0", 0) >= 1
+            "rounds with both", lambda: all(succeeding.heights().get(f, 0) > before.get(f, 0) for f in ("trunk/0", "expert.7/0"))
         )
         assert world.run("stop", str(new_dir), "--json")[0] == 0
         assert [p.exit_code(150) for p in (waiting, stopped)] == [0, 0], waiting.tail() + stopped.tail()
