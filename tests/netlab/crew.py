@@ -20,6 +20,7 @@ from lab import Lab
 from decentra.averaging.journal_sqlite import SqliteJournal
 from decentra.cli.rundir import create
 from decentra.cli.running import die_with_parent
+from decentra.model.custom import model_code_digest
 from decentra.protocol.ledger import Confirmed, Opened, Record, Settled, replay
 from decentra.service.driver import open_record
 
@@ -119,13 +120,15 @@ class Crew:
     lab: Lab
     folder: Path
     settings: Sequence[str] = ()
+    model_code: Path | None = None
     host: Child = field(init=False)
     peers: dict[str, Child] = field(init=False, default_factory=dict)
 
     def __enter__(self) -> Crew:
-        create(self.run, None, [*TINY, *self.settings])
+        pinned = [] if self.model_code is None else [f'model.code="{model_code_digest(self.model_code)}"']
+        create(self.run, None, [*TINY, *self.settings, *pinned], self.model_code)
         where = ["--address", self.lab.address(ORGANISER), "--bootstrap-port", str(BOOTSTRAP_PORT), "--service-port", str(SERVICE_PORT)]
-        self.host = self._child(ORGANISER, ["host", str(self.run), *where, "--json"])
+        self.host = self._child(ORGANISER, ["host", str(self.run), *where, "--json", *self._own_code()])
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -152,7 +155,7 @@ class Crew:
 
     def join(self, name: str, invite: str, *options: str) -> Child:
         """A trainer on the host of the lab that has its name."""
-        args = ["join", invite, "--name", name, "--dir", str(self.folder / name), "--json", *options]
+        args = ["join", invite, "--name", name, "--dir", str(self.folder / name), "--json", *self._own_code(), *options]
         child = self.peers.setdefault(name, self._child(name, args))
         child.start()
         return child
@@ -162,6 +165,9 @@ class Crew:
         line = self.lab.command(ORGANISER, [sys.executable, "-m", "decentra.cli.main", "stop", str(self.run)])
         done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, done.stderr
+
+    def _own_code(self) -> list[str]:
+        return [] if self.model_code is None else ["--model-code", str(self.model_code)]
 
     def _child(self, name: str, args: Sequence[str]) -> Child:
         line = [sys.executable, "-m", "decentra.cli.main", *args, "--verbose", "--log-json"]
