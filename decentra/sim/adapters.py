@@ -23,6 +23,7 @@ from decentra.service.mailbox import Mailbox
 
 T = TypeVar("T")
 SERVICE = PeerId("service")
+WELCOME_S = 3.0
 
 
 class Crash(BaseException):
@@ -245,7 +246,10 @@ class SimService:
             raise Unreachable("the averaging service does not answer")
         mailbox = Mailbox()
         try:
-            await driver.attend(hello, mailbox)
+            async with asyncio.timeout(WELCOME_S):
+                await driver.attend(hello, mailbox)
+        except TimeoutError:  # its process ended before the hello was taken
+            raise Unreachable("the averaging service did not answer the hello in time") from None
         except Refused as error:
             # a killed process's stream takes a moment to be noticed; a real peer is told to come again, too
             raise Unreachable(str(error)) from None

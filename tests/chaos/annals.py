@@ -40,13 +40,15 @@ class Outage:
     ended_s: float
 
 
-def rounds_of(records: Sequence[ledger.Record], events: Iterable[Event]) -> list[Round]:
-    """Rounds in the order they opened. ``events`` are the host's log lines, ``records`` its ledger. Rounds whose opening was not logged are left out."""
+def rounds_of(records: Sequence[ledger.Record], events: Iterable[Event], names: Mapping[str, str]) -> list[Round]:
+    """Rounds in the order they opened. ``events`` are the host's log lines, ``records`` its ledger, ``names`` those of peer ids.
+
+    Rounds whose opening was not logged are left out.
+    """
     when: dict[tuple[str, str, int], float] = {}
     for event in events:
         if event["event"].startswith("round-") and "round" in event:
             when.setdefault((event["event"], event["fragment"], event["round"]), unix_s(event))
-    names = {r.peer: r.name for r in records if isinstance(r, ledger.Admitted)}
     settled = {(r.settlement.fragment, r.settlement.round): r.settlement for r in records if isinstance(r, ledger.Settled)}
     found = []
     for record in records:
@@ -96,7 +98,9 @@ def participation(rounds: Iterable[Round], peers: Sequence[str], away: Sequence[
 
 def contributed_at(rounds: Iterable[Round], peer: str, after_s: float) -> float | None:
     """When the first round of the trunk that opened after a time was settled with this peer's packet."""
-    return min((r.settled_s for r in of_trunk(rounds) if r.settled_s is not None and r.opened_s > after_s and peer in r.tokens), default=None)
+    return min(
+        (r.settled_s for r in of_trunk(rounds) if r.settled_s is not None and r.opened_s > after_s and peer in r.tokens), default=None
+    )
 
 
 def settled_after(rounds: Iterable[Round], after_s: float) -> float | None:

@@ -115,16 +115,18 @@ class Storm:
         for number in range(num):
             self.wait_until(time.time() + self.rng.uniform(0, 8))  # in any phase of a round
             name, killed_at = names[number % len(names)], time.time()
+            last = max(e["round"] for e in self.crew.host.events("round-opened") if e["fragment"] == "trunk/0")
             self.befall(name, "kill")
-            while not self._contributes(name, killed_at) and time.time() < killed_at + BACK_S:
+            while not self._contributes(name, last) and time.time() < killed_at + BACK_S:
                 self.wait_until(time.time() + 1)
             found.append((name, killed_at))
             self.say(f"kill {number + 1} of {num}: {name} contributes again after {time.time() - killed_at:.0f} s")
         return found
 
-    def _contributes(self, name: str, after_s: float) -> bool:
+    def _contributes(self, name: str, after: int) -> bool:
+        """Its packet is in a round that opened after round ``after``."""
         mine = self.crew.peers[name].events("committed")
-        return any(e["fragment"] == "trunk/0" and e["ending"] == "applied" and annals.unix_s(e) > after_s for e in mine)
+        return any(e["fragment"] == "trunk/0" and e["ending"] == "applied" and e["round"] > after for e in mine)
 
 
 def measure(minutes: float, num_peers: int, num_kills: int, rate: float, seed: int, say: Callable[[str], None]) -> dict[str, Any]:
@@ -156,7 +158,7 @@ def measure(minutes: float, num_peers: int, num_kills: int, rate: float, seed: i
             records = crew.ledger()
             genesis = RunDir(crew.run).manifest().genesis
             steps = sum(len(child.events("recovered")) for child in crew.peers.values())
-        rounds = annals.rounds_of(records, events)
+        rounds = annals.rounds_of(records, events, {str(result["peer"]): name for name, result in said.items()})
     away = storm.outages
     taken_s = sum(max(0.0, min(o.ended_s, stormy[1]) - max(o.began_s, stormy[0])) for o in away)
     rates = [annals.confirmed_tokens(rounds, *part) / (part[1] - part[0]) for part in (calm, stormy)]
