@@ -28,6 +28,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -166,7 +167,8 @@ def measure(minutes: float, num_peers: int, num_kills: int, rate: float, seed: i
     survivors = [_late(rounds, at) - statistics.median(gaps) for _, at in kills if annals.settled_before(rounds, at) is not None]
     victims = [(annals.contributed_at(rounds, name, at) or at + BACK_S) - at for name, at in kills]
     return {
-        "peers": num_peers, "minutes": minutes, "seed": seed, "faults": {k: sum(o.kind == k and o.began_s < stormy[1] for o in away) for k in ("kill", "stop", "cut")},
+        "peers": num_peers, "minutes": minutes, "seed": seed,
+        "faults": {kind: sum(o.kind == kind and o.began_s < stormy[1] for o in away) for kind in ("kill", "stop", "cut")},
         "kills": num_kills, "cpu_idle": idle, "round_p50_s": statistics.median(gaps), "tokens_per_s": rates[0],
         "throughput_ratio": rates[1] / rates[0], "bound_ratio": 1 - taken_s / (num_peers * (stormy[1] - stormy[0])),
         "settled_ratio": annals.settled_ratio(rounds, *stormy), "settled_ratio_fault_free": annals.settled_ratio(rounds, *calm),
@@ -183,7 +185,7 @@ def measure(minutes: float, num_peers: int, num_kills: int, rate: float, seed: i
 
 def _gaps(rounds: Sequence[annals.Round], start_s: float, end_s: float) -> list[float]:
     times = sorted(r.settled_s for r in annals.of_trunk(rounds) if r.settled_s is not None and start_s <= r.settled_s < end_s)
-    return [b - a for a, b in zip(times, times[1:], strict=False)]
+    return [b - a for a, b in pairwise(times)]
 
 
 def _late(rounds: Sequence[annals.Round], killed_at: float) -> float:
