@@ -16,7 +16,7 @@ from decentra.averaging.link import Link, LinkRules, RunDescription, describe_ov
 from decentra.averaging.mapping import calling, ending_of
 from decentra.errors import DecentraError, IntegrityError, Refused, RejectedPayload, Unreachable
 from decentra.identity import Keypair
-from decentra.ids import FragmentId, RunId
+from decentra.ids import FragmentId
 from decentra.pb import averaging_pb2 as pb
 from decentra.ports import Events
 from decentra.protocol.messages import FragmentView, Hello, MemberMessage, Outcome, Role, ServiceMessage, SwarmView
@@ -37,17 +37,27 @@ async def describe(addresses: Sequence[str], trust: TrustChain, token: bytes | N
     return await links.describe(addresses, trust, token, rules=LinkRules(time.time))
 
 
+async def meet(addresses: Sequence[str], trust: TrustChain) -> None:
+    """Let ``trust`` know of the term that the first service to answer is of. Raises what ``open_link`` raises."""
+    await (await open_link(addresses, trust, LinkRules(time.time))).close()
+
+
 class GrpcSession:
     """One open stream; implements ports.Session. Relayed offers whose proof is not their sender's are left out and reported."""
 
-    def __init__(self, link: Link, call: Any, key: Keypair, run: RunId, events: Events) -> None:
-        self._link, self._call, self._key, self._run, self._events = link, call, key, run, events
-        self._proofs = ProofChecker(run)
+    def __init__(self, link: Link, call: Any, key: Keypair, trust: TrustChain, events: Events) -> None:
+        self._link, self._call, self._key, self._trust, self._events = link, call, key, trust, events
+        self._run = trust.run_id
+        self._proofs = ProofChecker(self._run)
         self._reading: asyncio.Task[Any] | None = None
 
     @property
     def address(self) -> str:
         return self._link.address
+
+    @property
+    def is_over(self) -> bool:
+        return bool(self._call.done())
 
     async def send(self, message: MemberMessage) -> None:
         """Raises Unreachable when the stream broke or is stuck, Refused when the service ended it on purpose."""
@@ -56,6 +66,7 @@ class GrpcSession:
     async def messages(self) -> AsyncIterator[ServiceMessage]:
         """Views and refusals, for one reader; ends when the service closes in peace. Raises Unreachable and Refused."""
         while (data := await self._read()) is not None:
+            self._check_term()
             try:
                 message = parse_service_frame(data)
             except RejectedPayload as error:
@@ -91,7 +102,14 @@ class GrpcSession:
         if data is None or not is_welcome(data):
             raise Unreachable(f"the averaging service at {self.address} ended the stream before its welcome; attend again")
 
+    def _check_term(self) -> None:
+        """Another service may have been met meanwhile."""
+        if (replaced := self._trust.why_replaced(self._link.certificate)) is not None:
+            self._call.cancel()
+            raise Unreachable(f"the averaging service at {self.address} was replaced: {replaced}")
+
     async def _write(self, frame: bytes) -> None:
+        self._check_term()
         if self._call.done():
             raise await ending_of(self._call, self.address)
         try:
@@ -144,6 +162,7 @@ class AveragingClient:
         self._rules = LinkRules(wall, call_s, keepalive_s)
         self._credentials = credentials
         self._link: Link | None = None
+        self._session: GrpcSession | None = None
         self._lock = asyncio.Lock()
 
     @property
@@ -154,6 +173,15 @@ class AveragingClient:
     @property
     def addresses(self) -> tuple[str, ...]:
         return self._addresses
+
+    @property
+    def token(self) -> bytes:
+        return self._token
+
+    @property
+    def is_attached(self) -> bool:
+        """Whether the last stream that was opened is still open."""
+        return self._session is not None and not self._session.is_over
 
     def use_addresses(self, addresses: Sequence[str]) -> None:
         """Where to look from the next connection on; whoever answers there still has to show the run's certificate."""
@@ -193,13 +221,14 @@ class AveragingClient:
         # A link of its own: a stream must not die because some other call found the service slow.
         link = await open_link(self._addresses, self._trust, self._rules)
         call = rpc.multicallable(link.channel, "Attend")(metadata=rpc.metadata_of(self._credentials))
-        session = GrpcSession(link, call, key, self._trust.run_id, self._events)
+        session = GrpcSession(link, call, key, self._trust, self._events)
         try:
             await session._greet(hello)
         except BaseException:
             call.cancel()
             await asyncio.shield(link.close())
             raise
+        self._session = session
         return session
 
     async def outcome(self, fragment: FragmentId, round: int) -> Outcome | None:
@@ -232,6 +261,15 @@ class AveragingClient:
         async with _Using(self) as link:
             request = dump(pb.LedgerRequest(after_seq=after_seq, limit=limit))
             frames = await link.read_all("ReadLedger", request, limit, **self._papers())
+        return [parse(pb.LedgerRecord, frame).record for frame in frames]
+
+    async def copy(self, run_key: Keypair, name: str, num_records: int, wait_s: float) -> list[bytes]:
+        """What follows the ``num_records`` that this machine has on its disk, after at most ``wait_s`` s without news. Raises Refused, Unreachable."""
+        async with _Using(self) as link:
+            sealed = trust.seal_command(run_key, self._trust.run_id, "copy", name, expires_at_s=link.service_time_s + limits.FRESH_S)
+            most = limits.MAX_LEDGER_RECORDS
+            request = dump(pb.LedgerRequest(after_seq=num_records, limit=most, copy=sealed, wait_s=wait_s))
+            frames = await link.read_all("ReadLedger", request, most)
         return [parse(pb.LedgerRecord, frame).record for frame in frames]
 
     async def command(self, run_key: Keypair, kind: str, argument: str = "") -> str:

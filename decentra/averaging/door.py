@@ -54,8 +54,12 @@ class ServiceDoor(Protocol[OutboxT_contra]):
         """At most ``limit`` sealed records after position ``after_seq`` (0: from the first)."""
         ...
 
+    async def copied(self, name: str, num_records: int, wait_s: float) -> None:
+        """A copy of the ledger has so many records on its disk; returns when there are more, or ``wait_s`` are over. Raises Refused."""
+        ...
+
     async def command(self, kind: str, argument: str) -> str:
-        """Carry out an order of the organiser (``stop``, ``pass-on``, ``revoke``) and say what was done. Raises Refused."""
+        """Carry out an order of the organiser (``stop``, ``pass-on``, ``revoke``, ``retire``) and say what was done. Raises Refused."""
         ...
 
     async def succeed(self, run: RunId, successor: str) -> str:

@@ -150,5 +150,8 @@ async def _check_service(address: str, channel: Any, fingerprint: bytes, trust: 
             f"the averaging service at {address} shows TLS certificate {fingerprint.hex()[:16]}, the run key vouches for"
             f" {certificate.tls_fingerprint.hex()[:16]}: somebody stands between, or the organiser has to issue a new service certificate"
         )
+    if (replaced := trust.why_replaced(certificate)) is not None:
+        raise Unreachable(f"the averaging service at {address} was replaced: {replaced}")
+    trust.term = certificate.term
     offset_s = reply.server_time_s - (asked_s + now_s) / 2
     return Link(address, channel, certificate, reply.certificate, offset_s, rules)

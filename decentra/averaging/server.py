@@ -37,6 +37,7 @@ Metadata = dict[str, str | bytes]
 
 ADMISSION_S = 90 * 86400.0  # and never longer than the service's certificate
 LEDGER_PAGE = 256
+MAX_COPY_WAIT_S = 10.0
 MAX_COMMANDS_REMEMBERED = 10_000
 
 
@@ -163,6 +164,8 @@ class AveragingServer(Generic[OutboxT]):
         self._remember(data, command.expires_at_s, now_s)
         if command.kind == "revoke":
             self.identity.chain.revoke(command.argument)
+        if command.kind == "copy":
+            raise Refused("an order to copy belongs to a reading of the ledger")
         if command.kind == "succeed":
             answer = await self.door.succeed(self.identity.chain.check_successor(command.argument).run_id, command.argument)
             self._events.emit("command", kind=command.kind, answer=answer, run=self.identity.run)  # its argument lets in who reads it
@@ -176,12 +179,18 @@ class AveragingServer(Generic[OutboxT]):
         return await self._prober.answer(parse(pb.ProbeRequest, data), str(context.peer()))
 
     async def _read_ledger(self, data: bytes, metadata: Metadata, context: Any) -> None:
-        self._check_reader(metadata)
         request, most = parse(pb.LedgerRequest, data), limits.MAX_LEDGER_RECORDS
+        if not request.copy:
+            self._check_reader(metadata)
         if request.after_seq < 0 or not 0 < request.limit <= most:
             raise RejectedPayload(
                 "malformed", f"expected after_seq >= 0 and a limit in 1..{most}, got {request.after_seq}, {request.limit}"
             )
+        if request.copy:
+            command = self.identity.chain.check_command(request.copy, self._wall())  # not remembered: said again it changes nothing
+            if command.kind != "copy":
+                raise Refused(f"this reader shows an order to {command.kind!r}, expected one to copy")
+            await self.door.copied(command.argument, request.after_seq, min(max(request.wait_s, 0.0), MAX_COPY_WAIT_S))
         seq, end = request.after_seq, request.after_seq + request.limit
         while seq < end and (page := await self.door.ledger(seq, min(LEDGER_PAGE, end - seq))):
             for record in page:

@@ -7,34 +7,24 @@ from typing import Any
 
 from decentra.cli.look import watching
 from decentra.config import Manifest
-from decentra.errors import IntegrityError
-from decentra.identity import is_signed
 from decentra.ids import short
 from decentra.invite import Invite
-from decentra.protocol.ledger import Ledger, Record
-from decentra.service.driver import open_record
-from decentra.wire.signed import purpose_of
-from decentra.wire.trust import LEDGER
+from decentra.protocol.ledger import Record
+from decentra.wire.ledgers import LedgerReader
+from decentra.wire.trust import TrustChain
 
 PAGE = 2000
 
 
 async def read_ledger(invite: Invite) -> tuple[Manifest, list[Record]]:
     """(manifest, every record). Raises IntegrityError at the first line that its chain or the service's key does not vouch for."""
-    ledger = Ledger()
     records: list[Record] = []
     async with watching(invite) as client:
         described = await client.describe()
-        purpose, public = purpose_of(LEDGER, invite.run_id), described.certificate.service_public
+        reader = LedgerReader(TrustChain(invite.run_id, invite.run_public), f"the ledger from {described.address}")
         while page := await client.ledger(len(records), PAGE):
-            for sealed in page:
-                signature, line = open_record(sealed)
-                if not is_signed(public, purpose, line, signature):
-                    raise IntegrityError(
-                        f"ledger record {len(records) + 1} from {described.address} is not signed by the run's service;"
-                        " ask the organiser over another channel"
-                    )
-                records.append(ledger.accept(line))
+            records += [reader.accept(sealed) for sealed in page]
+        reader.finish(described.certificate.service_public)
     return described.manifest, records
 
 

@@ -3,35 +3,39 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from decentra.averaging.client import AveragingClient
+from decentra.averaging.client import AveragingClient, meet
 from decentra.averaging.journal_sqlite import SqliteJournal
 from decentra.averaging.server import AveragingServer, ServiceIdentity
 from decentra.averaging.tls import load_or_create_tls
 from decentra.cli.rundir import DAY_S, RunDir
 from decentra.cli.running import StopRequest, locked_dir, watch_loop
+from decentra.cli.standby import ledger_file, take_over
 from decentra.cli.succession import tell_members
-from decentra.cli.wiring import Door, gossip, member_runtime, new_nonce
+from decentra.cli.wiring import Door, gossip, member_runtime, new_nonce, service_addresses
 from decentra.config import Manifest, PeerConfig, differing_keys, load_toml, manifest_from_bytes
 from decentra.errors import ConfigError, DecentraError, InviteError, ManifestMismatch, Refused
 from decentra.gossip import records
 from decentra.gossip.bootstrap import run_bootstrap
 from decentra.gossip.exchange import HivemindExchange
 from decentra.gossip.node import GossipNode
-from decentra.identity import is_signed, load_or_create_key
+from decentra.identity import load_or_create_key
 from decentra.invite import Invite, parse_invite
 from decentra.model.custom import model_for
 from decentra.peer.compute import DeltaThread, SystemClock
 from decentra.peer.disk import RealDisk, write_atomic
 from decentra.ports import Events
+from decentra.protocol.ledger import Certified, Ledger
 from decentra.protocol.messages import Role
 from decentra.service.driver import Driver
 from decentra.service.mailbox import Mailbox
+from decentra.wire.ledgers import LedgerReader, open_record
 from decentra.wire.signed import purpose_of
 from decentra.wire.trust import (
     LEDGER,
@@ -46,6 +50,8 @@ from decentra.wire.trust import (
 
 CERTIFICATE_DAYS = 90
 BEACON_S, BEACON_TTL_S = 60.0, 300.0
+NUM_FIRST_BEACONS, FIRST_BEACON_S = 6, 10.0  # at the start the node knows few others yet
+TERMS_S = 15.0
 OVER_S, ADVERTISE_S = 2.0, 120.0
 
 
@@ -71,8 +77,8 @@ class Service:
             await asyncio.gather(waiting, return_exceptions=True)
 
 
-def service_identity(run: RunDir, manifest: Manifest) -> ServiceIdentity:
-    """Keys, TLS and papers of the averaging service, made at the first start. Raises ConfigError."""
+def service_identity(run: RunDir, manifest: Manifest, term: int = 1) -> ServiceIdentity:
+    """Keys, TLS and papers of the averaging service of this term, made at the first start. Raises ConfigError."""
     service_key = load_or_create_key(run.host / "service.key")
     tls = load_or_create_tls(run.host / "tls.pem")
     disk = RealDisk(run.host)
@@ -85,7 +91,8 @@ def service_identity(run: RunDir, manifest: Manifest) -> ServiceIdentity:
                 f"{run.run_key_file} is not the key this run began with; its invites name another. Restore it from your backup"
             )
         not_after_s = int(time.time() + CERTIFICATE_DAYS * DAY_S)
-        certificate = seal_certificate(key, manifest.run_id(), ServiceCertificate(service_key.public, tls.fingerprint, not_after_s))
+        papers = ServiceCertificate(service_key.public, tls.fingerprint, not_after_s, term)
+        certificate = seal_certificate(key, manifest.run_id(), papers)
         sealed_manifest, run_public = seal_manifest(key, manifest), key.public
         for name, data in (("certificate", certificate), ("manifest.sealed", sealed_manifest), ("run.public", run_public)):
             write_atomic(disk, name, data)
@@ -121,21 +128,30 @@ def ignored_settings(toml: Path, manifest: Manifest) -> tuple[str, ...]:
 
 
 @asynccontextmanager
-async def averaging_service(run: RunDir, manifest: Manifest, listen: str, events: Events) -> AsyncIterator[Service]:
-    """The averaging service of a run directory, from its ledger on. Raises ManifestMismatch when the manifest was edited since."""
+async def averaging_service(
+    run: RunDir, manifest: Manifest, listen: str, events: Events, term: int | None = None
+) -> AsyncIterator[Service]:
+    """The averaging service of a run directory, from its ledger on. Raises ManifestMismatch when the manifest was edited since.
+
+    ``term``: a new one, when this machine takes the run over; None: the one it served in before.
+    """
     check_frozen(run, manifest, events)
-    identity = service_identity(run, manifest)
-    purpose = purpose_of(LEDGER, identity.run)
     async with AsyncExitStack() as stack:
         compute = DeltaThread("ledger")
         stack.callback(compute.close)
-        journal = await asyncio.to_thread(SqliteJournal, run.host / "ledger.db")
+        journal = await asyncio.to_thread(SqliteJournal, ledger_file(run))
         stack.callback(journal.close)
+        if term is None:
+            term = await asyncio.to_thread(_term_of, journal)
+        identity = service_identity(run, manifest, term)
+        identity.chain.term = identity.check(time.time()).term
+        purpose, reader = purpose_of(LEDGER, identity.run), LedgerReader(identity.chain, str(ledger_file(run)))
         driver = Driver(
             manifest, journal, SystemClock(), compute, events, seal=lambda line: identity.service_key.sign(purpose, line),
-            check_seal=lambda line, signature: is_signed(identity.service_key.public, purpose, line, signature),
+            vouch=reader.vouch, certificate=(identity.chain.term, identity.sealed_certificate),
         )  # fmt: skip
         await asyncio.to_thread(driver.recover)
+        reader.finish(identity.service_key.public)
         for subject in driver.book.revoked:
             identity.chain.revoke(subject)
         server: AveragingServer[Mailbox] = AveragingServer(identity, driver, Mailbox, events)
@@ -146,6 +162,16 @@ async def averaging_service(run: RunDir, manifest: Manifest, listen: str, events
         yield Service(driver, identity, port, pump)
 
 
+def _term_of(journal: SqliteJournal) -> int:
+    """The newest that the ledger names; its lines are checked afterwards."""
+    term = 1
+    for sealed in journal.load():
+        if b'"Certified"' in sealed:
+            record = Ledger.peek(open_record(sealed)[1])
+            term = record.term if isinstance(record, Certified) else term
+    return term
+
+
 async def _end(task: asyncio.Task[None]) -> None:
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
@@ -153,14 +179,18 @@ async def _end(task: asyncio.Task[None]) -> None:
 
 async def run_host(
     run: RunDir, *, address: str, bootstrap_port: int, service_port: int, listen_host: str, uses: int, days: float, stop: StopRequest,
-    events: Events, on_ready: object = None, model_code: Path | None = None,
+    events: Events, on_ready: object = None, model_code: Path | None = None, take_from: Sequence[str] | None = None,
 ) -> str:  # fmt: skip
-    """Bootstrap node, averaging service and keeper in one process, until Ctrl-C. ``on_ready(invite, ports)`` is called once."""
+    """Bootstrap node, averaging service and keeper in one process, until Ctrl-C. ``on_ready(invite, ports)`` is called once.
+
+    ``take_from``: this machine takes the run over from a service at these addresses, or none: at those it copied from.
+    """
     manifest = run.manifest()
     model_for(manifest, model_code)  # before any port is taken
     with locked_dir(run.host):
         async with AsyncExitStack() as stack:
-            service = await stack.enter_async_context(averaging_service(run, manifest, f"{listen_host}:{service_port}", events))
+            term = None if take_from is None else await take_over(run, take_from, events)
+            service = await stack.enter_async_context(averaging_service(run, manifest, f"{listen_host}:{service_port}", events, term))
             key = load_or_create_key(run.host / "identity.key")
             config = PeerConfig(name="host", role="keeper", model_code=model_code, listen=(f"/ip4/{listen_host}/tcp/{bootstrap_port}",))
             door = await _own_door(service, key.peer_id, run, manifest, events)
@@ -176,7 +206,12 @@ async def run_host(
             invite = _invite(run, uses, days, bootstrap, services) if run.has_run_key() else None
             if callable(on_ready):
                 on_ready(invite, (bootstrap,), services)
-            chores = [watch_loop(events), _beacon(node, service, services, events), _advertise_result(exchange, service)]
+            chores = [
+                watch_loop(events),
+                _beacon(node, service, services, events),
+                _watch_terms(node, service),
+                _advertise_result(exchange, service),
+            ]
             if invite is not None:
                 chores.append(tell_members(run, ((bootstrap,), services), events))
             tasks = [asyncio.create_task(chore) for chore in chores]
@@ -234,6 +269,19 @@ async def _own_door(service: Service, peer: str, run: RunDir, manifest: Manifest
     return Door(manifest, key, identity.chain, client, nonce, is_admitted=True)
 
 
+async def _watch_terms(node: GossipNode, service: Service) -> None:
+    """End the service when the DHT shows one of a higher term: another machine has taken the run over, and this folder is out of date."""
+    chain = TrustChain(service.identity.run, service.identity.chain.run_public)
+    while True:
+        for address in await service_addresses(node, service.identity.run):
+            with suppress(DecentraError):
+                await meet((address,), chain)
+        if (replaced := chain.why_replaced(service.identity.check(time.time()))) is not None:
+            service.driver.retire(f"another machine has taken the run over: {replaced}")
+            return
+        await asyncio.sleep(TERMS_S)
+
+
 async def _keep(
     service: Service, door: Door, config: PeerConfig, run: RunDir, node: GossipNode, exchange: object, stop: StopRequest, events: Events
 ) -> None:
@@ -260,10 +308,10 @@ def _public_multiaddr(node: GossipNode, address: str) -> str:
 
 async def _beacon(node: GossipNode, service: Service, services: Sequence[str], events: Events) -> None:
     """Advertise the service in the DHT, for peers whose invite is older than its address."""
-    while True:
+    for number in itertools.count():
         with suppress(DecentraError):  # the node reports its own troubles
             await records.publish(node, records.service_key(service.identity.run), "\n".join(services).encode(), BEACON_TTL_S)
-        await asyncio.sleep(BEACON_S)
+        await asyncio.sleep(FIRST_BEACON_S if number < NUM_FIRST_BEACONS else BEACON_S)
 
 
 async def _advertise_result(exchange: HivemindExchange, service: Service) -> None:
@@ -276,10 +324,13 @@ async def _advertise_result(exchange: HivemindExchange, service: Service) -> Non
         await asyncio.sleep(ADVERTISE_S)
 
 
-async def run_averager(run: RunDir, *, listen: str, address: str, stop: StopRequest, events: Events) -> str:
-    """The averaging service alone."""
+async def run_averager(
+    run: RunDir, *, listen: str, address: str, stop: StopRequest, events: Events, take_from: Sequence[str] | None = None
+) -> str:
+    """The averaging service alone. ``take_from`` as in ``run_host``."""
     with locked_dir(run.host):
-        async with averaging_service(run, run.manifest(), listen, events) as service:
+        term = None if take_from is None else await take_over(run, take_from, events)
+        async with averaging_service(run, run.manifest(), listen, events, term) as service:
             where = f"{address}:{service.port}"
             run.remember_addresses(run.addresses()[0] if run.has_addresses() else (), (where,))
             print(f"averaging service of run {service.identity.run[:12]} at {where}", flush=True)

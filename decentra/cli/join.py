@@ -216,7 +216,7 @@ async def _one_stay(
             asyncio.create_task(watch_loop(events)),
             asyncio.create_task(_progress(runtime, events)),
             asyncio.create_task(join_again(door, config, root, events)),
-            asyncio.create_task(follow_service(door, node, invite.services, events)),
+            asyncio.create_task(follow_service(door, node, invite.services, root, events)),
             asyncio.create_task(_leave_when_refused(permit, runtime, stop)),
         ]
         for task in tasks:

@@ -11,6 +11,13 @@ import typer
 from decentra.cli.app import JsonOpt, LogJsonOpt, RunDirArg, VerboseOpt, app, logging_to
 from decentra.errors import ConfigError
 
+TakeOverOpt = Annotated[
+    bool, typer.Option("--take-over", help="serve the run from this folder's copy of the ledger; members leave the service it had before")
+]
+FromServiceOpt = Annotated[
+    list[str] | None, typer.Option("--service", help="host:port of the service to copy or to take over from; default: the one last known")
+]
+
 
 @app.command()
 def init(
@@ -77,6 +84,8 @@ def host(
     uses: Annotated[int, typer.Option(min=1, help="how many peers may use the printed invite")] = 32,
     days: Annotated[float, typer.Option(min=0.001, help="how long it is valid")] = 30.0,
     model_code: Annotated[Path | None, typer.Option(help="the run's own model code")] = None,
+    take_over: TakeOverOpt = False,
+    service: FromServiceOpt = None,
     as_json: JsonOpt = False,
     verbose: VerboseOpt = False,
     log_json: LogJsonOpt = False,
@@ -101,7 +110,7 @@ def host(
     why = run_main(
         lambda stop: run_host(
             run, address=where, bootstrap_port=bootstrap_port, service_port=service_port, listen_host=listen, uses=uses, days=days, stop=stop,
-            events=LogEvents(peer="host"), on_ready=ready, model_code=model_code,
+            events=LogEvents(peer="host"), on_ready=ready, model_code=model_code, take_from=tuple(service or ()) if take_over else None,
         )
     )  # fmt: skip
     print(f"host ended: {why}", file=sys.stderr)
@@ -138,18 +147,30 @@ def averager(
     run_dir: RunDirArg,
     listen: Annotated[str, typer.Option(help="host:port")] = "0.0.0.0:7411",
     address: Annotated[str | None, typer.Option(help="public name of this machine")] = None,
+    standby: Annotated[bool, typer.Option("--standby", help="serve nobody: keep a copy of the ledger of the service that does")] = False,
+    take_over: TakeOverOpt = False,
+    service: FromServiceOpt = None,
     verbose: VerboseOpt = False,
     log_json: LogJsonOpt = False,
 ) -> None:
-    """Run the averaging service alone, from the ledger in RUN_DIR."""
+    """Run the averaging service alone, from the ledger in RUN_DIR; or a copy of it, on another machine, that can take over."""
     logging_to(verbose, log_json)
     from decentra.cli.console import LogEvents
     from decentra.cli.host import run_averager
     from decentra.cli.rundir import RunDir
     from decentra.cli.running import run_main
 
-    where = address or _own_address()
-    run_main(lambda stop: run_averager(RunDir(run_dir), listen=listen, address=where, stop=stop, events=LogEvents(peer="averager")))
+    run, events = RunDir(run_dir), LogEvents(peer="averager")
+    if standby and take_over:
+        raise ConfigError("--standby waits and --take-over serves: give one of them")
+    if standby:
+        from decentra.cli.standby import run_standby
+
+        why = run_main(lambda stop: run_standby(run, services=service, stop=stop, events=events))
+        print(f"copy ended: {why}", file=sys.stderr)
+        return
+    where, take_from = address or _own_address(), tuple(service or ()) if take_over else None
+    run_main(lambda stop: run_averager(run, listen=listen, address=where, stop=stop, events=events, take_from=take_from))
 
 
 @app.command()

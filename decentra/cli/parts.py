@@ -15,6 +15,7 @@ from decentra.cli.app import JsonOpt, app, numbers_of
 from decentra.errors import ConfigError
 
 SourceArg = Annotated[Path, typer.Argument(help="a checkpoint's folder: of decentra, or of Hugging Face (see import)", metavar="DIR")]
+VerifiedArg = Annotated[Path, typer.Argument(help="a checkpoint's folder, or a run's (while its host does not run there)", metavar="DIR")]
 TargetArg = Annotated[Path, typer.Argument(help="folder to write", metavar="OUT")]
 TextOpt = Annotated[list[str] | None, typer.Option("--text", help="embedded domain (code, prose, headers, math) or NAME=PATH; repeatable")]
 SeedOpt = Annotated[int, typer.Option(min=0)]
@@ -69,14 +70,18 @@ def export(
 
 
 @app.command()
-def verify(source: SourceArg, as_json: JsonOpt = False) -> None:
-    """Compare every weights file of a checkpoint with the hash in its card. Example: decentra verify my-model"""
+def verify(source: VerifiedArg, as_json: JsonOpt = False) -> None:
+    """A checkpoint: compare its files with the hashes in its card. A run's folder: its ledger, every signature and link. Example: decentra verify my-model"""
     from decentra.hf.checkpoint import open_checkpoint
     from decentra.hf.checkpoint import verify as verified
 
+    if (source / "manifest.json").is_file():
+        from decentra.cli.standby import describe_ledger
+
+        return _done(describe_ledger(source), as_json, "dir", "run", "term", "num_records", "rounds_confirmed", "heights")
     files = verified(source)
     open_checkpoint(source).weights.__exit__()
-    _done({"ok": True, "dir": str(source), "files": files}, as_json, "dir", "files")
+    return _done({"ok": True, "dir": str(source), "files": files}, as_json, "dir", "files")
 
 
 @app.command()

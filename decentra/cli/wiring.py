@@ -8,14 +8,14 @@ import json
 import os
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import platformdirs
 from torch import nn
 
-from decentra.averaging.client import AveragingClient
+from decentra.averaging.client import AveragingClient, meet
 from decentra.cli.capacity import limit_gpu, max_experts
 from decentra.cli.ranks import check_ranks, num_ranks
 from decentra.config import Manifest, PeerConfig, manifest_from_bytes
@@ -40,8 +40,8 @@ from decentra.protocol.placement import check_experts
 from decentra.wire.trust import TrustChain
 
 RETRY_S, MAX_RETRY_S = 2.0, 15.0
-SERVICE_LOOKUP_S, MAX_SERVICE_ADDRESSES = 30.0, 8
-MANIFEST_FILE, CREDENTIALS_FILE, KNOWN_FILE = "manifest.json", "credentials", "known-peers.json"
+SERVICE_LOOKUP_S, AWAY_LOOKUP_S, MAX_SERVICE_ADDRESSES = 30.0, 5.0, 8  # often only while there is no stream
+MANIFEST_FILE, CREDENTIALS_FILE, KNOWN_FILE, TERM_FILE = "manifest.json", "credentials", "known-peers.json", "term"
 
 
 def state_dir(run: RunId, config: PeerConfig) -> Path:
@@ -83,6 +83,7 @@ async def open_door(
     trust = TrustChain(invite.run_id, invite.run_public)
     disk, nonce = RealDisk(root), new_nonce()
     credentials = stored_credentials(disk, trust, key.peer_id, events)
+    trust.term = stored_term(disk)
     client = AveragingClient(invite.services, trust, events, key=key, token=invite.token, credentials=credentials)
     stored = _stored_manifest(disk, invite.run_id, events)
     deadline, retry_s = time.monotonic() + patience_s, RETRY_S
@@ -117,6 +118,7 @@ async def open_door(
             retry_s = min(MAX_RETRY_S, 1.5 * retry_s)
         write_atomic(disk, MANIFEST_FILE, manifest.canonical_bytes())
         write_atomic(disk, CREDENTIALS_FILE, client.credentials)
+        write_atomic(disk, TERM_FILE, str(trust.term).encode())
         unfinished.pop_all()
     return Door(manifest, key, trust, client, nonce, is_admitted=True)
 
@@ -132,6 +134,14 @@ def stored_credentials(disk: RealDisk, trust: TrustChain, peer: PeerId, events: 
         events.emit("damaged-file", file=CREDENTIALS_FILE, why=f"{error}; the service is asked for new ones")
         return b""
     return credentials
+
+
+def stored_term(disk: RealDisk) -> int:
+    """The highest that a service of this run was met with, 0 for none: whoever was replaced stays replaced over restarts."""
+    try:
+        return max(0, int(disk.read(TERM_FILE) or b"0"))
+    except ValueError:
+        return 0
 
 
 def _stored_manifest(disk: RealDisk, run: RunId, events: Events) -> Manifest | None:
@@ -290,22 +300,39 @@ async def join_again(door: Door, config: PeerConfig, root: Path, events: Events)
         door.is_admitted = True
 
 
-async def follow_service(door: Door, node: GossipNode, invited: Sequence[str], events: Events) -> None:
-    """Learn from the DHT where the averaging service is now; an invite may be older than its address.
+async def follow_service(door: Door, node: GossipNode, invited: Sequence[str], root: Path, events: Events) -> None:
+    """Learn from the DHT where the averaging service is now; an invite may be older than its address, and another machine may have taken over.
 
-    Anybody can publish an address: the certificate chain to the run key decides whom we talk to.
+    Anybody can publish an address: the certificate chain to the run key decides whom we talk to, and of several the highest term.
     """
+    disk, term = RealDisk(root), door.trust.term
+    looked_at = 0.0
     while True:
-        await asyncio.sleep(SERVICE_LOOKUP_S)
-        try:
-            answers = await records.lookup(node, records.service_key(door.trust.run_id))
-        except DecentraError:
-            continue  # the node reports its own troubles
-        found = [line for _, body in answers for line in _address_lines(body)]
+        await asyncio.sleep(AWAY_LOOKUP_S)
+        if door.trust.term != term:
+            term = door.trust.term
+            with suppress(OSError):  # a full disk: it is met again after a restart
+                write_atomic(disk, TERM_FILE, str(term).encode())
+        if door.client.is_attached and time.monotonic() < looked_at + SERVICE_LOOKUP_S:
+            continue
+        looked_at = time.monotonic()
+        found = await service_addresses(node, door.trust.run_id)
         addresses = tuple(dict.fromkeys([*invited, *found]))[:MAX_SERVICE_ADDRESSES]
         if addresses != door.client.addresses:
             door.client.use_addresses(addresses)
             events.emit("service-addresses", addresses=list(addresses))
+        for address in found:
+            with suppress(DecentraError):  # a higher term, once seen, ends streams of a lower one
+                await meet((address,), door.trust)
+
+
+async def service_addresses(node: GossipNode, run: RunId) -> list[str]:
+    """What the DHT says, in nobody's name; empty when it says nothing."""
+    try:
+        answers = await records.lookup(node, records.service_key(run))
+    except DecentraError:
+        return []  # the node reports its own troubles
+    return [line for _, body in answers for line in _address_lines(body)][:MAX_SERVICE_ADDRESSES]
 
 
 def _address_lines(body: bytes) -> list[str]:

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from decentra.pb import messages_pb2 as decentra_dot_pb_dot_messages__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x64\x65\x63\x65ntra/pb/averaging.proto\x12\x0b\x64\x65\x63\x65ntra.v1\x1a\x1a\x64\x65\x63\x65ntra/pb/messages.proto\"\x11\n\x0f\x44\x65scribeRequest\"t\n\rDescribeReply\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x0b\n\x03run\x18\x02 \x01(\x0c\x12\x13\n\x0b\x63\x65rtificate\x18\x03 \x01(\x0c\x12\x10\n\x08manifest\x18\x04 \x01(\x0c\x12\x15\n\rserver_time_s\x18\x05 \x01(\x01\"\x86\x01\n\x0bJoinRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x10\n\x08manifest\x18\x02 \x01(\x0c\x12\x1f\n\x04role\x18\x03 \x01(\x0e\x32\x11.decentra.v1.Role\x12\r\n\x05nonce\x18\x04 \x01(\t\x12\x0c\n\x04name\x18\x05 \x01(\t\x12\r\n\x05token\x18\x06 \x01(\x0c\"\x1e\n\tJoinReply\x12\x11\n\tadmission\x18\x01 \x01(\x0c\"1\n\x0eOutcomeRequest\x12\x10\n\x08\x66ragment\x18\x01 \x01(\t\x12\r\n\x05round\x18\x02 \x01(\x03\"F\n\x0cOutcomeReply\x12*\n\x07outcome\x18\x01 \x01(\x0b\x32\x14.decentra.v1.OutcomeH\x00\x88\x01\x01\x42\n\n\x08_outcome\"1\n\rLedgerRequest\x12\x11\n\tafter_seq\x18\x01 \x01(\x03\x12\r\n\x05limit\x18\x02 \x01(\x03\"\x1e\n\x0cLedgerRecord\x12\x0e\n\x06record\x18\x01 \x01(\x0c\"\x0f\n\rStatusRequest\";\n\x0cProbeRequest\x12\x0c\n\x04port\x18\x01 \x01(\r\x12\r\n\x05nonce\x18\x02 \x01(\x0c\x12\x0e\n\x06\x66iller\x18\x03 \x01(\x0c\"@\n\nProbeReply\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12\x14\n\x0cis_reachable\x18\x02 \x01(\x08\x12\x0b\n\x03why\x18\x03 \x01(\t\"\x1e\n\x0c\x43ommandReply\x12\x0e\n\x06\x61nswer\x18\x01 \x01(\t\"Z\n\x12ServiceCertificate\x12\x16\n\x0eservice_public\x18\x01 \x01(\x0c\x12\x17\n\x0ftls_fingerprint\x18\x02 \x01(\x0c\x12\x13\n\x0bnot_after_s\x18\x03 \x01(\x03\"]\n\tAdmission\x12\x0b\n\x03run\x18\x01 \x01(\x0c\x12\x0c\n\x04peer\x18\x02 \x01(\t\x12\x1f\n\x04role\x18\x03 \x01(\x0e\x32\x11.decentra.v1.Role\x12\x14\n\x0c\x65xpires_at_s\x18\x04 \x01(\x03\"5\n\x0b\x43redentials\x12\x13\n\x0b\x63\x65rtificate\x18\x01 \x01(\x0c\x12\x11\n\tadmission\x18\x02 \x01(\x0c\"8\n\x07\x43ommand\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x10\n\x08\x61rgument\x18\x02 \x01(\t\x12\r\n\x05nonce\x18\x03 \x01(\x0c\x32\xa8\x04\n\tAveraging\x12\x44\n\x08\x44\x65scribe\x12\x1c.decentra.v1.DescribeRequest\x1a\x1a.decentra.v1.DescribeReply\x12<\n\x04Join\x12\x1c.decentra.v1.SignedStatement\x1a\x16.decentra.v1.JoinReply\x12\x41\n\x06\x41ttend\x12\x18.decentra.v1.MemberFrame\x1a\x19.decentra.v1.ServiceFrame(\x01\x30\x01\x12\x45\n\x0b\x46indOutcome\x12\x1b.decentra.v1.OutcomeRequest\x1a\x19.decentra.v1.OutcomeReply\x12\x45\n\nReadLedger\x12\x1a.decentra.v1.LedgerRequest\x1a\x19.decentra.v1.LedgerRecord0\x01\x12\x45\n\nReadStatus\x12\x1a.decentra.v1.StatusRequest\x1a\x19.decentra.v1.ServiceFrame0\x01\x12;\n\x05Probe\x12\x19.decentra.v1.ProbeRequest\x1a\x17.decentra.v1.ProbeReply\x12\x42\n\x07\x43ommand\x12\x1c.decentra.v1.SignedStatement\x1a\x19.decentra.v1.CommandReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x64\x65\x63\x65ntra/pb/averaging.proto\x12\x0b\x64\x65\x63\x65ntra.v1\x1a\x1a\x64\x65\x63\x65ntra/pb/messages.proto\"\x11\n\x0f\x44\x65scribeRequest\"t\n\rDescribeReply\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x0b\n\x03run\x18\x02 \x01(\x0c\x12\x13\n\x0b\x63\x65rtificate\x18\x03 \x01(\x0c\x12\x10\n\x08manifest\x18\x04 \x01(\x0c\x12\x15\n\rserver_time_s\x18\x05 \x01(\x01\"\x86\x01\n\x0bJoinRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x10\n\x08manifest\x18\x02 \x01(\x0c\x12\x1f\n\x04role\x18\x03 \x01(\x0e\x32\x11.decentra.v1.Role\x12\r\n\x05nonce\x18\x04 \x01(\t\x12\x0c\n\x04name\x18\x05 \x01(\t\x12\r\n\x05token\x18\x06 \x01(\x0c\"\x1e\n\tJoinReply\x12\x11\n\tadmission\x18\x01 \x01(\x0c\"1\n\x0eOutcomeRequest\x12\x10\n\x08\x66ragment\x18\x01 \x01(\t\x12\r\n\x05round\x18\x02 \x01(\x03\"F\n\x0cOutcomeReply\x12*\n\x07outcome\x18\x01 \x01(\x0b\x32\x14.decentra.v1.OutcomeH\x00\x88\x01\x01\x42\n\n\x08_outcome\"O\n\rLedgerRequest\x12\x11\n\tafter_seq\x18\x01 \x01(\x03\x12\r\n\x05limit\x18\x02 \x01(\x03\x12\x0c\n\x04\x63opy\x18\x03 \x01(\x0c\x12\x0e\n\x06wait_s\x18\x04 \x01(\x01\"\x1e\n\x0cLedgerRecord\x12\x0e\n\x06record\x18\x01 \x01(\x0c\"\x0f\n\rStatusRequest\";\n\x0cProbeRequest\x12\x0c\n\x04port\x18\x01 \x01(\r\x12\r\n\x05nonce\x18\x02 \x01(\x0c\x12\x0e\n\x06\x66iller\x18\x03 \x01(\x0c\"@\n\nProbeReply\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12\x14\n\x0cis_reachable\x18\x02 \x01(\x08\x12\x0b\n\x03why\x18\x03 \x01(\t\"\x1e\n\x0c\x43ommandReply\x12\x0e\n\x06\x61nswer\x18\x01 \x01(\t\"h\n\x12ServiceCertificate\x12\x16\n\x0eservice_public\x18\x01 \x01(\x0c\x12\x17\n\x0ftls_fingerprint\x18\x02 \x01(\x0c\x12\x13\n\x0bnot_after_s\x18\x03 \x01(\x03\x12\x0c\n\x04term\x18\x04 \x01(\x03\"]\n\tAdmission\x12\x0b\n\x03run\x18\x01 \x01(\x0c\x12\x0c\n\x04peer\x18\x02 \x01(\t\x12\x1f\n\x04role\x18\x03 \x01(\x0e\x32\x11.decentra.v1.Role\x12\x14\n\x0c\x65xpires_at_s\x18\x04 \x01(\x03\"5\n\x0b\x43redentials\x12\x13\n\x0b\x63\x65rtificate\x18\x01 \x01(\x0c\x12\x11\n\tadmission\x18\x02 \x01(\x0c\"8\n\x07\x43ommand\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x10\n\x08\x61rgument\x18\x02 \x01(\t\x12\r\n\x05nonce\x18\x03 \x01(\x0c\x32\xa8\x04\n\tAveraging\x12\x44\n\x08\x44\x65scribe\x12\x1c.decentra.v1.DescribeRequest\x1a\x1a.decentra.v1.DescribeReply\x12<\n\x04Join\x12\x1c.decentra.v1.SignedStatement\x1a\x16.decentra.v1.JoinReply\x12\x41\n\x06\x41ttend\x12\x18.decentra.v1.MemberFrame\x1a\x19.decentra.v1.ServiceFrame(\x01\x30\x01\x12\x45\n\x0b\x46indOutcome\x12\x1b.decentra.v1.OutcomeRequest\x1a\x19.decentra.v1.OutcomeReply\x12\x45\n\nReadLedger\x12\x1a.decentra.v1.LedgerRequest\x1a\x19.decentra.v1.LedgerRecord0\x01\x12\x45\n\nReadStatus\x12\x1a.decentra.v1.StatusRequest\x1a\x19.decentra.v1.ServiceFrame0\x01\x12;\n\x05Probe\x12\x19.decentra.v1.ProbeRequest\x1a\x17.decentra.v1.ProbeReply\x12\x42\n\x07\x43ommand\x12\x1c.decentra.v1.SignedStatement\x1a\x19.decentra.v1.CommandReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -45,25 +45,25 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_OUTCOMEREPLY']._serialized_start=429
   _globals['_OUTCOMEREPLY']._serialized_end=499
   _globals['_LEDGERREQUEST']._serialized_start=501
-  _globals['_LEDGERREQUEST']._serialized_end=550
-  _globals['_LEDGERRECORD']._serialized_start=552
-  _globals['_LEDGERRECORD']._serialized_end=582
-  _globals['_STATUSREQUEST']._serialized_start=584
-  _globals['_STATUSREQUEST']._serialized_end=599
-  _globals['_PROBEREQUEST']._serialized_start=601
-  _globals['_PROBEREQUEST']._serialized_end=660
-  _globals['_PROBEREPLY']._serialized_start=662
-  _globals['_PROBEREPLY']._serialized_end=726
-  _globals['_COMMANDREPLY']._serialized_start=728
-  _globals['_COMMANDREPLY']._serialized_end=758
-  _globals['_SERVICECERTIFICATE']._serialized_start=760
-  _globals['_SERVICECERTIFICATE']._serialized_end=850
-  _globals['_ADMISSION']._serialized_start=852
-  _globals['_ADMISSION']._serialized_end=945
-  _globals['_CREDENTIALS']._serialized_start=947
-  _globals['_CREDENTIALS']._serialized_end=1000
-  _globals['_COMMAND']._serialized_start=1002
-  _globals['_COMMAND']._serialized_end=1058
-  _globals['_AVERAGING']._serialized_start=1061
-  _globals['_AVERAGING']._serialized_end=1613
+  _globals['_LEDGERREQUEST']._serialized_end=580
+  _globals['_LEDGERRECORD']._serialized_start=582
+  _globals['_LEDGERRECORD']._serialized_end=612
+  _globals['_STATUSREQUEST']._serialized_start=614
+  _globals['_STATUSREQUEST']._serialized_end=629
+  _globals['_PROBEREQUEST']._serialized_start=631
+  _globals['_PROBEREQUEST']._serialized_end=690
+  _globals['_PROBEREPLY']._serialized_start=692
+  _globals['_PROBEREPLY']._serialized_end=756
+  _globals['_COMMANDREPLY']._serialized_start=758
+  _globals['_COMMANDREPLY']._serialized_end=788
+  _globals['_SERVICECERTIFICATE']._serialized_start=790
+  _globals['_SERVICECERTIFICATE']._serialized_end=894
+  _globals['_ADMISSION']._serialized_start=896
+  _globals['_ADMISSION']._serialized_end=989
+  _globals['_CREDENTIALS']._serialized_start=991
+  _globals['_CREDENTIALS']._serialized_end=1044
+  _globals['_COMMAND']._serialized_start=1046
+  _globals['_COMMAND']._serialized_end=1102
+  _globals['_AVERAGING']._serialized_start=1105
+  _globals['_AVERAGING']._serialized_end=1657
 # @@protoc_insertion_point(module_scope)

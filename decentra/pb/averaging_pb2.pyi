@@ -61,12 +61,16 @@ class OutcomeReply(_message.Message):
     def __init__(self, outcome: _Optional[_Union[_messages_pb2.Outcome, _Mapping]] = ...) -> None: ...
 
 class LedgerRequest(_message.Message):
-    __slots__ = ("after_seq", "limit")
+    __slots__ = ("after_seq", "limit", "copy", "wait_s")
     AFTER_SEQ_FIELD_NUMBER: _ClassVar[int]
     LIMIT_FIELD_NUMBER: _ClassVar[int]
+    COPY_FIELD_NUMBER: _ClassVar[int]
+    WAIT_S_FIELD_NUMBER: _ClassVar[int]
     after_seq: int
     limit: int
-    def __init__(self, after_seq: _Optional[int] = ..., limit: _Optional[int] = ...) -> None: ...
+    copy: bytes
+    wait_s: float
+    def __init__(self, after_seq: _Optional[int] = ..., limit: _Optional[int] = ..., copy: _Optional[bytes] = ..., wait_s: _Optional[float] = ...) -> None: ...
 
 class LedgerRecord(_message.Message):
     __slots__ = ("record",)
@@ -105,14 +109,16 @@ class CommandReply(_message.Message):
     def __init__(self, answer: _Optional[str] = ...) -> None: ...
 
 class ServiceCertificate(_message.Message):
-    __slots__ = ("service_public", "tls_fingerprint", "not_after_s")
+    __slots__ = ("service_public", "tls_fingerprint", "not_after_s", "term")
     SERVICE_PUBLIC_FIELD_NUMBER: _ClassVar[int]
     TLS_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     NOT_AFTER_S_FIELD_NUMBER: _ClassVar[int]
+    TERM_FIELD_NUMBER: _ClassVar[int]
     service_public: bytes
     tls_fingerprint: bytes
     not_after_s: int
-    def __init__(self, service_public: _Optional[bytes] = ..., tls_fingerprint: _Optional[bytes] = ..., not_after_s: _Optional[int] = ...) -> None: ...
+    term: int
+    def __init__(self, service_public: _Optional[bytes] = ..., tls_fingerprint: _Optional[bytes] = ..., not_after_s: _Optional[int] = ..., term: _Optional[int] = ...) -> None: ...
 
 class Admission(_message.Message):
     __slots__ = ("run", "peer", "role", "expires_at_s")

@@ -23,6 +23,7 @@ NUM_REDUCERS = 2
 NUM_MERGES_MISSED = 2  # in a row: then the residual is given up, since nobody seems to have it
 MAX_PATIENCE = 6
 CUT_SHORT = 1.5  # a round that its cut-off ended would have taken so many times as long
+TERM_GAP = 1000  # rounds of a new term begin so many numbers later: the old service may have opened some that nobody knows of here
 IDLE_PATIENCE = 5  # times the roll-back time while nobody present trains the fragment
 
 
@@ -66,6 +67,7 @@ class FragmentBook:
     anchor: Digest
     height: int = 0
     number: int = 0  # of the newest round
+    gap: int = 0  # numbers that the next round leaves out
     round: Round | None = None
     holdings: Mapping[PeerId, Digest] = field(default_factory=dict)  # what each member last said it holds
     history: tuple[tuple[Digest, int], ...] = ()  # (anchor, height), oldest first
@@ -137,6 +139,23 @@ def back(book: FragmentBook, peer: PeerId, now: float, rules: Rules) -> Step:
     return _advance(book, rounds.Returned(peer), now, rules)
 
 
+def taken_over(book: FragmentBook, now: float) -> Step:
+    """The service is another one, from a copy of the ledger. What was settled is settled; an open round may have ended otherwise at the old service."""
+    book = skip_numbers(book)
+    if book.active is None or book.active.phase is not Phase.OPEN:
+        return book, ()
+    why = "another averaging service took over while the round was open"
+    over = replace(book.active, phase=Phase.ABANDONED, why=why)
+    return _close(replace(book, round=over), now, book.anchor, book.height), (
+        Write(ledger.GaveUp(book.fragment, over.number, Phase.ABANDONED, why)),
+    )
+
+
+def skip_numbers(book: FragmentBook) -> FragmentBook:
+    """The next round gets a number that no round of an earlier term can have."""
+    return replace(book, gap=TERM_GAP)
+
+
 def tick(book: FragmentBook, present: Present, now: float, rules: Rules, timing: Timing, *, may_open: bool) -> Step:
     """Time passed or somebody became ready: deadlines, opening, roll-back."""
     if book.active is not None:
@@ -201,7 +220,7 @@ def restore(book: FragmentBook, record: ledger.Record, now: float, timing: Timin
         case ledger.Opened():
             opened = _new_round(book, Present(frozenset(record.holders), frozenset(record.keepers)), record.round, now, timing)
             opened = replace(opened, reducers=record.reducers, residual=record.residual)
-            return replace(book, number=record.round, round=opened, reducers=record.reducers or book.reducers)
+            return replace(book, number=record.round, gap=0, round=opened, reducers=record.reducers or book.reducers)
         case ledger.Settled(settlement) if book.round is not None:
             settled = replace(book.round, phase=Phase.SETTLED, settlement=settlement, settled_at=now)
             return replace(book, round=settled)
@@ -350,13 +369,14 @@ def _patience(book: FragmentBook, ready: Present, present: Present, now: float, 
 
 
 def _open(book: FragmentBook, ready: Present, now: float, timing: Timing) -> Step:
-    number = book.number + 1
+    number = book.number + 1 + book.gap
     pair = _pair(book, ready, timing)
     residual = book.residual if pair else None
     opened = replace(_new_round(book, ready, number, now, timing), reducers=pair, residual=residual)
     holders, keepers = tuple(sorted(ready.holders)), tuple(sorted(ready.keepers))
     record = ledger.Opened(book.fragment, number, book.height, book.anchor, holders, keepers, pair, residual)
-    return replace(book, number=number, round=opened, reducers=pair or book.reducers, version=book.version + 1), (Write(record),)
+    opened_book = replace(book, number=number, gap=0, round=opened, reducers=pair or book.reducers, version=book.version + 1)
+    return opened_book, (Write(record),)
 
 
 def _new_round(book: FragmentBook, roster: Present, number: int, now: float, timing: Timing) -> Round:

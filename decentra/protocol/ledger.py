@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import get_args
 
 from decentra.errors import IntegrityError
 from decentra.ids import Digest, FragmentId, PeerId, RunId, digest_of
@@ -117,17 +118,22 @@ class Succeeded:
 
 
 @dataclass(frozen=True, slots=True)
+class Certified:
+    """From here on the service of this certificate writes, sealed by the run key. A higher term: another service took the run over from a copy."""
+
+    term: int
+    certificate: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class Heads:
     heads: tuple[tuple[str, int, Digest], ...]
 
 
-Record = (
-    Started | Admitted | Placed | Revoked | Quarantined | Opened | Settled | Confirmed | GaveUp | RolledBack | Stopping | Succeeded | Heads
-)
-_KINDS: dict[str, type[Record]] = {
-    c.__name__: c
-    for c in (Started, Admitted, Placed, Revoked, Quarantined, Opened, Settled, Confirmed, GaveUp, RolledBack, Stopping, Succeeded, Heads)
-}
+_OfRun = Started | Certified | Admitted | Placed | Revoked | Quarantined | Stopping | Succeeded
+_OfFragment = Opened | Settled | Confirmed | GaveUp | RolledBack
+Record = _OfRun | _OfFragment | Heads
+_KINDS: dict[str, type[Record]] = {c.__name__: c for c in get_args(Record)}
 
 
 def chain_of(record: Record) -> str:
@@ -151,6 +157,14 @@ class _Line:
     body: bytes
 
 
+def _parse(line: bytes) -> tuple[_Line, Record]:
+    parsed = canonical.from_bytes(_Line, line, max_bytes=8 << 20)
+    kind = _KINDS.get(parsed.kind)
+    if kind is None:
+        raise IntegrityError(f"ledger line {parsed.seq} of chain {parsed.chain}: unknown kind {parsed.kind!r}")
+    return parsed, canonical.from_bytes(kind, parsed.body, max_bytes=8 << 20)
+
+
 @dataclass
 class Ledger:
     """The newest (sequence number, hash) of every chain; appending and checking are the same arithmetic."""
@@ -167,11 +181,7 @@ class Ledger:
 
     def accept(self, line: bytes) -> Record:
         """Check that ``line`` continues its chain and move on to it. Raises IntegrityError (RejectedPayload for a malformed line)."""
-        parsed = canonical.from_bytes(_Line, line, max_bytes=8 << 20)
-        kind = _KINDS.get(parsed.kind)
-        if kind is None:
-            raise IntegrityError(f"ledger line {parsed.seq} of chain {parsed.chain}: unknown kind {parsed.kind!r}")
-        record = canonical.from_bytes(kind, parsed.body, max_bytes=8 << 20)
+        parsed, record = _parse(line)
         if chain_of(record) != parsed.chain:
             raise IntegrityError(f"ledger line {parsed.seq} of chain {parsed.chain} speaks of {chain_of(record)}")
         seq, prev = self.heads.get(parsed.chain, (0, FIRST))
@@ -184,6 +194,11 @@ class Ledger:
             self._check_heads(record, parsed.seq)
         self.heads[parsed.chain] = (parsed.seq, digest_of(line))
         return record
+
+    @staticmethod
+    def peek(line: bytes) -> Record:
+        """What a line says, whatever it continues. Raises IntegrityError."""
+        return _parse(line)[1]
 
     def heads_record(self) -> Heads:
         """A record of all current heads but its own chain's."""

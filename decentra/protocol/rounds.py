@@ -94,6 +94,14 @@ class Revoke:
 
 
 @dataclass(frozen=True, slots=True)
+class Certify:
+    """This service's certificate. Of a higher term than the ledger's: it took the run over."""
+
+    term: int
+    certificate: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class Detached:
     """A member's stream ended; it may come back within its lease, in the same process or a new one."""
 
@@ -101,8 +109,8 @@ class Detached:
     nonce: str
 
 
-Event = MemberMessage | Tick | Stop | Succeed | Revoke | Detached
-_OWN = Tick | Stop | Succeed | Revoke  # of the service and its organiser, not of a member
+Event = MemberMessage | Tick | Stop | Succeed | Revoke | Certify | Detached
+_OWN = Tick | Stop | Succeed | Revoke | Certify  # of the service and its organiser, not of a member
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +146,8 @@ class RoundBook:
     successor: str = ""  # the way to it; only in memory, the successor's host tells it again
     orphaned_at: dict[int, placement.Since] = field(default_factory=dict)  # experts that no present member trains
     swarm_version: int = 0
+    term: int = 0  # of the service that wrote last; 0: none said so
+    certificate: bytes = b""
 
     @staticmethod
     def start(manifest: Manifest, now: float) -> tuple[RoundBook, list[Effect]]:
@@ -278,6 +288,9 @@ class RoundBook:
                 self._succeed(run, successor, effects)
             case Revoke(subject, why):
                 self._revoke(subject, why, now, effects)
+            case Certify(term, certificate):
+                self._certify(term, certificate, now, effects)
+                return effects
         version = self.swarm_version
         if not isinstance(event, _OWN | Goodbye | Detached):
             self._mark_alive(event.peer, now, effects)
@@ -488,6 +501,14 @@ class RoundBook:
         effects.append(Write(ledger.Revoked(subject, why)))
         self._lose(PeerId(subject), f"revoked: {why}", now, effects)
 
+    def _certify(self, term: int, certificate: bytes, now: float, effects: list[Effect]) -> None:
+        if certificate == self.certificate:
+            return
+        effects.append(Write(ledger.Certified(term, certificate)))
+        if 0 < self.term < term:
+            self._each(lambda b: books.taken_over(b, now), effects)
+        self.term, self.certificate = term, certificate
+
     def _stop(self, why: str, effects: list[Effect], *, awaits_successor: bool = False) -> None:
         if self.stopping is None or awaits_successor:
             if self.stopping is None:
@@ -552,6 +573,10 @@ class RoundBook:
                     raise IntegrityError(
                         f"the ledger is of run {run[:12]}, this manifest is run {self.run[:12]}; use the run's own directory"
                     )
+            case ledger.Certified(term, certificate):
+                if 0 < self.term < term:
+                    self.fragments = {f: books.skip_numbers(b) for f, b in self.fragments.items()}
+                self.term, self.certificate = term, certificate
             case ledger.Admitted(peer, role, name, token):
                 grace_s = max(0.0, KNOCKS_S - self.manifest.rounds.lease_s)
                 self.members[peer] = Member(peer, role, name, heard_at=now + grace_s, is_live=True)

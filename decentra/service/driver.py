@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from decentra.config import Manifest
-from decentra.errors import IntegrityError, Refused
+from decentra.errors import Refused
 from decentra.ids import FragmentId, PeerId, RunId, short
 from decentra.ports import Clock, Compute, Events, Journal
 from decentra.protocol import ledger
@@ -15,24 +15,19 @@ from decentra.protocol.fragment import FragmentBook, Write
 from decentra.protocol.ledger import Ledger, Record
 from decentra.protocol.messages import FragmentView, Hello, MemberMessage, Outcome, Phase, Rejected, Role, SwarmView
 from decentra.protocol.round import Reject
-from decentra.protocol.rounds import Detached, Effect, Event, Revoke, RoundBook, Stop, Succeed, SwarmChanged, Tick, ViewChanged
+from decentra.protocol.rounds import Certify, Detached, Effect, Event, Revoke, RoundBook, Stop, Succeed, SwarmChanged, Tick, ViewChanged
+from decentra.service.copies import Copies
 from decentra.service.mailbox import Mailbox
+from decentra.wire.ledgers import open_record
 
 MAX_TICK_S = 1.0
 REFRESH_S = 2.0  # news that nobody acts on at once (a receipt, one more holder) waits this long for company
 NUM_PUSHED_OUTCOMES = 3  # confirmed ones, enough for whoever follows closely; a new stream gets all that the view has
 MAX_BATCH = 256
 MAX_OUTCOMES = 4096  # of the newest rounds, answered from memory; older ones are in the ledger
-SIGNATURE_BYTES = 64
+RETIRED_S = 5.0  # a service that was told to go still lets its ledger be read for so long
 
 Seal = Callable[[bytes], bytes]  # 64-byte signature of the service key over a ledger line
-
-
-def open_record(record: bytes) -> tuple[bytes, bytes]:
-    """(signature, line) of one journal record."""
-    if len(record) <= SIGNATURE_BYTES:
-        raise IntegrityError(f"a ledger record of {len(record)} bytes is too short to hold a signature")
-    return record[:SIGNATURE_BYTES], record[SIGNATURE_BYTES:]
 
 
 @dataclass
@@ -55,7 +50,10 @@ class Driver:
     compute: Compute
     events: Events
     seal: Seal
-    check_seal: Callable[[bytes, bytes], bool] | None = None
+    vouch: Callable[[bytes, bytes, Record], None] | None = (
+        None  # judges (line, signature, record) of what the journal holds; raises IntegrityError
+    )
+    certificate: tuple[int, bytes] | None = None  # (term, sealed) of this service
     book: RoundBook = field(init=False)
     _ledger: Ledger = field(init=False, default_factory=Ledger)
     _outcomes: dict[tuple[FragmentId, int], Outcome] = field(init=False, default_factory=dict)
@@ -64,6 +62,11 @@ class Driver:
     _waiting: dict[FragmentId, None] = field(init=False, default_factory=dict)
     _refreshed_at: float = field(init=False, default=0.0)
     _queue: asyncio.Queue[_Work] = field(init=False, default_factory=asyncio.Queue)
+    _copies: Copies = field(init=False)
+    _retired: str = field(init=False, default="")
+
+    def __post_init__(self) -> None:
+        self._copies = Copies(self.clock, self.events)
 
     def recover(self) -> None:
         """Read the journal, or begin it. Raises IntegrityError when it is not this run's or was edited. Call before ``run``."""
@@ -71,9 +74,9 @@ class Driver:
         records: list[Record] = []
         for raw in self.journal.load():
             signature, line = open_record(raw)
-            if self.check_seal is not None and not self.check_seal(line, signature):
-                raise IntegrityError(f"ledger record {len(records) + 1} has a wrong signature; restore the ledger from its backup")
             records.append(self._ledger.accept(line))
+            if self.vouch is not None:
+                self.vouch(line, signature, records[-1])
             self._note(records[-1])
         if records:
             self.book = RoundBook.restore(self.manifest, records, now)
@@ -82,11 +85,19 @@ class Driver:
             self.book, effects = RoundBook.start(self.manifest, now)
             self._append(effects)
             self.events.emit("service-started", run=self.book.run)
+        if self.certificate is not None:
+            before, (term, sealed) = self.book.term, self.certificate
+            self._append(self.book.handle(Certify(term, sealed), now))
+            if 0 < before < term:
+                self.events.emit("took-over", term=term, num_records=len(records))
+        self._copies.num_records += len(records)
 
     async def run(self) -> None:
-        """Pump until cancelled."""
+        """Pump until cancelled. Raises Refused when another service took over."""
         while True:
             batch = await self._next_batch()
+            if self._retired:
+                await self._retire(batch)
             effects: list[Effect] = []
             refusals: list[tuple[_Work, Refused]] = []
             now = self.clock.now()
@@ -98,6 +109,7 @@ class Driver:
             lines, records = self._lines(effects)
             if lines:
                 await self.compute.run(self.journal.append, lines)
+                await self._copies.written(len(lines))
             for record in records:
                 self._note(record)
             self._publish(effects, now)
@@ -145,6 +157,10 @@ class Driver:
         """Sealed journal records from position ``after_seq`` (0 = all) on."""
         return await self.compute.run(self.journal.read, after_seq, limit)
 
+    async def copied(self, name: str, num_records: int, wait_s: float) -> None:
+        """A copy of the ledger has this many records on its disk; on return there are more, or ``wait_s`` are over."""
+        await self._copies.heard(name, num_records, wait_s)
+
     async def command(self, kind: str, argument: str) -> str:
         """Carry out an organiser's command; its authority was checked at the door."""
         if kind in ("stop", "pass-on"):
@@ -159,7 +175,11 @@ class Driver:
             if (mailbox := self._mailboxes.pop(PeerId(argument), None)) is not None:
                 mailbox.close("the organiser revoked this peer")
             return f"revoked {argument}"
-        raise Refused(f"unknown command {kind[:40]!r}; known: stop, pass-on, succeed, revoke")
+        if kind == "retire":
+            self.retire(f"another machine took the run over ({argument}); this one's copy of it is out of date from now on")
+            await self._submit(_Work(Tick(self.clock.wall())))
+            return f"run {self.book.run[:12]} is no longer served here"
+        raise Refused(f"unknown command {kind[:40]!r}; known: stop, pass-on, succeed, revoke, retire")
 
     async def succeed(self, run: RunId, successor: str) -> str:
         """The run is over and goes on as another one; who said so was checked at the door. Raises Refused while it is not over."""
@@ -173,6 +193,20 @@ class Driver:
         return f"run {run[:12]} goes on where {self.book.run[:12]} ended"
 
     # ------------------------------------------------------------ parts
+
+    def retire(self, why: str) -> None:
+        """Nothing is written any more; ``run`` ends with Refused."""
+        self._retired = why
+
+    async def _retire(self, batch: Sequence[_Work]) -> None:
+        """Nothing is written any more; whoever takes over gets the time to read the last records."""
+        for work in batch:
+            if work.done is not None and not work.done.done():
+                work.done.set_result(None)
+        for mailbox in self._mailboxes.values():
+            mailbox.close(None)
+        await self.clock.sleep(RETIRED_S)
+        raise Refused(self._retired)
 
     async def _submit(self, work: _Work) -> None:
         work.done = asyncio.get_running_loop().create_future()
@@ -202,7 +236,11 @@ class Driver:
         return self.book.handle(work.event, now)
 
     def _append(self, effects: Iterable[Effect]) -> None:
-        self.journal.append(self._lines(effects)[0])
+        lines, records = self._lines(effects)
+        self.journal.append(lines)
+        self._copies.num_records += len(lines)
+        for record in records:
+            self._note(record)
 
     def _lines(self, effects: Iterable[Effect]) -> tuple[list[bytes], list[Record]]:
         """Sealed lines of the records among the effects, and the records; the ledger has moved on to them."""

@@ -27,8 +27,8 @@ from decentra.peer.replica import Replica
 from decentra.protocol import ledger
 from decentra.protocol.duties import Ending
 from decentra.protocol.messages import MemberMessage, Offer, Phase, Settlement
-from decentra.service.driver import open_record
 from decentra.sim.adapters import SimDisk, SimTrainer
+from decentra.wire.ledgers import open_record
 
 AUDIT_TOLERANCE = 1e-4  # sums of a few hundred fp32 steps of at most 0.01
 

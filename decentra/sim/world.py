@@ -25,7 +25,7 @@ from decentra.peer.sync import PeerLoop
 from decentra.protocol import ledger
 from decentra.protocol.duties import Self
 from decentra.protocol.messages import Hello, Role
-from decentra.service.driver import SIGNATURE_BYTES, Driver
+from decentra.service.driver import Driver
 from decentra.sim.adapters import (
     SERVICE,
     Crash,
@@ -42,6 +42,7 @@ from decentra.sim.adapters import (
 from decentra.sim.loop import run_virtual
 from decentra.sim.promises import AuditedReplica, Promises
 from decentra.sim.scenario import NUM_EXPERTS, Report, Scenario, Violation
+from decentra.wire.ledgers import SIGNATURE_BYTES
 
 __all__ = ["Report", "Scenario", "Violation", "World", "simulate"]
 
@@ -49,6 +50,7 @@ RETURN_S = 60.0  # everybody is back at the service within this time of the last
 PROGRESS_S = 120.0  # without faults every fragment confirms two rounds within this time
 NUM_ROUNDS_AFTER = 2
 TRAINED_FILE = "trained"  # of a machine that holds only what it trains
+TAKE_OVER = 0.3  # of all returns of the service
 QUIET_S = 200.0  # an anchor that is lost and that nobody trains is rolled back within this time, too
 
 
@@ -88,6 +90,7 @@ class World:
     faults: list[str] = field(init=False, default_factory=list)
     promises: Promises = field(init=False)
     driver: Driver | None = field(init=False, default=None)
+    term: int = field(init=False, default=1)
     num_crashes: int = field(init=False, default=0)
     num_wiped: int = field(init=False, default=0)
     _driver_task: asyncio.Task[None] | None = field(init=False, default=None)
@@ -137,6 +140,7 @@ class World:
     def start_service(self) -> None:
         events = SimEvents("service", self.log)
         driver = Driver(self.manifest, self.journal, SimClock(), InlineCompute(self.rng, 0.05), events, lambda _: bytes(SIGNATURE_BYTES))
+        driver.certificate = self.term, f"certificate of term {self.term}".encode()
         driver.recover()
         self.driver = driver
         self._driver_task = asyncio.get_running_loop().create_task(self._watched(driver.run(), "service"))
@@ -327,7 +331,9 @@ class World:
             self.start(host)
 
     def _restart_service(self) -> None:
+        """On the same machine, or on another one, with a copy of the ledger that was in step."""
         if self.driver is None:
+            self.term += self.rng.random() < TAKE_OVER
             self.start_service()
 
     def _heal(self) -> None:

@@ -23,6 +23,7 @@ from decentra.wire.signed import Opened, open_sealed, purpose_of, seal
 CERTIFICATE, ADMISSION, JOIN, COMMAND, MANIFEST, TOKEN = "service-certificate", "admission", "join", "command", "manifest", "token"
 LEDGER, SUCCESSOR = "ledger", "successor"
 MAX_CREDENTIALS_BYTES = 4096
+MAX_TERM = 1 << 31
 RECHECK_S, MAX_CHECKED = 60.0, 512  # signatures of shown credentials are checked again after; how many are remembered
 
 _TOKEN_FORMAT = 1
@@ -33,11 +34,15 @@ _TOKEN_ROLES: tuple[Role | None, ...] = (None, Role.TRAINER, Role.KEEPER, Role.W
 
 @dataclass(frozen=True, slots=True)
 class ServiceCertificate:
-    """The run key's word for a service: its signing key, the sha256 of its TLS certificate, and until when (Unix seconds)."""
+    """The run key's word for a service: its signing key, the sha256 of its TLS certificate, and until when (Unix seconds).
+
+    ``term``: of two services that of the higher term is the run's; the other one was replaced and may not know it.
+    """
 
     service_public: bytes
     tls_fingerprint: bytes
     not_after_s: int
+    term: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +84,9 @@ class Command:
 
 def seal_certificate(run_key: Keypair, run: RunId, certificate: ServiceCertificate) -> bytes:
     body = pb.ServiceCertificate(
-        service_public=certificate.service_public, tls_fingerprint=certificate.tls_fingerprint, not_after_s=certificate.not_after_s
-    )
+        service_public=certificate.service_public, tls_fingerprint=certificate.tls_fingerprint, not_after_s=certificate.not_after_s,
+        term=certificate.term,
+    )  # fmt: skip
     return seal(run_key, CERTIFICATE, run, body, not_after_s=certificate.not_after_s)
 
 
@@ -132,6 +138,7 @@ class TrustChain:
 
     def __init__(self, run_id: RunId, run_public: bytes) -> None:
         self.run_id, self.run_public = run_id, run_public
+        self.term = 0  # the highest that a service of this run was seen with
         self._revoked: set[str] = set()
         self._checked: dict[bytes, tuple[Admission, float]] = {}
 
@@ -139,16 +146,28 @@ class TrustChain:
         """From now on refuse this peer id or token id."""
         self._revoked.add(name)
 
-    def check_certificate(self, sealed: bytes, now_s: float) -> ServiceCertificate:
+    def check_certificate(self, sealed: bytes, now_s: float | None) -> ServiceCertificate:
+        """``now_s`` None: of what was written under it once, expired or not."""
         body = self._open(sealed, CERTIFICATE, self.run_public, now_s)
         try:
             stored = parse(pb.ServiceCertificate, body)
             public, fingerprint = take_digest(stored.service_public, "service key"), take_digest(stored.tls_fingerprint, "TLS fingerprint")
         except RejectedPayload as error:
             raise Refused(f"service certificate: {error.detail}") from None
-        if stored.not_after_s < now_s:
+        if now_s is not None and stored.not_after_s < now_s:
             raise Refused("the service certificate has expired; the organiser has to issue a new one with the run key")
-        return ServiceCertificate(bytes.fromhex(public), bytes.fromhex(fingerprint), stored.not_after_s)
+        if not 0 <= stored.term < MAX_TERM:
+            raise Refused(f"a service certificate is of a term below {MAX_TERM}, this one of {stored.term}")
+        return ServiceCertificate(bytes.fromhex(public), bytes.fromhex(fingerprint), stored.not_after_s, max(1, stored.term))
+
+    def why_replaced(self, certificate: ServiceCertificate) -> str | None:
+        """Why a service with a valid certificate is none of this run's any more; None while it is."""
+        if certificate.term >= self.term:
+            return None
+        return (
+            f"it is of term {certificate.term}, and the run is served in term {self.term}; whoever runs it has to stop it, or let it keep a copy of"
+            " the ledger: decentra averager RUN_DIR --standby"
+        )
 
     def check_credentials(self, credentials: bytes, peer: PeerId, now_s: float) -> Admission:
         """The admission of ``peer``, whose identity the caller knows already (a stream's authenticated id, a signature)."""

@@ -23,7 +23,7 @@ from cli_world import decentra
 from decentra.cli.rundir import RunDir, create
 from decentra.cli.running import die_with_parent
 from decentra.protocol import ledger
-from decentra.service.driver import open_record
+from decentra.wire.ledgers import open_record
 
 READY_S = 60.0  # a loaded machine imports torch slowly
 LEFTOVER_S = 6.0  # p2pd ends by itself within 3 s of our kill -9

@@ -22,7 +22,7 @@ from decentra.cli.rundir import create
 from decentra.cli.running import die_with_parent
 from decentra.model.custom import model_code_digest
 from decentra.protocol.ledger import Confirmed, Opened, Record, Settled, replay
-from decentra.service.driver import open_record
+from decentra.wire.ledgers import open_record
 
 ROOT = Path(__file__).parents[2]
 LOOK_S = 0.2

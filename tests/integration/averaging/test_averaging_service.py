@@ -17,7 +17,7 @@ from decentra.averaging.server import AveragingServer, ServiceIdentity
 from decentra.averaging.tls import ServerTls, create_tls
 from decentra.bits import ONE_BITS
 from decentra.config import Manifest
-from decentra.identity import Keypair, is_signed
+from decentra.identity import Keypair
 from decentra.ids import Digest
 from decentra.protocol.messages import Abstention, Attestation, FragmentView, Holding, Offer, Phase, Receipt, Role
 from decentra.service.driver import Driver
@@ -58,7 +58,6 @@ async def service(path: Path, tls: ServerTls) -> AsyncIterator[tuple[str, Driver
         compute=Threads(),
         events=events,
         seal=lambda line: SERVICE_KEY.sign("ledger", line),
-        check_seal=lambda line, signature: is_signed(SERVICE_KEY.public, "ledger", line, signature),
     )
     driver.recover()
     pump = asyncio.create_task(driver.run())

@@ -28,10 +28,11 @@ from decentra.protocol.messages import (
     ServiceMessage,
     SwarmView,
 )
-from decentra.service.driver import SIGNATURE_BYTES, Driver, open_record
+from decentra.service.driver import Driver
 from decentra.service.mailbox import Mailbox
 from decentra.sim.adapters import InlineCompute, SimClock, SimEvents, SimJournal
 from decentra.sim.loop import run_virtual
+from decentra.wire.ledgers import SIGNATURE_BYTES, open_record
 
 A, B = PeerId("peer-a"), PeerId("peer-b")
 TRUNK = FragmentId("trunk/0")
@@ -211,14 +212,19 @@ def test_an_outcome_is_told_only_when_it_is_durable() -> None:
     run(job())
 
 
+def vouch(_line: bytes, signature: bytes, _record: ledger.Record) -> None:
+    if signature != SEAL:
+        raise IntegrityError("nobody's")
+
+
 def test_an_edited_journal_is_refused() -> None:
     async def job() -> None:
         journal = SimJournal()
         async with running(journal) as driver:
             await lone_round(driver, await enter(driver, A), digest_of(b"one"))
-        new_driver(journal, lambda _, signature: signature == SEAL)
-        with pytest.raises(IntegrityError, match="wrong signature"):
-            new_driver(journal, lambda _, signature: False)
+        new_driver(journal, vouch)
+        with pytest.raises(IntegrityError, match="nobody's"):
+            new_driver(SimJournal([*journal.records[:-1], bytes(SIGNATURE_BYTES) + journal.records[-1][SIGNATURE_BYTES:]]), vouch)
         with pytest.raises(IntegrityError, match="too short"):
             new_driver(SimJournal([b"x"]))
         with pytest.raises(IntegrityError, match="broken"):

@@ -1,0 +1,108 @@
+"""The organiser's machine is gone for good: another one, which kept a copy of the ledger in step, serves the run on, and members find it by themselves."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from processes import Command, Lab, confirmed, ctrl_c, lab, ledger_records
+
+from decentra.cli.rundir import RunDir
+from decentra.invite import parse_invite
+from decentra.protocol import ledger
+from decentra.protocol.fragment import TERM_GAP
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(170)]
+NUM_PEERS = 3
+
+
+def start(world: Lab) -> tuple[RunDir, RunDir, Command, list[Command], str]:
+    """(the run, the second machine's folder without any state, host, peers, where the service is), with a few rounds done."""
+    run = world.init()
+    second = RunDir(world.root / "second")
+    shutil.copytree(run.root, second.root)
+    host = world.host(run)
+    invite = world.invite_of(host.start())
+    service = parse_invite(invite).services[0]
+    peers = [world.member("join", invite, f"peer-{i}").start() for i in range(NUM_PEERS)]
+    world.wait_for("rounds", lambda: host.heights().get("trunk/0", 0) >= 2)
+    return run, second, host, peers, service
+
+
+def keep_copy(world: Lab, second: RunDir, service: str) -> Command:
+    standby = world.command("standby", "averager", str(second.root), "--standby", "--service", service, "--log-json").start()
+    world.wait_for("the copy is in step", lambda: standby.events("copy-in-step"))
+    return standby
+
+
+def second_host(world: Lab, second: RunDir) -> Command:
+    host = world.host(second, "--take-over")
+    host.name = "second-host"
+    return host.start()
+
+
+def test_a_copy_takes_over_from_a_machine_that_is_gone(tmp_path: Path) -> None:
+    with lab(tmp_path) as world:
+        run, second, host, peers, service = start(world)
+        standby = keep_copy(world, second, service)
+        height = host.heights()["trunk/0"]
+        world.wait_for("rounds with a copy", lambda: host.heights()["trunk/0"] >= height + 3)
+        host.kill()
+        gone = ledger_records(run, tmp_path / "gone")
+        assert ctrl_c(standby)[0] == 0
+        new = second_host(world, second)
+        world.wait_for("rounds at the second machine", lambda: new.heights().get("trunk/0", 0) >= height + 6, 90)
+
+        # the first machine comes back and does not know: nobody follows it, and it finds out
+        line = parse_invite(host.last_json()["invite"])
+        back = world.host(run, bootstrap_port=int(line.bootstrap[0].split("/")[4]), service_port=int(service.rpartition(":")[2])).start()
+        assert back.exit_code(90) == 4, back.tail()
+        assert "another machine has taken the run over" in back.tail()
+        height = new.heights()["trunk/0"]
+        world.wait_for("rounds go on", lambda: new.heights()["trunk/0"] >= height + 2)
+        assert [ctrl_c(p)[0] for p in peers] == [0] * NUM_PEERS
+        ctrl_c(new)
+        records = ledger_records(second, tmp_path / "kept")
+        known = {(f, digest) for f, _, _, digest in confirmed(records)}
+        for peer in peers:
+            assert set(peer.last_json()["anchors"].items()) <= known
+
+    # nothing that members were told of is lost, and no round number of the old term is used again
+    told = [r for r in gone if isinstance(r, ledger.Settled | ledger.Confirmed)]
+    assert records[: len(gone)] == gone or all(r in records for r in told)
+    terms = [r.term for r in records if isinstance(r, ledger.Certified)]
+    assert terms[0] == 1
+    assert terms[-1] == 2
+    numbers = [r.round for r in records if isinstance(r, ledger.Opened) and r.fragment == "trunk/0"]
+    assert max(b - a for a, b in pairwise(numbers)) == TERM_GAP + 1
+    said = world.run("verify", str(second.root), "--json")
+    assert said[0] == 0, said
+    assert said[1]["term"] == 2
+    assert said[1]["num_records"] >= len(records)
+
+
+def test_taking_over_from_a_living_service_sends_it_home(tmp_path: Path) -> None:
+    with lab(tmp_path) as world:
+        run, second, host, peers, service = start(world)
+        new = world.host(second, "--take-over", "--service", service)
+        new.name = "second-host"
+        new.start()
+        assert host.exit_code(60) == 4, host.tail()
+        assert "another machine took the run over" in host.tail()
+        height = host.heights()["trunk/0"]
+        world.wait_for("rounds at the second machine", lambda: new.heights().get("trunk/0", 0) >= height + 3, 90)
+        assert [ctrl_c(p)[0] for p in peers] == [0] * NUM_PEERS
+        ctrl_c(new)
+        before, after = ledger_records(run, tmp_path / "before"), ledger_records(second, tmp_path / "after")
+    assert after[: len(before)] == before, "the last record of the old service is the last before the new one's"
+
+
+def test_a_folder_without_any_copy_and_nobody_to_copy_from(tmp_path: Path) -> None:
+    with lab(tmp_path) as world:
+        run = world.init()
+        host = world.host(run, "--take-over", "--service", "127.0.0.1:9").start()
+        assert host.exit_code(60) == 3, host.tail()
+        assert not (run.host / "ledger.db").exists() or json.dumps(ledger_records(run, tmp_path / "empty")) == "[]"

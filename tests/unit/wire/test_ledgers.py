@@ -1,0 +1,95 @@
+"""Who may write a ledger: services that the run key vouches for, one after the other, each of a higher term than the one before."""
+
+from __future__ import annotations
+
+import pytest
+
+from decentra.errors import IntegrityError
+from decentra.identity import Keypair
+from decentra.ids import Digest, FragmentId, PeerId, RunId
+from decentra.protocol import ledger
+from decentra.protocol.messages import Role
+from decentra.wire.ledgers import LedgerReader
+from decentra.wire.signed import purpose_of
+from decentra.wire.trust import LEDGER, ServiceCertificate, TrustChain, seal_certificate
+
+RUN = RunId("a" * 64)
+RUN_KEY, FIRST, SECOND, MALLORY = (Keypair.from_seed(bytes([n]) * 32) for n in range(1, 5))
+GENESIS = ((FragmentId("trunk/0"), Digest("c" * 64)),)
+
+
+def certified(service: Keypair, term: int, *, by: Keypair = RUN_KEY, said: int | None = None) -> ledger.Certified:
+    return ledger.Certified(said or term, seal_certificate(by, RUN, ServiceCertificate(service.public, b"\7" * 32, 1, term)))
+
+
+def admitted(number: int) -> ledger.Admitted:
+    return ledger.Admitted(PeerId(f"peer-{number}"), Role.TRAINER, "")
+
+
+def sealed(*lines: tuple[ledger.Record, Keypair]) -> list[bytes]:
+    book = ledger.Ledger()
+    found = []
+    for record, writer in lines:
+        line = book.append(record)
+        found.append(writer.sign(purpose_of(LEDGER, RUN), line) + line)
+    return found
+
+
+def read(records: list[bytes], end: Keypair | None = None) -> LedgerReader:
+    reader = LedgerReader(TrustChain(RUN, RUN_KEY.public))
+    for record in records:
+        reader.accept(record)
+    if end is not None:
+        reader.finish(end.public)
+    return reader
+
+
+STARTED = (ledger.Started(RUN, GENESIS), FIRST)
+
+
+def test_one_service_then_another_of_a_higher_term() -> None:
+    reader = read(
+        sealed(
+            STARTED, (certified(FIRST, 1), FIRST), (admitted(1), FIRST), (certified(FIRST, 1), FIRST), (certified(SECOND, 2), SECOND),
+            (admitted(2), SECOND), (certified(SECOND, 5), SECOND),
+        )
+    )  # fmt: skip
+    assert reader.newest is not None
+    assert (reader.newest.term, reader.newest.service_public) == (5, SECOND.public)
+    assert reader.num_records == 7
+
+
+def test_a_ledger_without_certificates_is_its_services() -> None:
+    lines = sealed(STARTED, (admitted(1), FIRST))
+    read(lines, FIRST)
+    with pytest.raises(IntegrityError, match="record 1 is not signed by the run's service"):
+        read(lines, SECOND)
+
+
+@pytest.mark.parametrize(
+    ("lines", "says"),
+    [
+        ([(STARTED[0], MALLORY), (certified(FIRST, 1), FIRST)], "record 1 is not signed"),
+        ([STARTED, (certified(FIRST, 1), FIRST), (admitted(1), MALLORY)], "record 3 is not signed"),
+        ([STARTED, (certified(FIRST, 1), MALLORY)], "record 1 is not signed|record 2 is not signed"),
+        ([STARTED, (certified(FIRST, 1, by=MALLORY), FIRST)], "certificate that does not hold"),
+        ([STARTED, (certified(FIRST, 1), FIRST), (certified(SECOND, 1), SECOND)], "two services wrote here"),
+        ([STARTED, (certified(FIRST, 3), FIRST), (certified(SECOND, 2), SECOND)], "two services wrote here"),
+        ([STARTED, (certified(FIRST, 3), FIRST), (certified(FIRST, 2), FIRST)], "two services wrote here"),
+        ([STARTED, (certified(FIRST, 1, said=2), FIRST)], "of term 1"),
+        ([STARTED, (certified(FIRST, 1), FIRST), (certified(SECOND, 2), SECOND), (admitted(1), FIRST)], "record 4 is not signed"),
+    ],
+    ids=["first", "line", "certificate's line", "certificate", "same term", "lower term", "own lower term", "lies of its term", "replaced one writes on"],
+)  # fmt: skip
+def test_what_nobody_vouches_for(lines: list[tuple[ledger.Record, Keypair]], says: str) -> None:
+    with pytest.raises(IntegrityError, match=says):
+        read(sealed(*lines))
+
+
+def test_a_service_of_an_earlier_term_was_replaced() -> None:
+    chain = TrustChain(RUN, RUN_KEY.public)
+    old, new = (ServiceCertificate(FIRST.public, b"\7" * 32, 1, term) for term in (1, 2))
+    assert chain.why_replaced(old) is None
+    chain.term = new.term
+    assert chain.why_replaced(new) is None
+    assert "served in term 2" in str(chain.why_replaced(old))
