@@ -13,7 +13,7 @@ test: .venv/.dev ; $(BIN)/python -m pytest -n 2 $(ARGS)
 check: .venv/.dev ; $(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports
 bench: .venv/.dev .venv-torchft/.ready ; $(BIN)/python -m tests.bench.all $(ARGS)
 acceptance: .venv/.dev ; $(BIN)/python -m tests.acceptance.modularity $(ARGS)
-chaos: .venv/.dev ; $(BIN)/python -m tests.chaos.failover $(ARGS) && $(BIN)/python -m tests.chaos.byzantine $(ARGS)
+chaos: .venv/.dev ; $(BIN)/python -m tests.chaos.all $(ARGS)
 proto: .venv-proto/.ready ; .venv-proto/bin/python -m grpc_tools.protoc -I proto --python_out=. --pyi_out=. $(PROTOS) && cat $(PROTOS:%=proto/%) | sha256sum | cut -c1-64 > decentra/pb/PROTO_SHA256
 
 # ---- environments: made once; installed again when pyproject.toml changes

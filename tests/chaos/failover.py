@@ -31,6 +31,7 @@ from processes import Command, Lab, ctrl_c, lab, ledger_records
 from decentra.cli.rundir import RunDir
 from decentra.invite import parse_invite
 from decentra.protocol import ledger
+from tests.chaos.annals import percentile
 
 READY_S = 90.0
 
@@ -66,7 +67,7 @@ def measure(num_kills: int, num_peers: int, seed: int, say: Callable[[str], None
             "kills": num_kills, "peers": num_peers, "seed": seed, "settlements": sum(isinstance(r, ledger.Settled) for r in records),
             "settlements_lost": num_lost, "settlements_doubled": _doubled(records), "rounds_confirmed": sum(isinstance(r, ledger.Confirmed) for r in records),
             "rounds_given_up": sum(isinstance(r, ledger.GaveUp) for r in records), "next_settlement_p50_s": statistics.median(waits_s),
-            "next_settlement_p95_s": _p95(waits_s), "members_left": members_left, "exit_codes": ended,
+            "next_settlement_p95_s": percentile(waits_s, 0.95), "waits_s": [round(w, 1) for w in waits_s], "members_left": members_left, "exit_codes": ended,
             "anchors_equal": _are_confirmed([p.last_json().get("anchors", {}) for p in peers], records, run),
         }  # fmt: skip
 
@@ -99,10 +100,6 @@ def _are_confirmed(anchors: Sequence[dict[str, str]], records: Sequence[ledger.R
     known = {(f, digest) for f, digest in run.manifest().genesis.items()}
     known |= {(r.fragment, r.anchor) for r in records if isinstance(r, ledger.Confirmed)}
     return all(held and all((f, digest) in known for f, digest in held.items()) for held in anchors)
-
-
-def _p95(values: Sequence[float]) -> float:
-    return sorted(values)[max(0, -(-95 * len(values) // 100) - 1)]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
