@@ -248,12 +248,31 @@ class Replica:
 
     async def apply(self, settlement: Settlement) -> Digest:
         """Compute the settlement's anchor and make it durable; what comes back is attested. The confirmed anchor stays beside it."""
+        if self._tentative is not None:  # what was attested last was not confirmed: perhaps others computed something else
+            await self._check_anchor()
         deltas = await self._deltas(settlement)
         state, blob, digest = await self.compute.run(self._aggregate, settlement, deltas)
         await self.exchange.put(digest, blob)
         self._set_tentative((digest, state))
         self._kept.keep(settlement.round, (*settlement.packets, digest))
         return digest
+
+    async def _check_anchor(self) -> None:
+        """Memory may have changed under us: what we compute with has to be the anchor that was confirmed, else it is read again. Raises IntegrityError."""
+        account = self._account()
+        held = await self.compute.run(lambda: anchor_digest(encode_anchor(self.fragment, account.anchor_state)))
+        if held == account.anchor_digest:
+            return
+        self.events.emit(
+            "damaged-anchor", fragment=self.fragment.id, anchor=account.anchor_digest[:12], why="a bit turned over in memory; read again"
+        )
+        state = await self._stored_anchor(account.anchor_digest)
+        if state is None:
+            raise IntegrityError(
+                f"anchor {account.anchor_digest[:12]} of {self.fragment.id} is damaged in memory and on disk; restart this peer, it fetches a sound one,"
+                " and check the machine's memory"
+            )
+        account.anchor_state = state
 
     async def commit(self, number: int, anchor: Digest, ending: Ending, clip_bits: int = ONE_BITS) -> None:
         """The tentative anchor is confirmed: close the account's pending packet, what was clipped off it comes home, and move live."""

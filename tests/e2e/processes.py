@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import re
@@ -22,6 +23,8 @@ from cli_world import decentra
 
 from decentra.cli.rundir import RunDir, create
 from decentra.cli.running import die_with_parent
+from decentra.identity import load_key
+from decentra.invite import parse_invite
 from decentra.protocol import ledger
 from decentra.wire.ledgers import open_record
 
@@ -211,6 +214,33 @@ class Lab:
         assert not left, f"still alive: {[(p.pid, p.info['cmdline']) for p in left]}"
         assert self._sockets, "no p2p daemon of ours was ever seen: this check proves nothing"
         assert not (stay := [p for p in self._sockets if p.exists()]), f"socket folders of ended processes: {stay}"
+        self.assert_no_secret_told()
+
+    def secrets(self) -> dict[str, str]:
+        """What a log must not hold -> what it is: every private key below the lab's folder and every invite's token, in the usual spellings."""
+        raw: dict[bytes, str] = {}
+        for path in self.root.rglob("*.key"):
+            raw[load_key(path).seed] = str(path)
+        found: dict[str, str] = {}
+        for command in self.commands:
+            if invite := command.last_json().get("invite"):
+                found[invite] = f"the invite of {command.name}"
+                raw[parse_invite(invite).token] = f"the token of {command.name}'s invite"
+        for data, what in raw.items():
+            plain = (base64.b64encode(data), base64.urlsafe_b64encode(data))
+            spellings = [data.hex(), repr(data)[2:-1], *(one.decode().rstrip("=") for one in plain)]
+            found |= dict.fromkeys(spellings, what)
+        return found
+
+    def assert_no_secret_told(self) -> None:
+        """No key and no invite is in any log, however talkative it was asked to be."""
+        secrets = self.secrets()
+        assert secrets, "there is no key at all: this check proves nothing"
+        for command in self.commands:
+            log = command.folder / f"{command.name}.err"
+            text = log.read_text() if log.exists() else ""
+            told = sorted({what for secret, what in secrets.items() if secret in text})
+            assert not told, f"the log of {command.name} holds {told}"
 
     def close(self) -> None:
         for command in self.commands:

@@ -97,7 +97,7 @@ def kill_host_and_return(world: Lab, host: Command, run: RunDir, invite: str) ->
 def test_a_swarm_survives_a_killed_peer_and_a_killed_host(tmp_path: Path) -> None:
     with lab(tmp_path) as world:
         run = world.init(f"rounds.inner_steps={INNER_STEPS}")
-        host = world.host(run)
+        host = world.host(run, "--verbose")
         invite, peers = start_swarm(world, host)
         victim = peers[-1]
         killed_at, back_at = kill_and_return(world, host, victim)
