@@ -240,6 +240,25 @@ def revoke(
     _command(run_dir, "revoke", subject, service, as_json)
 
 
+MemberArg = Annotated[str, typer.Argument(help="a member's name or peer id, see 'decentra status'", metavar="PEER")]
+
+
+@app.command()
+def drain(
+    run_dir: RunDirArg, member: MemberArg, service: Annotated[list[str] | None, typer.Option()] = None, as_json: JsonOpt = False
+) -> None:
+    """Ask a member to leave: it ends like at Ctrl-C, and its experts have other holders. It may come again."""
+    _command(run_dir, "drain", member, service, as_json)
+
+
+@app.command()
+def kick(
+    run_dir: RunDirArg, member: MemberArg, service: Annotated[list[str] | None, typer.Option()] = None, as_json: JsonOpt = False
+) -> None:
+    """Put a member out at once, whatever it does. It may come again; 'decentra revoke' keeps it out."""
+    _command(run_dir, "kick", member, service, as_json)
+
+
 @app.command()
 def stop(
     run_dir: RunDirArg,

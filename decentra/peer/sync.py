@@ -25,6 +25,7 @@ from decentra.ports import AveragingService, Clock, Events, Exchange, Session
 from decentra.protocol import duties as do
 from decentra.protocol import member as m
 from decentra.protocol.messages import (
+    DRAINED,
     Counters,
     FragmentView,
     Goodbye,
@@ -186,6 +187,8 @@ class PeerLoop:
                         self._inbox.put_nowait(m.SwarmViewed(message))
                     case Rejected(_, reason, detail):
                         self.events.emit("service-rejected", reason=reason, detail=detail)
+                        if reason == DRAINED:
+                            self.leave(detail)
         finally:
             sender.cancel()
             with suppress(asyncio.CancelledError, DecentraError):

@@ -291,9 +291,12 @@ class SwarmView:
     successor: str = ""  # that run, as ``wire.trust.seal_successor`` made it
 
 
+DRAINED = "drained"  # a Rejected with this reason: the member is to leave
+
+
 @dataclass(frozen=True, slots=True)
 class Rejected:
-    """The service refused one message of this member."""
+    """The service refused one message of this member, or the member itself."""
 
     peer: PeerId
     reason: str

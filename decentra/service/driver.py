@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -13,7 +14,7 @@ from decentra.ports import Clock, Compute, Events, Journal
 from decentra.protocol import ledger
 from decentra.protocol.fragment import FragmentBook, Write
 from decentra.protocol.ledger import Ledger, Record
-from decentra.protocol.messages import FragmentView, Hello, MemberMessage, Outcome, Phase, Rejected, Role, SwarmView
+from decentra.protocol.messages import DRAINED, FragmentView, Goodbye, Hello, MemberMessage, Outcome, Phase, Rejected, Role, SwarmView
 from decentra.protocol.round import Reject
 from decentra.protocol.rounds import Certify, Detached, Effect, Event, Revoke, RoundBook, Stop, Succeed, SwarmChanged, Tick, ViewChanged
 from decentra.service.copies import Copies
@@ -25,6 +26,7 @@ REFRESH_S = 2.0  # news that nobody acts on at once (a receipt, one more holder)
 NUM_PUSHED_OUTCOMES = 3  # confirmed ones, enough for whoever follows closely; a new stream gets all that the view has
 MAX_BATCH = 256
 MAX_OUTCOMES = 4096  # of the newest rounds, answered from memory; older ones are in the ledger
+SENT_AWAY = "the organiser sent this peer away; it may come again, as long as its admission is not revoked"
 RETIRED_S = 5.0  # a service that was told to go still lets its ledger be read for so long
 
 Seal = Callable[[bytes], bytes]  # 64-byte signature of the service key over a ledger line
@@ -64,6 +66,7 @@ class Driver:
     _queue: asyncio.Queue[_Work] = field(init=False, default_factory=asyncio.Queue)
     _copies: Copies = field(init=False)
     _retired: str = field(init=False, default="")
+    _sent_away: deque[str] = field(init=False, default_factory=lambda: deque(maxlen=1024))  # nonces of processes
 
     def __post_init__(self) -> None:
         self._copies = Copies(self.clock, self.events)
@@ -129,6 +132,8 @@ class Driver:
 
     async def attend(self, hello: Hello, mailbox: Mailbox) -> None:
         """Take a member's stream in: from now on its mailbox gets every view. Raises Refused."""
+        if hello.nonce in self._sent_away:
+            raise Refused(SENT_AWAY)
         self.book.check_hello(hello, self.clock.now())
         if (old := self._mailboxes.pop(hello.peer, None)) is not None:
             old.close("another stream of this peer took over")
@@ -175,11 +180,32 @@ class Driver:
             if (mailbox := self._mailboxes.pop(PeerId(argument), None)) is not None:
                 mailbox.close("the organiser revoked this peer")
             return f"revoked {argument}"
+        if kind in ("drain", "kick"):
+            return await self._send_away(kind, argument)
         if kind == "retire":
             self.retire(f"another machine took the run over ({argument}); this one's copy of it is out of date from now on")
             await self._submit(_Work(Tick(self.clock.wall())))
             return f"run {self.book.run[:12]} is no longer served here"
-        raise Refused(f"unknown command {kind[:40]!r}; known: stop, pass-on, succeed, revoke, retire")
+        raise Refused(f"unknown command {kind[:40]!r}; known: stop, pass-on, succeed, revoke, drain, kick, retire")
+
+    async def _send_away(self, kind: str, who: str) -> str:
+        """By name or peer id. Drained: the member is asked to leave, which it does like at Ctrl-C. Kicked: it is out at once."""
+        live = [m for m in self.book.members.values() if m.is_live and who in (m.peer, m.name)]
+        if len(live) != 1:
+            there = ", ".join(sorted(m.name for m in self.book.members.values() if m.is_live)) or "nobody"
+            raise Refused(
+                f"{who[:60]!r} is {'the name of several members, give a peer id' if live else 'no member that is here'}; here: {there}"
+            )
+        member, mailbox = live[0], self._mailboxes.get(live[0].peer)
+        if kind == "drain" and mailbox is not None:
+            mailbox.put(Rejected(member.peer, DRAINED, "the organiser asks this peer to leave"))
+            return f"{member.name} is asked to leave; it takes its time to finish what is due"
+        await self._submit(_Work(Goodbye(member.peer, "sent away by the organiser", False)))
+        if mailbox is not None:
+            del self._mailboxes[member.peer]
+            self._sent_away.append(mailbox.nonce)
+            mailbox.close(SENT_AWAY)
+        return f"{member.name} is out; what it trained alone has other holders at once. It may come again: 'decentra revoke' keeps it out"
 
     async def succeed(self, run: RunId, successor: str) -> str:
         """The run is over and goes on as another one; who said so was checked at the door. Raises Refused while it is not over."""

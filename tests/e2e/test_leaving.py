@@ -82,8 +82,21 @@ def test_revoking_a_token_and_a_peer(tmp_path: Path) -> None:
         run = world.init()
         host = world.host(run)
         invite = world.invite_of(host.start())
-        good, bad = (world.member("join", invite, name).start() for name in ("good", "bad"))
-        world.wait_for("both train", lambda: all(p.events("training") for p in (good, bad)))
+        good, bad, guest = (world.member("join", invite, name).start() for name in ("good", "bad", "guest"))
+        world.wait_for("all train", lambda: all(p.events("training") for p in (good, bad, guest)))
+        code, answer, err = world.run("drain", str(run.root), "guest", "--json")
+        assert (code, answer["ok"]) == (0, True), err
+        assert guest.exit_code(60) == 0, guest.tail()
+        assert guest.last_json()["why"] == "the organiser asks this peer to leave"
+        code, _, err = world.run("drain", str(run.root), "nobody")
+        assert code == 4
+        assert "here: bad, good, host" in err
+        code, answer, err = world.run("kick", str(run.root), "bad", "--json")
+        assert (code, answer["ok"]) == (0, True), err
+        assert bad.exit_code(60) == 4, bad.tail()
+        assert "it may come again" in bad.last_json()["error"]
+        bad.start()
+        world.wait_for("it came again", lambda: len(bad.events("training")) == 2)
         code, status, _ = world.run("status", invite, "--json")
         peer = next(m["peer"] for m in status["members"] if m["name"] == "bad")
 
