@@ -7,10 +7,11 @@ from typing import Any
 
 from decentra.bits import ONE_BITS, bits_float
 from decentra.config import Manifest
-from decentra.ids import FragmentId, PeerId, expert_of, module_of_fragment, short
+from decentra.ids import ROUTER, TRUNK, FragmentId, PeerId, expert_module, expert_of, module_of_fragment, short
 from decentra.protocol.messages import FragmentView, MemberView, Phase, Role, SwarmView
 
 NUM_RECENT_PARTICIPATION = 2  # a peer participates when one of the last two confirmed rounds of some fragment has its packet
+MIN_HOLDERS = 3  # of two that disagree nobody can say which one lies
 
 
 def snapshot(manifest: Manifest, swarm: SwarmView, views: Sequence[FragmentView]) -> dict[str, Any]:
@@ -39,6 +40,7 @@ def snapshot(manifest: Manifest, swarm: SwarmView, views: Sequence[FragmentView]
             if n < manifest.placement.holders and e not in manifest.placement.frozen_experts
         },
         "is_judged": manifest.judging.share is not None,
+        "unprotected": unprotected(manifest, live),
         "rounds_confirmed_trunk": min(
             (v.tally.num_confirmed for v in views if expert_of(module_of_fragment(v.fragment)) is None), default=0
         ),
@@ -81,6 +83,21 @@ def agreement(views: Sequence[FragmentView], live: Sequence[MemberView]) -> bool
         if not expected <= set(view.ready):
             return False
     return True
+
+
+def unprotected(manifest: Manifest, live: Sequence[MemberView]) -> dict[str, int]:
+    """Modules in which one lying holder moves the anchor as it likes, with their holders: no defence, or fewer than ``MIN_HOLDERS`` to outvote it."""
+    num_trainers = sum(m.role is Role.TRAINER for m in live)
+    holders = dict.fromkeys((TRUNK, ROUTER), num_trainers)
+    frozen = manifest.placement.frozen_experts
+    holders |= {expert_module(e): n for e, n in enumerate(_num_holders(manifest, live)) if e not in frozen}
+    return {m: n for m, n in holders.items() if n < MIN_HOLDERS or not is_defended(manifest, m)}
+
+
+def is_defended(manifest: Manifest, module: str) -> bool:
+    """Whether the run's rules do anything against a well-formed lie about this module."""
+    is_trimmed = manifest.merge_of(FragmentId(f"{module}/0")) == "trimmed"
+    return is_trimmed or (module == TRUNK and manifest.judging.share is not None)
 
 
 def _num_holders(manifest: Manifest, live: Sequence[MemberView]) -> list[int]:

@@ -79,6 +79,10 @@ def _headline(snap: dict[str, Any]) -> Text:
     for m in snap["members"]:
         if m["quarantine"]:
             text.append(f"\n{m['name']} is in quarantine: {m['quarantine']}", "yellow")
+    has_defence = snap["is_judged"] or len(snap["unprotected"]) < len(snap["modules"])
+    if has_defence and snap["unprotected"]:
+        names = ", ".join(f"{module} ({n})" for module, n in snap["unprotected"].items())
+        text.append(f"\nno protection from a lying holder, with its holders: {names}", "yellow")
     if snap["is_judged"] and 0 < (num := sum(m["role"] == "trainer" and m["is_live"] for m in snap["members"])) < 3:
         text.append(f"\nnobody is protected from a liar: {num} trainers, and judging takes three", "yellow")
     agree = ("   anchors agree", "green") if snap["anchors_equal"] else ("   anchors differ for now", "yellow")

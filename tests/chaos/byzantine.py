@@ -1,11 +1,14 @@
-"""Members that lie: eval loss of a swarm of eight, three of them hostile, over that of the five honest ones: with judges, with the trimmed merge, with neither.
+"""Members that lie: eval loss of a swarm of eight, three of them hostile, over that of the five honest ones, with three defences and with none.
 
     python -m tests.chaos.byzantine --json [--attacks flip,x100,...] [--steps 100] [--seed 1]
 
 In the lab (tests/bench/lab.py), which shares accounts, codecs and merging with the runtime; every expert is trained by all, so each module has
-eight holders. Attacks: flip (the delta times -1), x100, noise (of the honest norm), replay (the first delta for ever), copy (another's delta), nothing (a
-delta of zeros with a full weight), alie (honest mean less 1.5 standard deviations, element by element: small but many, arXiv 1902.06156). What is not
-finite or lies about its norm never gets so far: receivers refuse it (tests/unit/delta/test_hostile.py). Clips at twice the median norm are on in both.
+eight holders. Defences: judged (judging.share), trimmed (outer.merge), guarded (judging.share, and outer_experts.merge trimmed: what judges do not see);
+loss_ratio is that of the guarded arm. Attacks: flip (the delta times -1), x100, noise (of the honest norm), replay (the first delta for ever), copy (another's delta), nothing (a
+delta of zeros with a full weight), expert (honest, but for one expert, whose delta is sent ten times over and negated), alie (honest mean less 1.5 standard deviations, element by element: small but many, arXiv 1902.06156). What is not
+finite or lies about its norm never gets so far: receivers refuse it (tests/unit/delta/test_hostile.py). Clips at twice the median norm are on in all arms.
+
+two_holders   the same attack on one expert where each expert has two holders, one of them a liar: what no merge can mend; status names such modules
 """
 
 from __future__ import annotations
@@ -40,24 +43,31 @@ class Hostile(Swarm):
     attack: str = ""
     is_judged: bool = False
     first: dict[FragmentId, Deltas] = field(default_factory=dict)
+    target: str = ""  # the fragment that attack "expert" is about
     quarantined_until: dict[PeerId, int] = field(default_factory=dict)  # round
     false_quarantines: int = 0
     standings: dict[tuple[PeerId, PeerId], Standing] = field(default_factory=dict)  # (judge, sender)
 
     def altered(self, fragment: FragmentId, deltas: Deltas, norms: dict[PeerId, float]) -> tuple[Deltas, dict[PeerId, float]]:
-        liars, honest = sorted(deltas)[:NUM_HOSTILE], sorted(deltas)[NUM_HOSTILE:]
+        hostile = {peer.id for peer in self.peers[:NUM_HOSTILE]}
+        liars, honest = [p for p in sorted(deltas) if p in hostile], [p for p in sorted(deltas) if p not in hostile]
+        if self.attack == "expert":
+            if not self.target and module_of_fragment(fragment).startswith("expert.") and liars and honest:
+                self.target = fragment
+            if fragment != self.target:
+                liars = []
         self.first.setdefault(fragment, deltas)
         values = {peer: deltas[peer].dense() for peer in deltas}
-        stacked = torch.stack([values[peer] for peer in honest])
+        stacked = torch.stack([values[peer] for peer in honest]) if honest else torch.zeros(1, 1)
         for number, peer in enumerate(liars):
             if self.attack:
                 deltas = deltas | {peer: Decoded.of(self._lie(fragment, peer, number, values, stacked, honest))}
         if self.is_judged:
             deltas = {p: d for p, d in deltas.items() if self.quarantined_until.get(p, 0) <= self.num_rounds}
             if module_of_fragment(fragment) == TRUNK:
-                condemned = self._condemned(fragment, deltas, set(liars) if self.attack else set())
+                condemned = self._condemned(fragment, deltas, hostile if self.attack else set())
                 self.quarantined_until |= dict.fromkeys(condemned, self.num_rounds + QUARANTINE_ROUNDS)
-                self.false_quarantines += len(condemned & set(honest)) if self.attack else len(condemned)
+                self.false_quarantines += len(condemned - hostile) if self.attack else len(condemned)
                 deltas = {p: d for p, d in deltas.items() if p not in condemned}
         return deltas, {peer: delta.norm() for peer, delta in deltas.items()}
 
@@ -95,6 +105,8 @@ class Hostile(Swarm):
                 return noise * own.norm() / noise.norm()
             case "replay":
                 return self.first[fragment][peer].dense()
+            case "expert":
+                return -10.0 * own
             case "copy":
                 return values[names[0]]
             case "nothing":
@@ -104,51 +116,63 @@ class Hostile(Swarm):
         raise ValueError(self.attack)
 
 
-ARMS = ("mean", "trimmed", "judged")
-ATTACKS = ("flip", "x100", "noise", "replay", "copy", "nothing", "alie")
+ARMS = ("mean", "trimmed", "judged", "guarded")
+ATTACKS = ("flip", "x100", "noise", "replay", "copy", "nothing", "alie", "expert")
 
 
-def run(attack: str, merge: str, steps: int, seed: int) -> tuple[float, int]:
-    """Held-out loss, and how often somebody honest was put into quarantine. No attack: the honest peers alone. ``judged``: the mean, with judges."""
+def run(attack: str, arm: str, steps: int, seed: int, experts_per_peer: int = 8) -> tuple[float, int]:
+    """Held-out loss, and how often somebody honest was put into quarantine. No attack: the honest peers alone."""
     torch.set_num_threads(1)
     num_peers = NUM_PEERS if attack else NUM_PEERS - NUM_HOSTILE
     manifest, lab = parse_settings(
         [
-            f"lab.peers={num_peers}", f"lab.steps={steps}", "lab.report_every=0", "placement.experts_per_peer=8", f"rounds.inner_steps={H}",
-            "data.shared_fraction=1.0", f"outer.merge={'mean' if merge == 'judged' else merge}", "outer.clip=2",
+            f"lab.peers={num_peers}", f"lab.steps={steps}", "lab.report_every=0", f"placement.experts_per_peer={experts_per_peer}",
+            f"rounds.inner_steps={H}", "data.shared_fraction=1.0", f"outer.merge={'trimmed' if arm == 'trimmed' else 'mean'}", "outer.clip=2",
         ]
     )  # fmt: skip
-    manifest = manifest.model_copy(update={"seed": seed})
+    of_experts = manifest.outer.model_copy(update={"merge": "trimmed"}) if arm == "guarded" else None
+    manifest = manifest.model_copy(update={"seed": seed, "outer_experts": of_experts})
     swarm: Swarm = build_swarm(manifest, lab)
-    hostile = Hostile(swarm.manifest, swarm.layout, swarm.peers, swarm.anchors, attack=attack, is_judged=merge == "judged")
+    is_judged = arm in ("judged", "guarded")
+    hostile = Hostile(swarm.manifest, swarm.layout, swarm.peers, swarm.anchors, attack=attack, is_judged=is_judged)
     model, _ = run_steps(hostile if attack or hostile.is_judged else swarm, Lab(**vars(lab)), lambda _: None)
     return mean_loss(model, manifest, 64), hostile.false_quarantines
 
 
 def measure(attacks: Sequence[str], steps: int, seed: int, jobs: int, say: Callable[[str], None]) -> dict[str, Any]:
-    cases = [("", m) for m in ARMS] + [(a, m) for a in attacks for m in ARMS]
+    cases = [("", m, 8) for m in ARMS] + [(a, m, 8) for a in attacks for m in ARMS]
+    cases += [(a, m, 2) for a in ("", "expert") for m in ("mean", "guarded") if "expert" in attacks]
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
         losses, mistakes = {}, {}
         for case, (loss, num) in zip(
-            cases, pool.map(run, *zip(*cases, strict=True), [steps] * len(cases), [seed] * len(cases)), strict=True
+            cases,
+            pool.map(_run_case, [(*case[:2], steps, seed, case[2]) for case in cases]),
+            strict=True,
         ):
             losses[case], mistakes[case] = loss, num
-            say(f"{case[0] or 'honest peers alone'}, {case[1]}: {loss:.4f}, {num} false quarantines")
-    honest = losses["", "mean"]
+            say(f"{case[0] or 'honest peers alone'}, {case[1]}, {case[2]} experts each: {loss:.4f}, {num} false quarantines")
+    honest = losses["", "mean", 8]
     rows = [
         {
             "attack": a,
-            "loss_ratio": losses[a, "judged"] / honest,
-            "loss_ratio_trimmed": losses[a, "trimmed"] / honest,
-            "loss_ratio_undefended": losses[a, "mean"] / honest,
-            "false_quarantines": mistakes[a, "judged"],
+            "loss_ratio": losses[a, "guarded", 8] / honest,
+            "loss_ratio_judged": losses[a, "judged", 8] / honest,
+            "loss_ratio_trimmed": losses[a, "trimmed", 8] / honest,
+            "loss_ratio_undefended": losses[a, "mean", 8] / honest,
+            "false_quarantines": mistakes[a, "guarded", 8] + mistakes[a, "judged", 8],
         }
         for a in attacks
     ]
+    few = {arm: losses["expert", arm, 2] / losses["", "mean", 2] for arm in ("mean", "guarded")} if "expert" in attacks else {}
     return {
         "num_peers": NUM_PEERS, "num_hostile": NUM_HOSTILE, "steps": steps, "seed": seed, "honest_loss": honest,
-        "without_liars": {m: losses["", m] / honest for m in ARMS}, "false_quarantines_without_liars": mistakes["", "judged"], "rows": rows,
+        "without_liars": {m: losses["", m, 8] / honest for m in ARMS},
+        "false_quarantines_without_liars": mistakes["", "judged", 8] + mistakes["", "guarded", 8], "rows": rows, "two_holders": few,
     }  # fmt: skip
+
+
+def _run_case(case: tuple[str, str, int, int, int]) -> tuple[float, int]:
+    return run(*case)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -167,7 +191,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = measure(args.attacks.split(","), args.steps, args.seed, args.jobs, say)
     for row in found["rows"]:
         print(
-            f"{row['attack']:8} judged {row['loss_ratio']:.3f}, trimmed {row['loss_ratio_trimmed']:.3f}, mean {row['loss_ratio_undefended']:.3f},"
+            f"{row['attack']:8} guarded {row['loss_ratio']:.3f}, judged {row['loss_ratio_judged']:.3f}, trimmed {row['loss_ratio_trimmed']:.3f},"
+            f" mean {row['loss_ratio_undefended']:.3f},"
             f" {row['false_quarantines']} false quarantines", file=sys.stderr,
         )  # fmt: skip
     if args.json:
