@@ -11,14 +11,14 @@ from dataclasses import dataclass, field, replace
 
 from decentra.config import Manifest
 from decentra.errors import ConfigError, IntegrityError, Refused
-from decentra.ids import FragmentId, PeerId, RunId, expert_of, module_of_fragment, short
+from decentra.ids import FragmentId, PeerId, RunId, expert_of, module_of_fragment
 from decentra.protocol import fragment as books
-from decentra.protocol import ledger, placement
+from decentra.protocol import ledger, membership, placement
 from decentra.protocol.fragment import FragmentBook, Present, Timing, Write
+from decentra.protocol.membership import Member
 from decentra.protocol.messages import (
     Abstention,
     Attestation,
-    Counters,
     FragmentView,
     Goodbye,
     Heartbeat,
@@ -35,33 +35,9 @@ from decentra.protocol.messages import (
 )
 from decentra.protocol.round import DidCondemn, Reject, Rules
 
-PLACE_KEPT_S = 86_400.0  # an absent member's place is given away after this
 KNOCKS_S = 8.0  # whoever waits for a restarted service knocks every five seconds: nobody is suspected before
 MAX_DOUBLINGS = 6  # of a quarantine
 DETACHED_S = 3.0  # a member whose stream ended is suspected after this
-
-
-@dataclass(frozen=True, slots=True)
-class Member:
-    """One admitted peer."""
-
-    peer: PeerId
-    role: Role
-    name: str
-    experts: tuple[int, ...] = ()
-    insists: bool = False  # on its experts or their number: it is given no others
-    may_reduce: bool = True
-    is_partial: bool = False  # holds only the experts it trains
-    max_experts: int | None = None  # more do not fit into its machine
-    addresses: tuple[str, ...] = ()
-    nonce: str = ""
-    heard_at: float = 0.0
-    is_live: bool = False
-    quarantined_until: int = 0  # height of the trunk
-    num_quarantines: int = 0
-    why_quarantined: str = ""
-    has_greeted: bool = False  # said Hello since the service started
-    counters: Counters = field(default_factory=Counters)
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,63 +168,25 @@ class RoundBook:
 
     def admit(self, peer: PeerId, role: Role, nonce: str, token: str | None, token_uses: int, now: float) -> list[Effect]:
         """Let a peer in, or raise Refused with the reason. Admitting somebody again is no change."""
-        self._check_admissible(peer, role, token, token_uses, now)
+        if self.is_over and role is not Role.WATCHER and peer not in self.revoked:
+            raise Refused(f"the run is over ({self.stopping}); 'decentra pull' gets its result")
+        membership.check_admissible(self.manifest, self.members, self.revoked, self.token_uses, peer, role, token, token_uses, now)
         known = self.members.get(peer)
-        if known and known.is_live and known.nonce and known.nonce != nonce and now - known.heard_at < self.manifest.rounds.heartbeat_s * 2:
-            raise Refused(
-                f"identity {short(peer)} is in use by a running process ({known.name}); every machine needs a state directory of its own"
-                " (a copied key file shows like this). If the old process was killed, this clears by itself in"
-                f" {self.manifest.rounds.heartbeat_s * 2:g} s"
-            )
+        if known is not None:
+            membership.check_alone(self.manifest, known, nonce, now)
         if role is Role.WATCHER:
             return []
-        if known and known.role is not role:
-            raise Refused(f"{short(peer)} is a {known.role} of this run and asks to be a {role}; use another --name or --dir")
-        if known:
+        if known is not None:
+            membership.check_role(known, role)
             return []
         if token is not None:
             self.token_uses.setdefault(token, set()).add(peer)
         self.members[peer] = Member(peer, role, "", heard_at=now)
         return [Write(ledger.Admitted(peer, role, "", token or ""))]
 
-    def _check_admissible(self, peer: PeerId, role: Role, token: str | None, token_uses: int, now: float) -> None:
-        if peer in self.revoked:
-            raise Refused(f"the organiser revoked {short(peer)}")
-        if self.is_over and role is not Role.WATCHER:
-            raise Refused(f"the run is over ({self.stopping}); 'decentra pull' gets its result")
-        known = peer in self.members
-        if self.manifest.admission.mode == "invited":
-            if token is None:
-                raise Refused("this run admits invited peers only; ask its organiser for an invite")
-            if token in self.revoked:
-                raise Refused("the organiser revoked this invite; ask for a new one")
-            used = self.token_uses.get(token, set())
-            if role is not Role.WATCHER and not known and len(used) >= token_uses:
-                raise Refused(f"this invite is used up ({token_uses} of {token_uses} peers); ask for a new one")
-        if not known and role is not Role.WATCHER and self._num_counted(now) >= self.manifest.admission.max_members:
-            raise Refused(f"the run is full: {self.manifest.admission.max_members} members")
-
-    def _num_counted(self, now: float) -> int:
-        """Members that take up a place: here, or here within the last day."""
-        return sum(m.peer not in self.revoked and (m.is_live or now - m.heard_at < PLACE_KEPT_S) for m in self.members.values())
-
     def check_hello(self, hello: Hello, now: float) -> None:
         """Raise Refused for a Hello that cannot be taken."""
-        member = self.members.get(hello.peer)
-        if member is None or hello.peer in self.revoked:
-            raise Refused(f"{short(hello.peer)} is not a member of this run; join with an invite")
-        if member.role is not hello.role:
-            raise Refused(f"{short(hello.peer)} was admitted as {member.role}, not as {hello.role}")
-        is_copy = member.nonce and member.nonce != hello.nonce
-        if is_copy and member.is_live and member.has_greeted and now - member.heard_at < self.manifest.rounds.heartbeat_s * 2:
-            raise Refused(
-                f"identity {short(hello.peer)} is in use by another running process; every machine needs a state directory of its own"
-            )
-        if hello.experts is not None:
-            try:
-                self._checked(hello.experts)
-            except ConfigError as error:
-                raise Refused(str(error)) from None
+        membership.check_hello(self.manifest, self.members, self.revoked, hello, now)
 
     # ------------------------------------------------------------ the machine
 

@@ -4,9 +4,10 @@
 
 In the lab (tests/bench/lab.py), which shares accounts, codecs and merging with the runtime; every expert is trained by all, so each module has
 eight holders. Defences: judged (judging.share), trimmed (outer.merge), guarded (judging.share, and outer_experts.merge trimmed: what judges do not see);
-loss_ratio is that of the guarded arm. Attacks: flip (the delta times -1), x100, noise (of the honest norm), replay (the first delta for ever), copy (another's delta), nothing (a
-delta of zeros with a full weight), expert (honest, but for one expert, whose delta is sent ten times over and negated), alie (honest mean less 1.5 standard deviations, element by element: small but many, arXiv 1902.06156). What is not
-finite or lies about its norm never gets so far: receivers refuse it (tests/unit/delta/test_hostile.py). Clips at twice the median norm are on in all arms.
+loss_ratio is that of the guarded arm. Attacks: flip (the delta times -1), x100, noise (of the honest norm), replay (the first delta for ever), copy
+(another's delta), nothing (a delta of zeros with a full weight), expert (honest, but for one expert, whose delta is sent ten times over and negated), alie
+(honest mean less 1.5 standard deviations, element by element: small but many, arXiv 1902.06156). What is not finite or lies about its norm never gets so
+far: receivers refuse it (tests/unit/delta/test_hostile.py). Clips at twice the median norm are on in all arms.
 
 two_holders   the same attack on one expert where each expert has two holders, one of them a liar: what no merge can mend; status names such modules
 """

@@ -15,9 +15,10 @@ from decentra.errors import ConfigError, IntegrityError, Refused
 from decentra.ids import FragmentId, PeerId, RunId
 from decentra.protocol import ledger
 from decentra.protocol.fragment import Write
+from decentra.protocol.membership import Member
 from decentra.protocol.messages import Attestation, Counters, Goodbye, Heartbeat, Hello, Holding, Offer, Receipt, Role
 from decentra.protocol.round import Reject
-from decentra.protocol.rounds import Detached, Effect, Member, Revoke, RoundBook, Stop, Succeed, SwarmChanged, Tick, ViewChanged
+from decentra.protocol.rounds import Detached, Effect, Revoke, RoundBook, Stop, Succeed, SwarmChanged, Tick, ViewChanged
 
 A, B, C, D, E = PEERS
 TRUNK, EXPERT_0 = FragmentId("trunk/0"), FragmentId("expert.0/0")
