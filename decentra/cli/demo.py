@@ -17,7 +17,8 @@ from typing import Any, BinaryIO
 
 from decentra.cli import look
 from decentra.cli.controls import controls_of
-from decentra.cli.rundir import RunDir, create
+from decentra.cli.create import create
+from decentra.cli.rundir import RunDir
 from decentra.cli.running import StopRequest, die_with_parent
 from decentra.config import Manifest
 from decentra.errors import ConfigError, DecentraError, Unreachable

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable
 from decentra.ids import PeerId
 from decentra.protocol.messages import Role, SwarmView
 
+KNOWN_FILE = "known-peers.json"  # of a process: addresses that answered last time, a list in JSON
+
 
 def directory_of(swarm: SwarmView) -> Callable[[PeerId], tuple[str, ...]]:
     """Addresses of a member."""

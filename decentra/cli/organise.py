@@ -41,7 +41,7 @@ def init(
 ) -> None:
     """Make a run: run.toml, run.key (keep it safe), manifest.json and the first anchors."""
     from decentra.cli.console import print_json
-    from decentra.cli.rundir import create
+    from decentra.cli.create import create
 
     values = list(settings or ())
     if model_code is not None:
@@ -93,9 +93,9 @@ def host(
     """Run bootstrap node, averaging service and keeper in one process; prints an invite."""
     logging_to(verbose, log_json)
     from decentra.cli.console import LogEvents, print_json
-    from decentra.cli.host import run_host
     from decentra.cli.rundir import RunDir
     from decentra.cli.running import run_main
+    from decentra.cli.service import run_host
 
     run, where = RunDir(run_dir), address or _own_address()
 
@@ -156,9 +156,9 @@ def averager(
     """Run the averaging service alone, from the ledger in RUN_DIR; or a copy of it, on another machine, that can take over."""
     logging_to(verbose, log_json)
     from decentra.cli.console import LogEvents
-    from decentra.cli.host import run_averager
     from decentra.cli.rundir import RunDir
     from decentra.cli.running import run_main
+    from decentra.cli.service import run_averager
 
     run, events = RunDir(run_dir), LogEvents(peer="averager")
     if standby and take_over:

@@ -16,9 +16,9 @@ from typing import Any
 
 from decentra.averaging.client import AveragingClient
 from decentra.averaging.journal_sqlite import SqliteJournal
+from decentra.cli.members import KNOWN_FILE
 from decentra.cli.rundir import RunDir
 from decentra.cli.running import StopRequest, locked_dir
-from decentra.cli.wiring import KNOWN_FILE
 from decentra.errors import ConfigError, ManifestMismatch, Refused, Unreachable
 from decentra.identity import Keypair, load_or_create_key
 from decentra.peer.disk import RealDisk, write_atomic

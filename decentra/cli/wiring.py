@@ -17,6 +17,7 @@ from torch import nn
 
 from decentra.averaging.client import AveragingClient, meet
 from decentra.cli.capacity import limit_gpu, max_experts
+from decentra.cli.members import KNOWN_FILE
 from decentra.cli.ranks import check_ranks, num_ranks
 from decentra.config import Manifest, PeerConfig, manifest_from_bytes
 from decentra.data.tokens import BYTES, Tokenizer
@@ -41,7 +42,7 @@ from decentra.wire.trust import TrustChain
 
 RETRY_S, MAX_RETRY_S = 2.0, 15.0
 SERVICE_LOOKUP_S, AWAY_LOOKUP_S, MAX_SERVICE_ADDRESSES = 30.0, 5.0, 8  # often only while there is no stream
-MANIFEST_FILE, CREDENTIALS_FILE, KNOWN_FILE, TERM_FILE = "manifest.json", "credentials", "known-peers.json", "term"
+MANIFEST_FILE, CREDENTIALS_FILE, TERM_FILE = "manifest.json", "credentials", "term"
 
 
 def state_dir(run: RunId, config: PeerConfig) -> Path:

@@ -48,6 +48,7 @@ class Present:
     keepers: frozenset[PeerId] = frozenset()
     followers: frozenset[PeerId] = frozenset()
     limited: frozenset[PeerId] = frozenset()  # of these: not asked to reduce
+    awaited: frozenset[PeerId] = frozenset()  # here when the service stopped, and not heard of since it started again
 
     @property
     def roster(self) -> frozenset[PeerId]:
@@ -347,7 +348,7 @@ def _expected(book: FragmentBook, present: Present) -> frozenset[PeerId]:
         return present.roster
     previous = book.history[-1][0] if book.history else None
     behind = {p for p, digest in book.holdings.items() if digest == previous}
-    return (book.round.roster | behind) & present.roster
+    return (book.round.roster & (present.roster | present.awaited)) | (behind & present.roster)
 
 
 def _is_gathered(book: FragmentBook, ready: Present, present: Present, now: float, timing: Timing) -> bool:

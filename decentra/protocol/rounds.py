@@ -276,7 +276,8 @@ class RoundBook:
             m.peer for m in live if m.peer in trainers and (expert is None or expert in m.experts) and m.quarantined_until <= height
         )
         limited = frozenset(m.peer for m in live if not m.may_reduce)
-        return Present(holders, frozenset(m.peer for m in live if m.role is Role.KEEPER), trainers - holders, limited)
+        awaited = frozenset(m.peer for m in self.members.values() if m.is_live and not m.has_greeted)
+        return Present(holders, frozenset(m.peer for m in live if m.role is Role.KEEPER), trainers - holders, limited, awaited)
 
     def _each(self, change: Callable[[FragmentBook], books.Step], effects: list[Effect]) -> None:
         for name in sorted(self.fragments):

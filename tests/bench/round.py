@@ -33,7 +33,7 @@ from typing import Any
 import psutil
 import torch
 
-from decentra.cli.rundir import create
+from decentra.cli.create import create
 from decentra.cli.running import die_with_parent
 from decentra.config import Manifest
 from decentra.model.custom import model_code_digest

@@ -35,7 +35,7 @@ from processes import TINY, Command, ctrl_c, lab
 
 from decentra.averaging.client import AveragingClient, describe
 from decentra.cli.console import LogEvents, set_up_logging
-from decentra.cli.rundir import create
+from decentra.cli.create import create
 from decentra.errors import DecentraError
 from decentra.identity import Keypair
 from decentra.ids import Digest, FragmentId

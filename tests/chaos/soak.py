@@ -37,7 +37,7 @@ from processes import TINY, Command, ctrl_c, lab
 
 from decentra.averaging.client import AveragingClient
 from decentra.cli.console import LogEvents
-from decentra.cli.rundir import create
+from decentra.cli.create import create
 from decentra.identity import Keypair
 from decentra.invite import parse_invite
 from decentra.model.custom import model_code_digest

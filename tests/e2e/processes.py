@@ -21,7 +21,8 @@ from typing import Any
 import psutil
 from cli_world import decentra
 
-from decentra.cli.rundir import RunDir, create
+from decentra.cli.create import create
+from decentra.cli.rundir import RunDir
 from decentra.cli.running import die_with_parent
 from decentra.identity import load_key
 from decentra.invite import parse_invite

@@ -18,7 +18,7 @@ from typing import Any
 from lab import Lab
 
 from decentra.averaging.journal_sqlite import SqliteJournal
-from decentra.cli.rundir import create
+from decentra.cli.create import create
 from decentra.cli.running import die_with_parent
 from decentra.model.custom import model_code_digest
 from decentra.protocol.ledger import Confirmed, Opened, Record, Settled, replay

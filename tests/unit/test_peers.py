@@ -9,7 +9,7 @@ import pytest
 import torch
 from cli_lines import in_comments, problem_of
 
-from decentra.cli.rundir import create
+from decentra.cli.create import create
 from decentra.config import Manifest, PeerConfig, differing_keys, load_toml
 from decentra.data.windows import WindowSource, source_for
 from decentra.errors import DecentraError

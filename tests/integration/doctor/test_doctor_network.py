@@ -18,9 +18,10 @@ import typer
 from typer.testing import CliRunner
 
 from decentra.averaging.tls import TLS_NAME, create_tls
+from decentra.cli.create import create
 from decentra.cli.doctor import doctor_command, state_dir_of
-from decentra.cli.host import averaging_service
-from decentra.cli.rundir import RunDir, create
+from decentra.cli.rundir import RunDir
+from decentra.cli.service import averaging_service
 from decentra.cli.wiring import state_dir
 from decentra.config import Manifest, PeerConfig
 from decentra.doctor import network

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from decentra.cli.rundir import AFTER_FILE, RunDir, create
+from decentra.cli.create import create
+from decentra.cli.rundir import AFTER_FILE, RunDir
 from decentra.cli.succession import SUCCESSOR_FILE, _read, check_dir, expect_successor, note_steps, onward
 from decentra.config import Manifest, PeerConfig
 from decentra.errors import ConfigError
