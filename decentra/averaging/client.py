@@ -19,6 +19,7 @@ from decentra.identity import Keypair
 from decentra.ids import FragmentId
 from decentra.pb import averaging_pb2 as pb
 from decentra.ports import Events
+from decentra.protocol.membership import NOT_A_MEMBER
 from decentra.protocol.messages import FragmentView, Hello, MemberMessage, Outcome, Role, ServiceMessage, SwarmView
 from decentra.wire import limits, trust
 from decentra.wire.convert import digest_bytes, dump, from_wire, parse, role_to_wire
@@ -214,12 +215,24 @@ class AveragingClient:
         return admission
 
     async def attend(self, hello: Hello) -> GrpcSession:
-        """Open the stream; on return the service has taken the hello. Raises Refused, Unreachable, IntegrityError."""
+        """Open the stream; on return the service has taken the hello. Raises Refused, Unreachable, IntegrityError.
+
+        A service that took over from a copy may not know of us: then the invite's token is shown once more.
+        """
+        try:
+            return await self._attend(hello)
+        except Refused as error:
+            if NOT_A_MEMBER not in str(error) or not self._token:
+                raise
+        await self.join(hello.role, hello.nonce, hello.name)
+        return await self._attend(hello)
+
+    async def _attend(self, hello: Hello) -> GrpcSession:
         key = self._own_key()
         if not self._credentials:
             raise Refused("this peer has no credentials yet; join the run first")
         # A link of its own: a stream must not die because some other call found the service slow.
-        link = await open_link(self._addresses, self._trust, self._rules)
+        link = await self._open()
         call = rpc.multicallable(link.channel, "Attend")(metadata=rpc.metadata_of(self._credentials))
         session = GrpcSession(link, call, key, self._trust, self._events)
         try:
@@ -266,7 +279,8 @@ class AveragingClient:
     async def copy(self, run_key: Keypair, name: str, num_records: int, wait_s: float) -> list[bytes]:
         """What follows the ``num_records`` that this machine has on its disk, after at most ``wait_s`` s without news. Raises Refused, Unreachable."""
         async with _Using(self) as link:
-            sealed = trust.seal_command(run_key, self._trust.run_id, "copy", name, expires_at_s=link.service_time_s + limits.FRESH_S)
+            said = f"{name} {num_records}"
+            sealed = trust.seal_command(run_key, self._trust.run_id, "copy", said, expires_at_s=link.service_time_s + limits.FRESH_S)
             most = limits.MAX_LEDGER_RECORDS
             request = dump(pb.LedgerRequest(after_seq=num_records, limit=most, copy=sealed, wait_s=wait_s))
             frames = await link.read_all("ReadLedger", request, most)
@@ -285,6 +299,12 @@ class AveragingClient:
         if link is not None:
             await link.close()
 
+    async def _open(self) -> Link:
+        """A new link. Whoever answered last is asked first from then on: a machine that is gone costs its whole deadline."""
+        link = await open_link(self._addresses, self._trust, self._rules)
+        self._addresses = (link.address, *(one for one in self._addresses if one != link.address))
+        return link
+
     def _papers(self) -> dict[str, bytes]:
         return {"credentials": self._credentials} if self._credentials else {"token": self._token}
 
@@ -302,8 +322,10 @@ class _Using:
     async def __aenter__(self) -> Link:
         client = self._client
         async with client._lock:
+            if client._link is not None and client._trust.why_replaced(client._link.certificate) is not None:
+                await client.close()
             if client._link is None:
-                client._link = await open_link(client._addresses, client._trust, client._rules)
+                client._link = await client._open()
             return client._link
 
     async def __aexit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:

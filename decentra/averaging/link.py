@@ -152,6 +152,6 @@ async def _check_service(address: str, channel: Any, fingerprint: bytes, trust: 
         )
     if (replaced := trust.why_replaced(certificate)) is not None:
         raise Unreachable(f"the averaging service at {address} was replaced: {replaced}")
-    trust.term = certificate.term
+    trust.note(certificate)
     offset_s = reply.server_time_s - (asked_s + now_s) / 2
     return Link(address, channel, certificate, reply.certificate, offset_s, rules)

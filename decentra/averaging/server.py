@@ -190,7 +190,10 @@ class AveragingServer(Generic[OutboxT]):
             command = self.identity.chain.check_command(request.copy, self._wall())  # not remembered: said again it changes nothing
             if command.kind != "copy":
                 raise Refused(f"this reader shows an order to {command.kind!r}, expected one to copy")
-            await self.door.copied(command.argument, request.after_seq, min(max(request.wait_s, 0.0), MAX_COPY_WAIT_S))
+            name, _, said = command.argument.partition(" ")
+            if said != str(request.after_seq):
+                raise Refused(f"this order to copy is of somebody with {said[:20]} records, not of one with {request.after_seq}")
+            await self.door.copied(name, request.after_seq, min(max(request.wait_s, 0.0), MAX_COPY_WAIT_S))
         seq, end = request.after_seq, request.after_seq + request.limit
         while seq < end and (page := await self.door.ledger(seq, min(LEDGER_PAGE, end - seq))):
             for record in page:

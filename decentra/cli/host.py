@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 
-from decentra.averaging.client import AveragingClient, meet
+from decentra.averaging.client import AveragingClient
 from decentra.cli.rundir import RunDir
 from decentra.cli.running import StopRequest, locked_dir, watch_loop
 from decentra.cli.service import Service, end, stopped
 from decentra.cli.succession import tell_members
-from decentra.cli.wiring import Door, gossip, member_runtime, new_nonce, service_addresses
+from decentra.cli.wiring import Door, gossip, meet_all, member_runtime, new_nonce, service_addresses
 from decentra.config import Manifest, PeerConfig
 from decentra.errors import ConfigError, DecentraError, InviteError, Refused
 from decentra.gossip import records
@@ -121,12 +121,11 @@ async def _own_door(service: Service, peer: str, run: RunDir, manifest: Manifest
 
 async def _watch_terms(node: GossipNode, service: Service) -> None:
     """End the service when the DHT shows one of a higher term: another machine has taken the run over, and this folder is out of date."""
-    chain = TrustChain(service.identity.run, service.identity.chain.run_public)
+    chain, own = TrustChain(service.identity.run, service.identity.chain.run_public), service.identity.check(time.time())
+    chain.note(own)
     while True:
-        for address in await service_addresses(node, service.identity.run):
-            with suppress(DecentraError):
-                await meet((address,), chain)
-        if (replaced := chain.why_replaced(service.identity.check(time.time()))) is not None:
+        await meet_all(await service_addresses(node, service.identity.run), chain)
+        if (replaced := chain.why_replaced(own)) is not None:
             service.driver.retire(f"another machine has taken the run over: {replaced}")
             return
         await asyncio.sleep(TERMS_S)

@@ -148,12 +148,11 @@ def averager(
     listen: Annotated[str, typer.Option(help="host:port")] = "0.0.0.0:7411",
     address: Annotated[str | None, typer.Option(help="public name of this machine")] = None,
     standby: Annotated[bool, typer.Option("--standby", help="serve nobody: keep a copy of the ledger of the service that does")] = False,
-    take_over: TakeOverOpt = False,
     service: FromServiceOpt = None,
     verbose: VerboseOpt = False,
     log_json: LogJsonOpt = False,
 ) -> None:
-    """Run the averaging service alone, from the ledger in RUN_DIR; or a copy of it, on another machine, that can take over."""
+    """Run the averaging service alone, from the ledger in RUN_DIR; or a copy of it, on another machine, from which 'host --take-over' serves."""
     logging_to(verbose, log_json)
     from decentra.cli.console import LogEvents
     from decentra.cli.rundir import RunDir
@@ -161,16 +160,16 @@ def averager(
     from decentra.cli.service import run_averager
 
     run, events = RunDir(run_dir), LogEvents(peer="averager")
-    if standby and take_over:
-        raise ConfigError("--standby waits and --take-over serves: give one of them")
+    if service and not standby:
+        raise ConfigError("--service says where to copy from: it belongs to --standby")
     if standby:
         from decentra.cli.standby import run_standby
 
         why = run_main(lambda stop: run_standby(run, services=service, stop=stop, events=events))
         print(f"copy ended: {why}", file=sys.stderr)
         return
-    where, take_from = address or _own_address(), tuple(service or ()) if take_over else None
-    run_main(lambda stop: run_averager(run, listen=listen, address=where, stop=stop, events=events, take_from=take_from))
+    where = address or _own_address()
+    run_main(lambda stop: run_averager(run, listen=listen, address=where, stop=stop, events=events))
 
 
 @app.command()

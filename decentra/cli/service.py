@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import time
 from collections.abc import AsyncIterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from decentra.cli.rundir import DAY_S, RunDir
 from decentra.cli.running import StopRequest, locked_dir
 from decentra.cli.standby import ledger_file, take_over
 from decentra.config import Manifest, differing_keys, load_toml, manifest_from_bytes
-from decentra.errors import ConfigError, ManifestMismatch
+from decentra.errors import ConfigError, ManifestMismatch, PortTaken, Refused
 from decentra.identity import load_or_create_key
 from decentra.peer.compute import DeltaThread, SystemClock
 from decentra.peer.disk import RealDisk, write_atomic
@@ -118,17 +119,23 @@ async def averaging_service(
         stack.callback(compute.close)
         journal = await asyncio.to_thread(SqliteJournal, ledger_file(run))
         stack.callback(journal.close)
-        if term is None:
-            term = await asyncio.to_thread(_term_of, journal)
-        identity = service_identity(run, manifest, term)
-        identity.chain.term = identity.check(time.time()).term
+        newest = await asyncio.to_thread(_newest_certificate, journal)
+        if term is None and newest is not None:
+            term = _own_term(run, newest)
+        identity = service_identity(run, manifest, term or 1)
+        own = identity.check(time.time())
+        if newest is not None and own.term < newest.term:
+            raise ConfigError(
+                f"{run.host / 'certificate'} is of term {own.term}, the ledger of {newest.term}: start it once where run.key is, or put the newer"
+                " certificate back"
+            )
+        identity.chain.note(own)
         purpose, reader = purpose_of(LEDGER, identity.run), LedgerReader(identity.chain, str(ledger_file(run)))
         driver = Driver(
             manifest, journal, SystemClock(), compute, events, seal=lambda line: identity.service_key.sign(purpose, line),
-            vouch=reader.vouch, certificate=(identity.chain.term, identity.sealed_certificate),
+            vouch=reader.vouch, certificate=(own.term, identity.sealed_certificate), on_read=lambda: reader.finish(own.service_public),
         )  # fmt: skip
         await asyncio.to_thread(driver.recover)
-        reader.finish(identity.service_key.public)
         for subject in driver.book.revoked:
             identity.chain.revoke(subject)
         server: AveragingServer[Mailbox] = AveragingServer(identity, driver, Mailbox, events)
@@ -139,14 +146,42 @@ async def averaging_service(
         yield Service(driver, identity, port, pump)
 
 
-def _term_of(journal: SqliteJournal) -> int:
-    """The newest that the ledger names; its lines are checked afterwards."""
-    term = 1
+def _newest_certificate(journal: SqliteJournal) -> Certified | None:
+    """That the ledger names; its lines are checked afterwards."""
+    newest = None
     for sealed in journal.load():
         if b'"Certified"' in sealed:
             record = Ledger.peek(open_record(sealed)[1])
-            term = record.term if isinstance(record, Certified) else term
-    return term
+            newest = record if isinstance(record, Certified) else newest
+    return newest
+
+
+def _own_term(run: RunDir, newest: Certified) -> int:
+    """The term in which this folder's service goes on. Raises ConfigError where another one wrote its ledger last: this folder is a copy."""
+    run_public = run.run_key().public if run.has_run_key() else RealDisk(run.host).read("run.public")
+    own = load_or_create_key(run.host / "service.key").public
+    if run_public is not None:
+        with suppress(Refused):  # a ledger that was tampered with is refused when its lines are checked
+            wrote = TrustChain(run.manifest().run_id(), run_public).check_certificate(newest.certificate, None).service_public
+            if wrote != own:
+                raise ConfigError(
+                    f"{run.root} is a copy: another machine's service wrote its ledger. Keep it in step with 'decentra averager {run.root} --standby',"
+                    f" or serve the run from it with 'decentra host {run.root} --take-over'"
+                )
+    return newest.term
+
+
+def check_before_take_over(run: RunDir, manifest: Manifest, listen_host: str, ports: Sequence[int], events: Events) -> None:
+    """What would keep this machine from serving, before the other one is sent home. Raises ConfigError, IntegrityError, ManifestMismatch, PortTaken."""
+    check_frozen(run, manifest, events)
+    run.genesis_blobs(manifest)
+    for port in ports:
+        with socket.socket(socket.AF_INET6 if ":" in listen_host else socket.AF_INET) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((listen_host, port))
+            except OSError as error:
+                raise PortTaken(f"cannot listen on {listen_host}:{port}: {error.strerror}; nothing was taken over") from None
 
 
 async def end(task: asyncio.Task[None]) -> None:
@@ -168,7 +203,10 @@ async def run_host(
         await asyncio.to_thread(_check_code, manifest, model_code)  # before any port is taken
     with locked_dir(run.host):
         async with AsyncExitStack() as stack:
-            term = None if take_from is None else await take_over(run, take_from, events)
+            term = None
+            if take_from is not None:
+                check_before_take_over(run, manifest, listen_host, (service_port, bootstrap_port), events)
+                term = await take_over(run, take_from, events)
             service = await stack.enter_async_context(averaging_service(run, manifest, f"{listen_host}:{service_port}", events, term))
             beside = await asyncio.to_thread(_load_rest)
             why: str = await beside.run_beside(
@@ -194,13 +232,10 @@ async def stopped(stop: StopRequest) -> None:
     await stop.event.wait()
 
 
-async def run_averager(
-    run: RunDir, *, listen: str, address: str, stop: StopRequest, events: Events, take_from: Sequence[str] | None = None
-) -> str:
-    """The averaging service alone. ``take_from`` as in ``run_host``."""
+async def run_averager(run: RunDir, *, listen: str, address: str, stop: StopRequest, events: Events) -> str:
+    """The averaging service alone."""
     with locked_dir(run.host):
-        term = None if take_from is None else await take_over(run, take_from, events)
-        async with averaging_service(run, run.manifest(), listen, events, term) as service:
+        async with averaging_service(run, run.manifest(), listen, events) as service:
             where = f"{address}:{service.port}"
             run.remember_addresses(run.addresses()[0] if run.has_addresses() else (), (where,))
             print(f"averaging service of run {service.identity.run[:12]} at {where}", flush=True)

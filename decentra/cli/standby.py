@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import time
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +21,18 @@ from decentra.averaging.journal_sqlite import SqliteJournal
 from decentra.cli.members import KNOWN_FILE
 from decentra.cli.rundir import RunDir
 from decentra.cli.running import StopRequest, locked_dir
-from decentra.errors import ConfigError, ManifestMismatch, Refused, Unreachable
-from decentra.identity import Keypair, load_or_create_key
+from decentra.errors import ConfigError, IntegrityError, ManifestMismatch, Refused, Unreachable, VersionMismatch
+from decentra.identity import Keypair, load_key
 from decentra.peer.disk import RealDisk, write_atomic
 from decentra.ports import Events
-from decentra.protocol.ledger import Confirmed, Record, RolledBack
-from decentra.wire import limits
+from decentra.protocol.ledger import Confirmed, Record, RolledBack, Started
+from decentra.service.copies import MAX_LAG
 from decentra.wire.ledgers import LedgerReader
 from decentra.wire.trust import TrustChain
 
 LEDGER_FILE, COPY_FILE = "ledger.db", "copy.json"
 WAIT_S, RETRY_S, NOTE_S, ADDRESSES_S = 5.0, 2.0, 5.0, 30.0
+NUM_LAST_TRIES = 20
 GONE_S = 15.0  # after so long without an answer it is said what can be done
 
 
@@ -56,8 +59,20 @@ def verify_ledger(run: RunDir) -> tuple[LedgerReader, list[Record]]:
         records = [reader.accept(sealed) for sealed in journal.load()]
     finally:
         journal.close()
-    if reader.newest is None and (run.host / "service.key").is_file():
-        reader.finish(load_or_create_key(run.host / "service.key").public)
+    if not records or not isinstance(records[0], Started):
+        raise IntegrityError(
+            f"{path} has {len(records)} records and does not begin with the run's first one: it was emptied or cut; restore it"
+        )
+    if len(records) < (noted := _noted(run).num_records):
+        raise IntegrityError(f"{path} has {len(records)} records, this copy had {noted} once: some were taken away; restore it")
+    if reader.newest is None:  # begun before services wrote their certificates down
+        sealed = disk.read("certificate")
+        if sealed is None:
+            raise IntegrityError(f"{path} names no service, and {run.host / 'certificate'} is missing: nobody vouches for its lines")
+        try:
+            reader.finish(reader.chain.check_certificate(sealed, None).service_public)
+        except Refused as error:
+            raise IntegrityError(f"{run.host / 'certificate'}: {error}") from None
     return reader, records
 
 
@@ -76,6 +91,26 @@ def describe_ledger(folder: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Noted:
+    """What a copy wrote of itself. ``in_step_at``: Unix seconds, None: never."""
+
+    num_records: int = 0
+    in_step_at: float | None = None
+    services: tuple[str, ...] = ()
+
+
+def _noted(run: RunDir) -> Noted:
+    """As far as it can be read."""
+    try:
+        found = json.loads(RealDisk(run.host).read(COPY_FILE) or b"{}")
+        services = tuple(line for line in found.get("services", ()) if isinstance(line, str))
+        at = found.get("in_step_at")
+        return Noted(int(found.get("num_records", 0)), float(at) if at else None, services)
+    except (ValueError, TypeError, AttributeError, OSError):
+        return Noted()
+
+
 class Copy:
     """This machine's copy of a run's ledger, and the line to the service that writes it."""
 
@@ -84,25 +119,30 @@ class Copy:
         self.reader = reader_of(run, key.public)
         self.trust = TrustChain(self.reader.chain.run_id, key.public)
         self.client = AveragingClient(services, self.trust, events, token=_token(run))
-        self.name = load_or_create_key(run.host / "copy.key").peer_id
-        self.in_step_at = 0.0
+        self.name = os.urandom(8).hex()  # of this process: what another one has is not what this one has
+        self.in_step_at: float | None = None
+        self._num_small = 0  # pages in a row
         self._noted_at = 0.0
 
+    @property
+    def term(self) -> int:
+        """The newest that this ledger or a service that was met names; 0: none."""
+        return max(self.trust.term, self.reader.newest.term if self.reader.newest is not None else 0)
+
     async def load(self) -> None:
-        """Read and check what is here."""
+        """Read and check what is here. Raises IntegrityError."""
 
         def read() -> None:
             for sealed in self.journal.load():
                 self.reader.accept(sealed)
 
         await asyncio.to_thread(read)
-        self.trust.term = self.reader.newest.term if self.reader.newest is not None else 0
+        if self.reader.newest is not None:
+            self.trust.note(self.reader.newest)
 
     async def check(self) -> None:
-        """The service's run is ours. Raises ManifestMismatch, Unreachable."""
-        theirs = (await self.client.describe()).manifest
-        if theirs.run_id() != self.trust.run_id:
-            raise ManifestMismatch(self.trust.run_id[:12], theirs.run_id()[:12])
+        """The service answers. Raises Unreachable, and what ``open_link`` raises when somebody else does."""
+        await self.client.describe()
 
     async def step(self, wait_s: float) -> int:
         """Fetch what is new; how many records that were. Raises Unreachable, Refused, IntegrityError."""
@@ -110,30 +150,35 @@ class Copy:
         for sealed in page:
             self.reader.accept(sealed)
         await asyncio.to_thread(self.journal.append, page)
-        if len(page) < limits.MAX_LEDGER_RECORDS:  # that was all it had
+        self._num_small = self._num_small + 1 if len(page) <= MAX_LAG else 0
+        if self.is_in_step:
             self.in_step_at = time.time()
         self._note()
         return len(page)
+
+    @property
+    def is_in_step(self) -> bool:
+        """The service waits for this copy: the request before the last one said that it has nearly everything."""
+        return self._num_small >= 2
+
+    def fell_behind(self) -> None:
+        self._num_small = 0
 
     async def learn_addresses(self) -> None:
         """Who is in, for the day this machine has to be found without the first one."""
         swarm, _ = await self.client.status()
         known = [address for m in swarm.members if m.is_live for address in m.addresses]
         if known:
-            write_atomic(RealDisk(self.run.host), KNOWN_FILE, json.dumps(sorted(set(known))).encode())
+            with suppress(OSError):
+                write_atomic(RealDisk(self.run.host), KNOWN_FILE, json.dumps(sorted(set(known))).encode())
 
     def _note(self) -> None:
         if time.time() < self._noted_at + NOTE_S:
             return
         self._noted_at = time.time()
-        term = self.reader.newest.term if self.reader.newest is not None else 0
-        body = {
-            "num_records": self.reader.num_records,
-            "in_step_at": self.in_step_at,
-            "term": term,
-            "services": list(self.client.addresses),
-        }
-        write_atomic(RealDisk(self.run.host), COPY_FILE, json.dumps(body).encode())
+        body = {"num_records": self.reader.num_records, "in_step_at": self.in_step_at, "services": list(self.client.addresses)}
+        with suppress(OSError):  # a full disk is the journal's to report
+            write_atomic(RealDisk(self.run.host), COPY_FILE, json.dumps(body).encode())
 
 
 def _token(run: RunDir) -> bytes:
@@ -147,7 +192,7 @@ async def copying(run: RunDir, services: Sequence[str] | None, events: Events) -
         raise ConfigError(
             f"{run.run_key_file} is missing; a machine that is to take the run over needs it: keep this folder as safe as the first"
         )
-    where = tuple(services or _noted(run).get("services", ())) or (run.addresses()[1] if run.has_addresses() else ())
+    where = tuple(services or _noted(run).services) or (run.addresses()[1] if run.has_addresses() else ())
     if not where and not ledger_file(run).is_file():
         raise ConfigError(f"{run.root} has no ledger, and no service is known to copy it from; give one with --service HOST:PORT")
     journal = await asyncio.to_thread(SqliteJournal, ledger_file(run))
@@ -178,70 +223,106 @@ async def run_standby(run: RunDir, *, services: Sequence[str] | None, stop: Stop
 
 
 async def _follow(copy: Copy, events: Events) -> None:
-    answered_at, learned_at, is_checked, was_in_step, said = time.monotonic(), 0.0, False, False, ""
+    answered_at, learned_at, was_in_step, said = time.monotonic(), 0.0, False, ""
     while True:
         try:
-            if not is_checked:
-                await copy.check()
-                is_checked = True
-            is_in_step = await copy.step(WAIT_S) < limits.MAX_LEDGER_RECORDS
-            if is_in_step and not was_in_step:
+            await copy.step(WAIT_S)
+            if copy.is_in_step and not was_in_step:
                 events.emit("copy-in-step", num_records=copy.reader.num_records, why="what members hear from now on is on this disk, too")
-            was_in_step, answered_at, said = is_in_step, time.monotonic(), ""
+            was_in_step, answered_at, said = copy.is_in_step, time.monotonic(), ""
             if time.monotonic() > learned_at + ADDRESSES_S:
                 await copy.learn_addresses()
                 learned_at = time.monotonic()
-        except Unreachable as error:
+        except (Unreachable, Refused) as error:
+            if isinstance(error, Refused) and "expire" not in str(error):
+                raise
+            await copy.client.close()  # also where a clock was set: a new link compares them again
+            copy.fell_behind()
             was_in_step = False
             silent_s = time.monotonic() - answered_at
-            why = (
-                str(error)
-                if silent_s < GONE_S
-                else f"no answer for {silent_s:.0f} s; if that machine is gone: decentra host RUN_DIR --take-over"
-            )
-            if why[:20] != said[:20]:
+            kind = "gone" if silent_s > GONE_S else "away"
+            why = f"{error}; asked again" if kind == "away" else (
+                f"no answer for {silent_s:.0f} s. If that machine is gone: decentra host RUN_DIR --take-over. If another one has taken over: --service THAT"
+            )  # fmt: skip
+            if kind != said:
                 events.emit("waiting", why=why)
-                said = why
+                said = kind
             await asyncio.sleep(RETRY_S)
 
 
 async def take_over(run: RunDir, services: Sequence[str] | None, events: Events) -> int:
     """Make this folder's ledger the run's: fetch what is missing and send the other service home, if it answers. The new term.
 
-    Raises ConfigError where there is nothing to take over from, IntegrityError for a damaged copy.
+    Terms are Unix seconds, so that two machines which know nothing of each other do not take the same one. Raises Refused and Unreachable where a
+    service answers and does not let it be done in order, ConfigError where there is nothing to go on from, IntegrityError for a damaged copy.
     """
     async with copying(run, services, events) as copy:
-        if copy.reader.num_records == 0 and copy.reader.newest is None:
-            await copy.check()  # nothing here yet: the service has to answer, or there is nothing to go on from
-        try:
-            await copy.check()
-            while await copy.step(0.0):
-                pass
+        why_not, term = await _why_nobody_there(copy), 0
+        if why_not is None:
+            await _complete(copy)
             await copy.learn_addresses()
-            answer = await copy.client.command(copy.key, "retire", f"term {copy.trust.term + 1}")
-            while await copy.step(0.0):
-                pass
-            why = f"{answer}; its last record is here"
-        except (Unreachable, Refused) as error:
-            why = (
-                f"the other service could not be told ({error}); members follow the higher term as soon as they meet it. {_how_fresh(run)}"
-            )
+            term = max(copy.term + 1, int(time.time()))
+            why = await copy.client.command(copy.key, "retire", str(term))
+            await _complete_at_last(copy)
+            why += "; its last record is here"
+        else:
+            why = f"no service of this run answers ({why_not}); members follow the higher term as soon as they meet it. {_how_fresh(run)}"
+        if copy.reader.num_records == 0:
+            raise ConfigError(f"{ledger_file(run)} is empty and {why_not}: there is nothing to go on from")
+        newest = copy.reader.newest
+        if newest is not None and newest.service_public == _own_public(run):
+            _set_keys_aside(run, is_other_alive=why_not is None)
+        (run.host / COPY_FILE).unlink(missing_ok=True)
         events.emit("taking-over", num_records=copy.reader.num_records, why=why)
-        return (copy.reader.newest.term if copy.reader.newest is not None else 1) + 1
+        return term or max(copy.term + 1, int(time.time()))
+
+
+async def _why_nobody_there(copy: Copy) -> str | None:
+    """None when the run's service answers. Whoever else does so at its address is nobody to us."""
+    if not copy.client.addresses:
+        return "none is known"
+    try:
+        await copy.check()
+    except (Unreachable, IntegrityError, ManifestMismatch, VersionMismatch) as error:
+        return str(error)
+    return None
+
+
+async def _complete(copy: Copy) -> None:
+    while await copy.step(0.0):
+        pass
+
+
+async def _complete_at_last(copy: Copy) -> None:
+    """The last records of a service that was sent home; it lets them be read for some seconds. Raises Unreachable."""
+    for _ in range(NUM_LAST_TRIES):
+        try:
+            return await _complete(copy)
+        except Unreachable:
+            await asyncio.sleep(0.2)
+    raise Unreachable(
+        "the other service was sent home, but its last records did not arrive; start it there again ('decentra host'), and take over again"
+    )
+
+
+def _own_public(run: RunDir) -> bytes | None:
+    path = run.host / "service.key"
+    return load_key(path).public if path.is_file() else None
+
+
+def _set_keys_aside(run: RunDir, *, is_other_alive: bool) -> None:
+    """This folder was copied with the other machine's keys: two services with one key could not be told apart, and two nodes with one id not found.
+
+    Where that machine is gone the node's id stays: invites and members know this bootstrap node by it.
+    """
+    for name in ("service.key", "tls.pem", "certificate", "invite", *(("identity.key",) if is_other_alive else ())):
+        if (path := run.host / name).exists():
+            path.rename(path.with_name(f"{name}.of-the-other-machine"))
 
 
 def _how_fresh(run: RunDir) -> str:
     """What is known of how much this copy lacks."""
-    at = _noted(run).get("in_step_at")
-    if not isinstance(at, float):
-        return "This folder's ledger was not kept in step: rounds that it lacks are lost, and members go back to its newest anchors"
+    at = _noted(run).in_step_at
+    if at is None:
+        return "This folder's ledger was not kept in step: rounds that it lacks are lost"
     return f"This copy was in step {time.time() - at:.0f} s ago"
-
-
-def _noted(run: RunDir) -> dict[str, Any]:
-    """What the copy wrote of itself; empty where nothing can be read."""
-    try:
-        found = json.loads(RealDisk(run.host).read(COPY_FILE) or b"{}")
-    except ValueError:
-        return {}
-    return found if isinstance(found, dict) else {}

@@ -6,6 +6,7 @@ import asyncio
 import functools
 import json
 import os
+import random
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
@@ -41,6 +42,7 @@ from decentra.protocol.placement import check_experts
 from decentra.wire.trust import TrustChain
 
 RETRY_S, MAX_RETRY_S = 2.0, 15.0
+MAX_PER_PUBLISHER, MEET_S = 2, 5.0
 SERVICE_LOOKUP_S, AWAY_LOOKUP_S, MAX_SERVICE_ADDRESSES = 30.0, 5.0, 8  # often only while there is no stream
 MANIFEST_FILE, CREDENTIALS_FILE, TERM_FILE = "manifest.json", "credentials", "term"
 
@@ -84,7 +86,7 @@ async def open_door(
     trust = TrustChain(invite.run_id, invite.run_public)
     disk, nonce = RealDisk(root), new_nonce()
     credentials = stored_credentials(disk, trust, key.peer_id, events)
-    trust.term = stored_term(disk)
+    load_term(disk, trust)
     client = AveragingClient(invite.services, trust, events, key=key, token=invite.token, credentials=credentials)
     stored = _stored_manifest(disk, invite.run_id, events)
     deadline, retry_s = time.monotonic() + patience_s, RETRY_S
@@ -119,7 +121,7 @@ async def open_door(
             retry_s = min(MAX_RETRY_S, 1.5 * retry_s)
         write_atomic(disk, MANIFEST_FILE, manifest.canonical_bytes())
         write_atomic(disk, CREDENTIALS_FILE, client.credentials)
-        write_atomic(disk, TERM_FILE, str(trust.term).encode())
+        store_term(disk, trust)
         unfinished.pop_all()
     return Door(manifest, key, trust, client, nonce, is_admitted=True)
 
@@ -137,12 +139,18 @@ def stored_credentials(disk: RealDisk, trust: TrustChain, peer: PeerId, events: 
     return credentials
 
 
-def stored_term(disk: RealDisk) -> int:
-    """The highest that a service of this run was met with, 0 for none: whoever was replaced stays replaced over restarts."""
+def load_term(disk: RealDisk, trust: TrustChain) -> None:
+    """The highest that a service of this run was met with, and its key: whoever was replaced stays replaced over restarts."""
     try:
-        return max(0, int(disk.read(TERM_FILE) or b"0"))
+        term, _, public = (disk.read(TERM_FILE) or b"0 ").decode().partition(" ")
+        trust.term, trust.service_public = max(0, int(term)), bytes.fromhex(public) or None
     except ValueError:
-        return 0
+        return
+
+
+def store_term(disk: RealDisk, trust: TrustChain) -> None:
+    with suppress(OSError):  # a full disk: it is met again after a restart
+        write_atomic(disk, TERM_FILE, f"{trust.term} {(trust.service_public or b'').hex()}".encode())
 
 
 def _stored_manifest(disk: RealDisk, run: RunId, events: Events) -> Manifest | None:
@@ -306,25 +314,33 @@ async def follow_service(door: Door, node: GossipNode, invited: Sequence[str], r
 
     Anybody can publish an address: the certificate chain to the run key decides whom we talk to, and of several the highest term.
     """
-    disk, term = RealDisk(root), door.trust.term
+    disk, stored = RealDisk(root), -1
     looked_at = 0.0
     while True:
         await asyncio.sleep(AWAY_LOOKUP_S)
-        if door.trust.term != term:
-            term = door.trust.term
-            with suppress(OSError):  # a full disk: it is met again after a restart
-                write_atomic(disk, TERM_FILE, str(term).encode())
+        if door.trust.term != stored:
+            stored = door.trust.term
+            store_term(disk, door.trust)
         if door.client.is_attached and time.monotonic() < looked_at + SERVICE_LOOKUP_S:
             continue
         looked_at = time.monotonic()
         found = await service_addresses(node, door.trust.run_id)
-        addresses = tuple(dict.fromkeys([*invited, *found]))[:MAX_SERVICE_ADDRESSES]
-        if addresses != door.client.addresses:
+        addresses = tuple(dict.fromkeys([*door.client.addresses[:1], *invited, *found]))[:MAX_SERVICE_ADDRESSES]
+        if set(addresses) != set(door.client.addresses):
             door.client.use_addresses(addresses)
             events.emit("service-addresses", addresses=list(addresses))
-        for address in found:
-            with suppress(DecentraError):  # a higher term, once seen, ends streams of a lower one
-                await meet((address,), door.trust)
+        await meet_all(found, door.trust)
+
+
+async def meet_all(addresses: Sequence[str], trust: TrustChain) -> None:
+    """Let ``trust`` know of the services behind these addresses: a higher term, once seen, ends streams of a lower one."""
+
+    async def one(address: str) -> None:
+        with suppress(DecentraError, TimeoutError):
+            async with asyncio.timeout(MEET_S):
+                await meet((address,), trust)
+
+    await asyncio.gather(*(one(address) for address in addresses))
 
 
 async def service_addresses(node: GossipNode, run: RunId) -> list[str]:
@@ -333,7 +349,8 @@ async def service_addresses(node: GossipNode, run: RunId) -> list[str]:
         answers = await records.lookup(node, records.service_key(run))
     except DecentraError:
         return []  # the node reports its own troubles
-    return [line for _, body in answers for line in _address_lines(body)][:MAX_SERVICE_ADDRESSES]
+    found = [line for _, body in answers for line in _address_lines(body)[:MAX_PER_PUBLISHER]]
+    return random.sample(found, min(MAX_SERVICE_ADDRESSES, len(found)))  # anybody can publish some; nobody can fill the list for good
 
 
 def _address_lines(body: bytes) -> list[str]:

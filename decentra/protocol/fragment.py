@@ -69,6 +69,7 @@ class FragmentBook:
     height: int = 0
     number: int = 0  # of the newest round
     gap: int = 0  # numbers that the next round leaves out
+    may_lack: bool = False  # rounds: another service took over from a copy, and no round was confirmed since
     round: Round | None = None
     holdings: Mapping[PeerId, Digest] = field(default_factory=dict)  # what each member last said it holds
     history: tuple[tuple[Digest, int], ...] = ()  # (anchor, height), oldest first
@@ -154,7 +155,7 @@ def taken_over(book: FragmentBook, now: float) -> Step:
 
 def skip_numbers(book: FragmentBook) -> FragmentBook:
     """The next round gets a number that no round of an earlier term can have."""
-    return replace(book, gap=TERM_GAP)
+    return replace(book, gap=book.gap + TERM_GAP, may_lack=True)
 
 
 def tick(book: FragmentBook, present: Present, now: float, rules: Rules, timing: Timing, *, may_open: bool) -> Step:
@@ -231,7 +232,7 @@ def restore(book: FragmentBook, record: ledger.Record, now: float, timing: Timin
         case ledger.GaveUp() if book.round is not None:
             return _close(replace(book, round=replace(book.round, phase=record.phase, why=record.why)), now, book.anchor, book.height)
         case ledger.RolledBack():
-            return replace(book, anchor=record.anchor, height=record.height, orphan_since=None, residual=None)
+            return replace(book, anchor=record.anchor, height=record.height, orphan_since=None, residual=None, may_lack=False)
     return book
 
 
@@ -288,6 +289,7 @@ def _close(book: FragmentBook, now: float, anchor: Digest, height: int) -> Fragm
         anchor=anchor,
         height=height,
         history=(*book.history, (book.anchor, book.height))[-NUM_HISTORY:] if is_confirmed else book.history,
+        may_lack=book.may_lack and not is_confirmed,
         recent=(*book.recent, outcome)[-NUM_RECENT:],
         tally=_counted(book.tally, over),
         idle_since=now,
@@ -394,6 +396,8 @@ def _consider_rollback(book: FragmentBook, present: Present, now: float, timing:
     """
     heights = dict(book.history)
     known = [(heights[d], d) for p, d in sorted(book.holdings.items()) if p in present.all and d in heights]
+    if not known and book.may_lack:
+        known = _most_held(book, present)
     if not known:
         return (replace(book, orphan_since=None) if book.orphan_since is not None else book), ()
     if book.orphan_since is None:
@@ -403,5 +407,15 @@ def _consider_rollback(book: FragmentBook, present: Present, now: float, timing:
         return book, ()
     height, anchor = max(known)
     why = f"nobody present has held anchor {book.anchor[:12]} of height {book.height} for {wait_s:g} s; back to height {height}"
-    rolled = replace(book, anchor=anchor, height=height, orphan_since=None, residual=None, idle_since=now, version=book.version + 1)
+    if anchor not in heights:
+        why = f"this ledger is a copy that lacks the newest rounds; its anchor {book.anchor[:12]} is gone, most who are here hold {anchor[:12]}"
+    rolled = replace(
+        book, anchor=anchor, height=height, orphan_since=None, residual=None, may_lack=False, idle_since=now, version=book.version + 1
+    )
     return rolled, (Write(ledger.RolledBack(book.fragment, height, anchor, why)),)
+
+
+def _most_held(book: FragmentBook, present: Present) -> list[tuple[int, Digest]]:
+    """An anchor that this ledger does not know: what most of those present hold, and at least two, as they would confirm one. Its height is taken as ours."""
+    held = [digest for peer, digest in sorted(book.holdings.items()) if peer in present.all]
+    return [(book.height, digest) for digest in sorted(set(held)) if held.count(digest) >= max(2, len(held) // 2 + 1)]

@@ -14,6 +14,7 @@ from decentra.ids import PeerId, short
 from decentra.protocol import placement
 from decentra.protocol.messages import Counters, Hello, Role
 
+NOT_A_MEMBER = "is not a member of this run"
 PLACE_KEPT_S = 86_400.0  # an absent member's place is given away after this
 Members = Mapping[PeerId, "Member"]
 
@@ -49,6 +50,7 @@ def check_admissible(
     if peer in revoked:
         raise Refused(f"the organiser revoked {short(peer)}")
     is_new = peer not in members and role is not Role.WATCHER
+    is_host = token == f"host-{peer}"  # the service's own keeper; an invite's token is 16 hex characters
     if manifest.admission.mode == "invited":
         if token is None:
             raise Refused("this run admits invited peers only; ask its organiser for an invite")
@@ -56,7 +58,7 @@ def check_admissible(
             raise Refused("the organiser revoked this invite; ask for a new one")
         if is_new and len(token_uses.get(token, ())) >= most_uses:
             raise Refused(f"this invite is used up ({most_uses} of {most_uses} peers); ask for a new one")
-    if is_new and num_counted(members, revoked, now) >= manifest.admission.max_members:
+    if is_new and not is_host and num_counted(members, revoked, now) >= manifest.admission.max_members:
         raise Refused(f"the run is full: {manifest.admission.max_members} members")
 
 
@@ -84,7 +86,7 @@ def check_hello(manifest: Manifest, members: Members, revoked: Collection[str], 
     """Raise Refused for a Hello that cannot be taken."""
     member = members.get(hello.peer)
     if member is None or hello.peer in revoked:
-        raise Refused(f"{short(hello.peer)} is not a member of this run; join with an invite")
+        raise Refused(f"{short(hello.peer)} {NOT_A_MEMBER}; join with an invite")
     if member.role is not hello.role:
         raise Refused(f"{short(hello.peer)} was admitted as {member.role}, not as {hello.role}")
     is_copy = member.nonce and member.nonce != hello.nonce

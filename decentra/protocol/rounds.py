@@ -444,9 +444,16 @@ class RoundBook:
         if certificate == self.certificate:
             return
         effects.append(Write(ledger.Certified(term, certificate)))
-        if 0 < self.term < term:
+        if self._is_later(term):
+            were_open = {f for f, b in self.fragments.items() if b.active is not None and b.active.phase is Phase.OPEN}
             self._each(lambda b: books.taken_over(b, now), effects)
+            if self.stopping is not None:  # each fragment still gets its last round
+                self.last_rounds |= {f: self.fragments[f].number + 1 for f in were_open}
         self.term, self.certificate = term, certificate
+
+    def _is_later(self, term: int) -> bool:
+        """Than that of the service before, which was 1 where a ledger is older than certificates."""
+        return (self.term or (1 if self.members else 0)) not in (0, term) and term > self.term
 
     def _stop(self, why: str, effects: list[Effect], *, awaits_successor: bool = False) -> None:
         if self.stopping is None or awaits_successor:
@@ -513,7 +520,7 @@ class RoundBook:
                         f"the ledger is of run {run[:12]}, this manifest is run {self.run[:12]}; use the run's own directory"
                     )
             case ledger.Certified(term, certificate):
-                if 0 < self.term < term:
+                if self._is_later(term):
                     self.fragments = {f: books.skip_numbers(b) for f, b in self.fragments.items()}
                 self.term, self.certificate = term, certificate
             case ledger.Admitted(peer, role, name, token):

@@ -10,6 +10,7 @@ from decentra.ports import Clock, Events
 
 COPY_S = 2.0  # a copy that does not have a record after this time is not waited for until it has caught up
 MAX_COPIES = 8
+MAX_LAG = 256  # records; a copy that lacks no more is waited for, and has them in a moment
 FORGOTTEN_S = 3600.0
 
 
@@ -61,9 +62,10 @@ class Copies:
                 raise Refused(f"{MAX_COPIES} copies of this ledger are kept already")
             copy = self._copies.setdefault(name, _Copy(num_records, now))
             copy.num_records, copy.heard_at = num_records, now
-            if num_records == self.num_records and not copy.is_in_step:
-                copy.is_in_step = True
+            is_near = num_records >= self.num_records - MAX_LAG
+            if is_near and not copy.is_in_step:
                 self.events.emit("copy-in-step", copy=name, num_records=num_records)
+            copy.is_in_step = is_near
             self._changed.notify_all()
             try:
                 async with asyncio.timeout(wait_s):

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from decentra.config import Manifest
-from decentra.errors import Refused
+from decentra.errors import Refused, Unreachable
 from decentra.ids import FragmentId, PeerId, RunId, short
 from decentra.ports import Clock, Compute, Events, Journal
 from decentra.protocol import ledger
@@ -56,6 +56,7 @@ class Driver:
         None  # judges (line, signature, record) of what the journal holds; raises IntegrityError
     )
     certificate: tuple[int, bytes] | None = None  # (term, sealed) of this service
+    on_read: Callable[[], None] = lambda: None  # the journal was read and nothing written yet; may raise IntegrityError
     book: RoundBook = field(init=False)
     _ledger: Ledger = field(init=False, default_factory=Ledger)
     _outcomes: dict[tuple[FragmentId, int], Outcome] = field(init=False, default_factory=dict)
@@ -81,6 +82,7 @@ class Driver:
             if self.vouch is not None:
                 self.vouch(line, signature, records[-1])
             self._note(records[-1])
+        self.on_read()
         if records:
             self.book = RoundBook.restore(self.manifest, records, now)
             self.events.emit("service-resumed", num_records=len(records), run=self.book.run)
@@ -183,7 +185,9 @@ class Driver:
         if kind in ("drain", "kick"):
             return await self._send_away(kind, argument)
         if kind == "retire":
-            self.retire(f"another machine took the run over ({argument}); this one's copy of it is out of date from now on")
+            if not argument.isdecimal() or int(argument) <= self.book.term:
+                raise Refused(f"this order is for a service before term {argument[:20]}, this one is of term {self.book.term}")
+            self.retire(f"another machine took the run over (term {argument}); this one's copy of it is out of date from now on")
             await self._submit(_Work(Tick(self.clock.wall())))
             return f"run {self.book.run[:12]} is no longer served here"
         raise Refused(f"unknown command {kind[:40]!r}; known: stop, pass-on, succeed, revoke, drain, kick, retire")
@@ -228,13 +232,18 @@ class Driver:
         """Nothing is written any more; whoever takes over gets the time to read the last records."""
         for work in batch:
             if work.done is not None and not work.done.done():
-                work.done.set_result(None)
+                if isinstance(work.event, Tick):  # the order itself
+                    work.done.set_result(None)
+                else:
+                    work.done.set_exception(Unreachable(f"{self._retired}; nothing is decided here any more"))
         for mailbox in self._mailboxes.values():
             mailbox.close(None)
         await self.clock.sleep(RETIRED_S)
         raise Refused(self._retired)
 
     async def _submit(self, work: _Work) -> None:
+        if self._retired and not isinstance(work.event, Tick):
+            raise Unreachable(f"{self._retired}; nothing is decided here any more")
         work.done = asyncio.get_running_loop().create_future()
         self._queue.put_nowait(work)
         await work.done

@@ -23,7 +23,11 @@ from decentra.wire.signed import Opened, open_sealed, purpose_of, seal
 CERTIFICATE, ADMISSION, JOIN, COMMAND, MANIFEST, TOKEN = "service-certificate", "admission", "join", "command", "manifest", "token"
 LEDGER, SUCCESSOR = "ledger", "successor"
 MAX_CREDENTIALS_BYTES = 4096
-MAX_TERM = 1 << 31
+MAX_TERM = 1 << 40
+_WHAT_TO_DO = (
+    "Whoever runs it has to stop it; to use that machine again, move host/ledger.db away and let it keep a copy:"
+    " decentra averager RUN_DIR --standby --service THE_OTHER_ONE"
+)
 RECHECK_S, MAX_CHECKED = 60.0, 512  # signatures of shown credentials are checked again after; how many are remembered
 
 _TOKEN_FORMAT = 1
@@ -139,6 +143,7 @@ class TrustChain:
     def __init__(self, run_id: RunId, run_public: bytes) -> None:
         self.run_id, self.run_public = run_id, run_public
         self.term = 0  # the highest that a service of this run was seen with
+        self.service_public: bytes | None = None  # of that service; None: not known any more
         self._revoked: set[str] = set()
         self._checked: dict[bytes, tuple[Admission, float]] = {}
 
@@ -162,12 +167,16 @@ class TrustChain:
 
     def why_replaced(self, certificate: ServiceCertificate) -> str | None:
         """Why a service with a valid certificate is none of this run's any more; None while it is."""
+        if certificate.term == self.term and self.service_public not in (None, certificate.service_public):
+            return f"another service has term {certificate.term} as well; of two such the one that was met first counts. {_WHAT_TO_DO}"
         if certificate.term >= self.term:
             return None
-        return (
-            f"it is of term {certificate.term}, and the run is served in term {self.term}; whoever runs it has to stop it, or let it keep a copy of"
-            " the ledger: decentra averager RUN_DIR --standby"
-        )
+        return f"it is of term {certificate.term}, and the run is served in term {self.term}. {_WHAT_TO_DO}"
+
+    def note(self, certificate: ServiceCertificate) -> None:
+        """This service was met, or wrote the ledger; from now on those of earlier terms are none of this run's."""
+        if certificate.term >= self.term:
+            self.term, self.service_public = certificate.term, certificate.service_public
 
     def check_credentials(self, credentials: bytes, peer: PeerId, now_s: float) -> Admission:
         """The admission of ``peer``, whose identity the caller knows already (a stream's authenticated id, a signature)."""

@@ -68,7 +68,8 @@ def measure(num_kills: int, num_peers: int, seed: int, say: Callable[[str], None
             "kills": num_kills, "peers": num_peers, "seed": seed, "settlements": sum(isinstance(r, ledger.Settled) for r in records),
             "settlements_lost": num_lost, "settlements_doubled": _doubled(records), "rounds_confirmed": sum(isinstance(r, ledger.Confirmed) for r in records),
             "rounds_given_up": sum(isinstance(r, ledger.GaveUp) for r in records),
-            "why_given_up": dict(Counter(f"{r.phase}: {r.why}" for r in records if isinstance(r, ledger.GaveUp))), "next_settlement_p50_s": statistics.median(waits_s),
+            "why_given_up": dict(Counter(f"{r.phase}: {r.why}" for r in records if isinstance(r, ledger.GaveUp))),
+            "next_settlement_p50_s": statistics.median(waits_s),
             "next_settlement_p95_s": percentile(waits_s, 0.95), "waits_s": [round(w, 1) for w in waits_s], "members_left": members_left, "exit_codes": ended,
             "anchors_equal": _are_confirmed([p.last_json().get("anchors", {}) for p in peers], records, run),
         }  # fmt: skip

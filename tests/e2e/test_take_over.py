@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from itertools import pairwise
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from decentra.protocol.fragment import TERM_GAP
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(170)]
 NUM_PEERS = 3
+MAX_BATCH_RECORDS = 24  # of one commit of this small run
 
 
 def start(world: Lab) -> tuple[RunDir, RunDir, Command, list[Command], str]:
@@ -27,7 +29,7 @@ def start(world: Lab) -> tuple[RunDir, RunDir, Command, list[Command], str]:
     host = world.host(run)
     invite = world.invite_of(host.start())
     service = parse_invite(invite).services[0]
-    peers = [world.member("join", invite, f"peer-{i}").start() for i in range(NUM_PEERS)]
+    peers = [world.member("join", invite, f"peer-{i}", "--verbose").start() for i in range(NUM_PEERS)]
     world.wait_for("rounds", lambda: host.heights().get("trunk/0", 0) >= 2)
     return run, second, host, peers, service
 
@@ -51,6 +53,7 @@ def test_a_copy_takes_over_from_a_machine_that_is_gone(tmp_path: Path) -> None:
         height = host.heights()["trunk/0"]
         world.wait_for("rounds with a copy", lambda: host.heights()["trunk/0"] >= height + 3)
         host.kill()
+        told = {(e["fragment"], e["round"], e["anchor"]) for p in peers for e in p.events("committed")}
         gone = ledger_records(run, tmp_path / "gone")
         assert ctrl_c(standby)[0] == 0
         new = second_host(world, second)
@@ -71,16 +74,19 @@ def test_a_copy_takes_over_from_a_machine_that_is_gone(tmp_path: Path) -> None:
             assert set(peer.last_json()["anchors"].items()) <= known
 
     # nothing that members were told of is lost, and no round number of the old term is used again
-    told = [r for r in gone if isinstance(r, ledger.Settled | ledger.Confirmed)]
-    assert records[: len(gone)] == gone or all(r in records for r in told)
+    kept = {(r.fragment, r.round, r.anchor[:12]) for r in records if isinstance(r, ledger.Confirmed)}
+    assert told <= kept
+    num_common = next((i for i, (a, b) in enumerate(zip(gone, records, strict=False)) if a != b), len(gone))
+    assert len(gone) - num_common <= MAX_BATCH_RECORDS, "more than what the service was just writing, and had told nobody, is missing"
     terms = [r.term for r in records if isinstance(r, ledger.Certified)]
     assert terms[0] == 1
-    assert terms[-1] == 2
+    assert len(set(terms)) == 2
+    assert terms[-1] > time.time() - 3600, "terms are Unix seconds"
     numbers = [r.round for r in records if isinstance(r, ledger.Opened) and r.fragment == "trunk/0"]
     assert max(b - a for a, b in pairwise(numbers)) == TERM_GAP + 1
     said = world.run("verify", str(second.root), "--json")
     assert said[0] == 0, said
-    assert said[1]["term"] == 2
+    assert said[1]["term"] == terms[-1]
     assert said[1]["num_records"] >= len(records)
 
 
@@ -104,5 +110,6 @@ def test_a_folder_without_any_copy_and_nobody_to_copy_from(tmp_path: Path) -> No
     with lab(tmp_path) as world:
         run = world.init()
         host = world.host(run, "--take-over", "--service", "127.0.0.1:9").start()
-        assert host.exit_code(60) == 3, host.tail()
+        assert host.exit_code(60) == 2, host.tail()
+        assert "there is nothing to go on from" in host.tail()
         assert not (run.host / "ledger.db").exists() or json.dumps(ledger_records(run, tmp_path / "empty")) == "[]"

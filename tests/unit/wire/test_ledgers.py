@@ -90,6 +90,16 @@ def test_a_service_of_an_earlier_term_was_replaced() -> None:
     chain = TrustChain(RUN, RUN_KEY.public)
     old, new = (ServiceCertificate(FIRST.public, b"\7" * 32, 1, term) for term in (1, 2))
     assert chain.why_replaced(old) is None
-    chain.term = new.term
+    chain.note(new)
     assert chain.why_replaced(new) is None
     assert "served in term 2" in str(chain.why_replaced(old))
+    chain.note(old)
+    assert chain.term == 2
+
+
+def test_of_two_services_of_one_term_the_first_counts() -> None:
+    chain = TrustChain(RUN, RUN_KEY.public)
+    first, other = (ServiceCertificate(key.public, b"\7" * 32, 1, 5) for key in (FIRST, SECOND))
+    chain.note(first)
+    assert chain.why_replaced(first) is None
+    assert "another service has term 5 as well" in str(chain.why_replaced(other))
