@@ -259,7 +259,8 @@ async def take_over(run: RunDir, services: Sequence[str] | None, events: Events)
     async with copying(run, services, events) as copy:
         why_not, term = await _why_nobody_there(copy), 0
         if why_not is None:
-            await _complete(copy)
+            while await copy.step(0.0) > MAX_LAG:  # the service goes on writing meanwhile
+                pass
             await copy.learn_addresses()
             term = max(copy.term + 1, int(time.time()))
             why = await copy.client.command(copy.key, "retire", str(term))
@@ -288,16 +289,13 @@ async def _why_nobody_there(copy: Copy) -> str | None:
     return None
 
 
-async def _complete(copy: Copy) -> None:
-    while await copy.step(0.0):
-        pass
-
-
 async def _complete_at_last(copy: Copy) -> None:
     """The last records of a service that was sent home; it lets them be read for some seconds. Raises Unreachable."""
     for _ in range(NUM_LAST_TRIES):
         try:
-            return await _complete(copy)
+            while await copy.step(0.0):
+                pass
+            return
         except Unreachable:
             await asyncio.sleep(0.2)
     raise Unreachable(
