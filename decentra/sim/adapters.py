@@ -171,6 +171,8 @@ class SimNet:
     cut: set[frozenset[PeerId]] = field(default_factory=set)
     max_delay_s: float = 0.1
     loss: float = 0.0  # share of blob requests that fail
+    rot: float = 0.0  # share of blobs that arrive with a bit turned over
+    doubled: float = 0.0  # share of members' messages that the service hears twice
 
     def is_up(self, a: PeerId, b: PeerId) -> bool:
         return frozenset({a, b}) not in self.cut
@@ -215,6 +217,9 @@ class SimExchange:
         data = await other.read(digest)
         if data is None:
             raise Refused(f"{peer} does not have {digest[:12]}")
+        if data and self.net.rng.random() < self.net.rot:
+            at = self.net.rng.randrange(len(data))
+            data = data[:at] + bytes([data[at] ^ 1 << self.net.rng.randrange(8)]) + data[at + 1 :]
         half = max(offset, len(data) // 2)
         yield data[offset:half]
         await self.net.delay()
@@ -274,6 +279,8 @@ class _SimSession:
         self._check()
         self._service.watch(message)
         await self._driver.deliver(message)
+        if self._service.net.rng.random() < self._service.net.doubled:
+            await self._driver.deliver(message)
 
     async def messages(self) -> AsyncIterator[ServiceMessage]:
         while True:

@@ -284,7 +284,7 @@ class World:
     def _one_fault(self) -> None:
         now = asyncio.get_running_loop().time()
         host = self.rng.choice(list(self.hosts.values()))
-        kinds = ["kill", "kill", "disk", "disk", "service", "cut", "partition", "slow", "loss", "heal", "heal"]
+        kinds = ["kill", "kill", "disk", "disk", "service", "cut", "partition", "slow", "loss", "rot", "doubled", "heal", "heal"]
         kind = self.rng.choice([*kinds, "wipe"] if self.num_wiped == 0 and host.role is Role.TRAINER else kinds)
         self.faults.append(f"{now:.1f} {kind} {host.peer}")
         later = asyncio.get_running_loop().call_later
@@ -310,6 +310,10 @@ class World:
                 self.net.max_delay_s = self.rng.choice([0.5, 2.0, 5.0])
             case "loss":
                 self.net.loss = self.rng.choice([0.2, 0.6])
+            case "rot":
+                self.net.rot = self.rng.choice([0.1, 0.5])
+            case "doubled":
+                self.net.doubled = 0.5
             case "heal":
                 self._mend()
 
@@ -323,7 +327,7 @@ class World:
 
     def _mend(self) -> None:
         self.net.cut.clear()
-        self.net.max_delay_s, self.net.loss = self.scenario.max_delay_s, 0.0
+        self.net.max_delay_s, self.net.loss, self.net.rot, self.net.doubled = self.scenario.max_delay_s, 0.0, 0.0, 0.0
 
     def _restart(self, host: _Host) -> None:
         if host.peer in self.hosts and (host.task is None or host.task.done()):

@@ -43,6 +43,7 @@ from decentra.protocol.messages import (
     Hello,
     Holding,
     MemberView,
+    Merged,
     Offer,
     Outcome,
     Phase,
@@ -123,8 +124,7 @@ def _packets() -> list[bytes]:
 
 
 def _views() -> list[Any]:
-    entry = Entry(ME.peer_id, DIGEST, 100, 10, 0x3F800000, 0x3F800000, 0x3F800000)
-    settled = Settlement(FRAGMENT.id, 4, 4, DIGEST, (entry,), 0x3F800000, 0, "all are in")
+    settled = _settled()
     offer = Offer(FRAGMENT.id, 4, ME.peer_id, DIGEST, DIGEST, 100, 10, 5, 0x3F800000, proof=b"proof")
     outcome = Outcome(4, Phase.SETTLED, "all are in", settled)
     member = MemberView(ME.peer_id, "me", Role.TRAINER, True, ("/ip4/10.0.0.1/tcp/7410",), (0, 1), Counters(loss=2.5))
@@ -135,11 +135,20 @@ def _views() -> list[Any]:
     return [view, SwarmView(1, (member,), revoked=(ME.peer_id,))]
 
 
+def _settled() -> Settlement:
+    entry = Entry(ME.peer_id, DIGEST, 100, 10, 0x3F800000, 0x3F800000, 0x3F800000)
+    merged = Merged(DIGEST, 100, DIGEST)
+    return Settlement(FRAGMENT.id, 4, 4, DIGEST, (entry,), 0x3F800000, 0, "all are in", (ME.peer_id,), DIGEST, merged)
+
+
 def _ledger() -> bytes:
     book = ledger.Ledger()
     records: list[ledger.Record] = [
         ledger.Started(RUN, ((FRAGMENT.id, DIGEST),)), ledger.Admitted(ME.peer_id, Role.TRAINER, "me"), ledger.Placed(ME.peer_id, (0, 1)),
-        ledger.Opened(FRAGMENT.id, 1, 0, DIGEST, (ME.peer_id,), ()), ledger.Revoked("12" * 8, "why"),
+        ledger.Opened(FRAGMENT.id, 1, 0, DIGEST, (ME.peer_id,), ()), ledger.Revoked("12" * 8, "why"), ledger.Certified(1, b"certificate"),
+        ledger.Settled(_settled(), (b"proof",)), ledger.Confirmed(FRAGMENT.id, 4, 4, DIGEST, (ME.peer_id,), False, "2 attested", (b"proof",)),
+        ledger.GaveUp(FRAGMENT.id, 5, Phase.VOID, "why"), ledger.RolledBack(FRAGMENT.id, 0, DIGEST, "why"), ledger.Quarantined(ME.peer_id, 9, "why"),
+        ledger.Stopping("why", True), ledger.Succeeded(RUN),
     ]  # fmt: skip
     return b"\n".join(book.append(r) for r in records)
 
@@ -158,23 +167,31 @@ def _tokenizer() -> bytes:
 
 
 def _checkpoint_doors(scratch: Path) -> list[Door]:
-    """Each file of a model's folder, the others left as they are."""
+    """Each file of a model's folder, the others left as they are: one that decentra made, and one of Hugging Face, without our card."""
     spec = ModelSpec(hidden_size=16, num_layers=1, num_heads=1, num_kv_heads=1, head_dim=8, expert_hidden_size=8, num_experts=2)
-    folder = scratch / "model"
-    save_checkpoint(folder, Manifest(name="m", model=spec, data=DataSpec(seq_len=24)), build_model(spec, 1).state_dict().items(), {})
+    found = []
+    for kind in ("ours", "theirs"):
+        folder = scratch / kind
+        save_checkpoint(folder, Manifest(name="m", model=spec, data=DataSpec(seq_len=24)), build_model(spec, 1).state_dict().items(), {})
+        if kind == "theirs":
+            (folder / "decentra.json").unlink()
+        for path in sorted(p for p in folder.iterdir() if p.suffix in (".json", ".safetensors")):
+            if (kind, path.name) != ("ours", "config.json"):  # which is not looked at beside our card
+                found.append(Door(f"checkpoint {kind} {path.name}", _reader(folder, path), (path.read_bytes(),)))
+    return found
 
-    def read_with(path: Path, good: bytes) -> Callable[[bytes], Any]:
-        def read(data: bytes) -> Any:
-            path.write_bytes(data)
-            try:
-                return open_checkpoint(folder).state()
-            finally:
-                path.write_bytes(good)
 
-        return read
+def _reader(folder: Path, path: Path) -> Callable[[bytes], Any]:
+    good = path.read_bytes()
 
-    files = sorted(p for p in folder.iterdir() if p.suffix in (".json", ".safetensors"))
-    return [Door(f"checkpoint {p.name}", read_with(p, p.read_bytes()), (p.read_bytes(),)) for p in files]
+    def read(data: bytes) -> Any:
+        path.write_bytes(data)
+        try:
+            return open_checkpoint(folder).state()
+        finally:
+            path.write_bytes(good)
+
+    return read
 
 
 # ---------------------------------------------------------------- reading and repairing
