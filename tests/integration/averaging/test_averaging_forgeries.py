@@ -119,7 +119,7 @@ async def attend_with(w: World, frame: bytes, *, credentials: bytes) -> None:
     """Open a stream with a first frame of our own making and wait for the service's answer."""
     async with client_module._Using(w.client()) as link:
         call = rpc.multicallable(link.channel, "Attend")(metadata=rpc.metadata_of(credentials))
-        session = GrpcSession(link, call, MALLORY, w.manifest.run_id(), w.events)
+        session = GrpcSession(link, call, MALLORY, w.chain, w.events)
         await session._write(frame)
         await within(session._read())
 

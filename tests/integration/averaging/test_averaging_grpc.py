@@ -444,7 +444,7 @@ def test_a_silent_stream_is_ended() -> None:
             client = await w.member()
             async with client_module._Using(client) as link:
                 call = rpc.multicallable(link.channel, "Attend")(metadata=rpc.metadata_of(client.credentials))
-                session = GrpcSession(link, call, ALICE, w.manifest.run_id(), w.events)
+                session = GrpcSession(link, call, ALICE, w.chain, w.events)
                 with pytest.raises(Refused, match="expected a hello within"):
                     await collect(session, [])
 

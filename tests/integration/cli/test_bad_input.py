@@ -285,6 +285,7 @@ def test_damaged_files_of_the_host(hosted: Hosted, tmp_path: Path) -> None:
         path.unlink()
     ledger.write_bytes(b"no database at all, for long enough to be noticed" * 100)
     decentra("host", str(run.root), *HOST_ARGS).refused(5, "ledger.db is damaged", "restore")
+    ledger.unlink()
     (run.host / "service.key").write_bytes(b"short")
     decentra("averager", str(run.root), "--listen", "127.0.0.1:0").refused(2, "service.key", "68-byte")
 
