@@ -102,7 +102,7 @@ TRIALS = (
         ),
     ),
     Trial(
-        "byzantine", "three of eight lie", ("tests.chaos.byzantine", "--arms", "mean,trimmed,guarded"), ("--attacks", "flip", "--steps", "20"),
+        "byzantine", "three of eight lie", ("tests.chaos.byzantine", "--arms", "mean,trimmed,judged"), ("--attacks", "flip", "--steps", "20"),
         (
             Asked(
                 "worst loss over the honest peers alone", "at most 1.03", lambda f: f"{max(r['loss_ratio'] for r in f['rows']):.4f}",
@@ -183,7 +183,7 @@ def _plot_healing(axes: Any, found: Found) -> None:
 
 
 def _plot_attacks(axes: Any, found: Found) -> None:
-    arms = (("loss_ratio", "judges, experts trimmed"), ("loss_ratio_trimmed", "all trimmed"), ("loss_ratio_undefended", "undefended"))
+    arms = (("loss_ratio", "judged"), ("loss_ratio_trimmed", "trimmed"), ("loss_ratio_undefended", "undefended"))
     for number, (key, name) in enumerate(arms):
         axes.bar([i + 0.27 * (number - 1) for i in range(len(found["rows"]))], [r[key] - 1 for r in found["rows"]], 0.25, label=name)
     axes.axhline(0.03, color="0.5", linestyle="--", linewidth=1)

@@ -4,7 +4,7 @@
 
 In the lab (tests/bench/lab.py), which shares accounts, codecs and merging with the runtime; every expert is trained by all, so each module has
 eight holders. Defences: judged (judging.share), trimmed (outer.merge), guarded (judging.share, and outer_experts.merge trimmed: what judges do not see);
-loss_ratio is that of the guarded arm. Attacks: flip (the delta times -1), x100, noise (of the honest norm), replay (the first delta for ever), copy
+loss_ratio is that of the judged arm. Attacks: flip (the delta times -1), x100, noise (of the honest norm), replay (the first delta for ever), copy
 (another's delta), nothing (a delta of zeros with a full weight), expert (honest, but for one expert, whose delta is sent ten times over and negated), alie
 (honest mean less 1.5 standard deviations, element by element: small but many, arXiv 1902.06156). What is not finite or lies about its norm never gets so
 far: receivers refuse it (tests/unit/delta/test_hostile.py). Clips at twice the median norm are on in all arms.
@@ -118,7 +118,7 @@ class Hostile(Swarm):
 
 
 ARMS = ("mean", "trimmed", "judged", "guarded")
-KEYS = {"loss_ratio": "guarded", "loss_ratio_judged": "judged", "loss_ratio_trimmed": "trimmed", "loss_ratio_undefended": "mean"}
+KEYS = {"loss_ratio": "judged", "loss_ratio_guarded": "guarded", "loss_ratio_trimmed": "trimmed", "loss_ratio_undefended": "mean"}
 ATTACKS = ("flip", "x100", "noise", "replay", "copy", "nothing", "alie", "expert")
 
 
@@ -143,7 +143,7 @@ def run(attack: str, arm: str, steps: int, seed: int, experts_per_peer: int = 8)
 
 def measure(attacks: Sequence[str], arms: Sequence[str], steps: int, seed: int, jobs: int, say: Callable[[str], None]) -> dict[str, Any]:
     cases = [("", m, 8) for m in arms] + [(a, m, 8) for a in attacks for m in arms]
-    cases += [(a, m, 2) for a in ("", "expert") for m in ("mean", "guarded") if "expert" in attacks]
+    cases += [(a, m, 2) for a in ("", "expert") for m in ("mean", "judged") if "expert" in attacks]
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
         losses, mistakes = {}, {}
         for case, (loss, num) in zip(
@@ -162,7 +162,7 @@ def measure(attacks: Sequence[str], arms: Sequence[str], steps: int, seed: int, 
         }
         for a in attacks
     ]
-    few = {arm: losses["expert", arm, 2] / losses["", "mean", 2] for arm in ("mean", "guarded")} if "expert" in attacks else {}
+    few = {arm: losses["expert", arm, 2] / losses["", "mean", 2] for arm in ("mean", "judged")} if "expert" in attacks else {}
     return {
         "num_peers": NUM_PEERS, "num_hostile": NUM_HOSTILE, "steps": steps, "seed": seed, "honest_loss": honest,
         "without_liars": {m: losses["", m, 8] / honest for m in arms},
