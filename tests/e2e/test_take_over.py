@@ -1,8 +1,10 @@
-"""The organiser's machine is gone for good: another one, which kept a copy of the ledger in step, serves the run on, and members find it by themselves."""
+"""The organiser's machine is gone for good: another one, which kept a copy of the ledger in step, serves the run on, and members find it by themselves.
+
+Taking over from a service that lives, and what may go wrong: tests/integration/cli/test_standby.py.
+"""
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from itertools import pairwise
@@ -88,28 +90,3 @@ def test_a_copy_takes_over_from_a_machine_that_is_gone(tmp_path: Path) -> None:
     assert said[0] == 0, said
     assert said[1]["term"] == terms[-1]
     assert said[1]["num_records"] >= len(records)
-
-
-def test_taking_over_from_a_living_service_sends_it_home(tmp_path: Path) -> None:
-    with lab(tmp_path) as world:
-        run, second, host, peers, service = start(world)
-        new = world.host(second, "--take-over", "--service", service)
-        new.name = "second-host"
-        new.start()
-        assert host.exit_code(60) == 4, host.tail()
-        assert "another machine took the run over" in host.tail()
-        height = host.heights()["trunk/0"]
-        world.wait_for("rounds at the second machine", lambda: new.heights().get("trunk/0", 0) >= height + 3, 90)
-        assert [ctrl_c(p)[0] for p in peers] == [0] * NUM_PEERS
-        ctrl_c(new)
-        before, after = ledger_records(run, tmp_path / "before"), ledger_records(second, tmp_path / "after")
-    assert after[: len(before)] == before, "the last record of the old service is the last before the new one's"
-
-
-def test_a_folder_without_any_copy_and_nobody_to_copy_from(tmp_path: Path) -> None:
-    with lab(tmp_path) as world:
-        run = world.init()
-        host = world.host(run, "--take-over", "--service", "127.0.0.1:9").start()
-        assert host.exit_code(60) == 2, host.tail()
-        assert "there is nothing to go on from" in host.tail()
-        assert not (run.host / "ledger.db").exists() or json.dumps(ledger_records(run, tmp_path / "empty")) == "[]"
