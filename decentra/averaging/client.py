@@ -176,10 +176,6 @@ class AveragingClient:
         return self._addresses
 
     @property
-    def token(self) -> bytes:
-        return self._token
-
-    @property
     def is_attached(self) -> bool:
         """Whether the last stream that was opened is still open."""
         return self._session is not None and not self._session.is_over

@@ -207,6 +207,7 @@ async def copying(run: RunDir, services: Sequence[str] | None, events: Events) -
 
 async def run_standby(run: RunDir, *, services: Sequence[str] | None, stop: StopRequest, events: Events) -> str:
     """Keep the copy in step until Ctrl-C. Raises IntegrityError when the service tells another story than before, Refused when it sends us away."""
+    run.manifest()  # a directory that is no run is the first thing to say, before anything is made in it
     with locked_dir(run.host):
         async with copying(run, services, events) as copy:
             following = asyncio.create_task(_follow(copy, events))

@@ -11,7 +11,7 @@ from decentra.ports import Clock, Events
 COPY_S = 2.0  # a copy that does not have a record after this time is not waited for until it has caught up
 MAX_COPIES = 8
 MAX_LAG = 256  # records; a copy that lacks no more is waited for, and has them in a moment
-FORGOTTEN_S = 3600.0
+FORGOTTEN_S = 30.0  # a copy asks every few seconds; a process that was started again has another name
 
 
 @dataclass

@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
@@ -31,6 +30,7 @@ from decentra.delta.decoded import Decoded
 from decentra.ids import TRUNK, FragmentId, PeerId, module_of_fragment
 from decentra.peer.judge import CLEARLY, Standing, asked_of, is_too_long, score
 from tests.bench.lab import Lab, Swarm, build_swarm, mean_loss, parse_settings, run_steps
+from tests.chaos.telling import teller
 
 NUM_PEERS, NUM_HOSTILE, H = 8, 3, 10
 SHARE, NUM_WINDOWS, QUARANTINE_ROUNDS = 0.2, 8, 16
@@ -183,12 +183,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--jobs", type=int, default=2)
     args = parser.parse_args(argv)
-    began = time.monotonic()
-
-    def say(line: str) -> None:
-        print(f"[{time.monotonic() - began:6.1f} s] {line}", file=sys.stderr, flush=True)
-
-    found = measure(args.attacks.split(","), args.arms.split(","), args.steps, args.seed, args.jobs, say)
+    found = measure(args.attacks.split(","), args.arms.split(","), args.steps, args.seed, args.jobs, teller())
     for row in found["rows"]:
         ratios = ", ".join(f"{arm} {row[key]:.3f}" for key, arm in KEYS.items() if key in row)
         print(f"{row['attack']:8} {ratios}, {row['false_quarantines']} false quarantines", file=sys.stderr)

@@ -19,7 +19,6 @@ victim_p95_s       from the kill to the first settlement with a packet of the pe
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import signal
 import statistics
@@ -43,6 +42,7 @@ from decentra.cli.rundir import RunDir
 from tests.bench.padded import model_code
 from tests.chaos import annals
 from tests.chaos.annals import Outage
+from tests.chaos.telling import end, teller
 
 STOP_S, CUT_S, RESTART_S = 20.0, 30.0, 1.0
 PAD_S = 0.3  # of a step
@@ -216,20 +216,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if (why := why_impossible()) is not None:
         print(f"no network lab: {why}", file=sys.stderr)
         return 3
-    began = time.monotonic()
-
-    def say(line: str) -> None:
-        print(f"[{time.monotonic() - began:6.1f} s] {line}", file=sys.stderr, flush=True)
-
-    found = measure(args.minutes, args.peers, args.kills, args.faults_per_hour, args.seed, say)
-    print(
+    found = measure(args.minutes, args.peers, args.kills, args.faults_per_hour, args.seed, teller())
+    summary = (
         f"throughput {found['throughput_ratio']:.3f} of fault-free (bound {found['bound_ratio']:.3f}), {found['settled_ratio']:.3f} of rounds confirmed,"
-        f" participation {found['participation']:.3f}, survivors +{found['survivor_p95_s']:.1f} s p95, victims {found['victim_p95_s']:.1f} s p95",
-        file=sys.stderr,
-    )  # fmt: skip
-    if args.json:
-        print(json.dumps(found))
-    return 0 if not found["forks"] and found["anchors_equal"] else 1
+        f" participation {found['participation']:.3f}, survivors +{found['survivor_p95_s']:.1f} s p95, victims {found['victim_p95_s']:.1f} s p95"
+    )
+    return end(found, summary, as_json=args.json, holds=bool(not found["forks"] and found["anchors_equal"]))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ members_left          members that ended on the way; anchors_equal: what the pee
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import statistics
 import sys
@@ -33,6 +32,7 @@ from decentra.cli.rundir import RunDir
 from decentra.invite import parse_invite
 from decentra.protocol import ledger
 from tests.chaos.annals import percentile
+from tests.chaos.telling import end, teller
 
 READY_S = 90.0
 
@@ -112,19 +112,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--peers", type=int, default=3)
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args(argv)
-    began = time.monotonic()
-
-    def say(line: str) -> None:
-        print(f"[{time.monotonic() - began:6.1f} s] {line}", file=sys.stderr, flush=True)
-
-    found = measure(args.kills, args.peers, args.seed, say)
-    print(
+    found = measure(args.kills, args.peers, args.seed, teller())
+    summary = (
         f"{found['kills']} kills: {found['settlements_lost']} settlements lost, {found['settlements_doubled']} doubled,"
-        f" next round confirmed after {found['next_settlement_p50_s']:.1f} s (p95 {found['next_settlement_p95_s']:.1f} s)", file=sys.stderr,
-    )  # fmt: skip
-    if args.json:
-        print(json.dumps(found))
-    return 0 if not found["settlements_lost"] and not found["settlements_doubled"] and found["anchors_equal"] else 1
+        f" next round confirmed after {found['next_settlement_p50_s']:.1f} s (p95 {found['next_settlement_p95_s']:.1f} s)"
+    )
+    return end(
+        found,
+        summary,
+        as_json=args.json,
+        holds=bool(not found["settlements_lost"] and not found["settlements_doubled"] and found["anchors_equal"]),
+    )
 
 
 if __name__ == "__main__":

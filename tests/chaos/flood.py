@@ -45,6 +45,7 @@ from decentra.protocol.messages import Hello, Holding, Role
 from decentra.wire.trust import TrustChain
 from tests.bench.padded import model_code
 from tests.chaos import annals
+from tests.chaos.telling import teller
 
 READY_S, PAD_S, NUM_AT_ONCE = 120.0, 0.2, 8
 SETTINGS = ("rounds.inner_steps=10",)
@@ -168,12 +169,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.attack:
         asyncio.run(_attack(args.attack, args.invite, args.number))
         return 0
-    began = time.monotonic()
-
-    def say(line: str) -> None:
-        print(f"[{time.monotonic() - began:6.1f} s] {line}", file=sys.stderr, flush=True)
-
-    found = measure(args.seconds, args.peers, say)
+    found = measure(args.seconds, args.peers, teller())
     if args.json:
         print(json.dumps(found))
     return 0

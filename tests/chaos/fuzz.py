@@ -10,7 +10,6 @@ slow_s  the longest that one input took; rss_mb  by how much the process grew af
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import sys
 import time
@@ -24,6 +23,7 @@ import psutil
 import torch
 
 from tests.chaos.doors import Door, attempt, doors, scratch_folder
+from tests.chaos.telling import end
 
 FORBIDDEN = (
     "exec", "compile", "marshal.loads", "marshal.load", "pickle.find_class", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork",
@@ -101,13 +101,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         found = fuzz(doors(Path(scratch)), args.seed, seconds=seconds, turns=args.turns, keep=args.keep)
     for find in found["examples"]:
         print(f"{find['door']}: {find['error']}\n{find['where']}", file=sys.stderr)
-    print(
+    summary = (
         f"{found['turns']} spoilt inputs at {found['doors']} doors, {found['taken']} still meant something, {found['finds']} finds,"
-        f" {sum(found['events'].values())} forbidden events, slowest {found['slow_s']:.2f} s ({found['slow_door']})", file=sys.stderr,
-    )  # fmt: skip
-    if args.json:
-        print(json.dumps(found))
-    return 1 if found["finds"] or found["events"] else 0
+        f" {sum(found['events'].values())} forbidden events, slowest {found['slow_s']:.2f} s ({found['slow_door']})"
+    )
+    return end(found, summary, as_json=args.json, holds=not found["finds"] and not found["events"])
 
 
 if __name__ == "__main__":

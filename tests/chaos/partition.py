@@ -14,7 +14,6 @@ settled_alone        rounds that were settled during a partition with a packet t
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import sys
 import tempfile
@@ -31,6 +30,7 @@ from lab import KernelLab, why_impossible
 from decentra.cli.rundir import RunDir
 from tests.bench.padded import model_code
 from tests.chaos import annals
+from tests.chaos.telling import end, teller
 
 PAD_S = 0.15
 SETTINGS = ("rounds.inner_steps=20", "placement.experts_per_peer=1", "placement.adopt_s=120")
@@ -119,20 +119,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if (why := why_impossible()) is not None:
         print(f"no network lab: {why}", file=sys.stderr)
         return 3
-    began = time.monotonic()
-
-    def say(line: str) -> None:
-        print(f"[{time.monotonic() - began:6.1f} s] {line}", file=sys.stderr, flush=True)
-
-    found = measure(args.partitions, args.peers, args.seconds, args.seed, say)
-    print(
+    found = measure(args.partitions, args.peers, args.seconds, args.seed, teller())
+    summary = (
         f"{found['partitions']} partitions of {found['seconds']:g} s: healed after {found['healed_p50_s']:.1f} s (p95 {found['healed_p95_s']:.1f} s),"
-        f" all contribute after {found['contributing_p50_s']:.1f} s (p95 {found['contributing_p95_s']:.1f} s), {found['forks']} forks",
-        file=sys.stderr,
-    )  # fmt: skip
-    if args.json:
-        print(json.dumps(found))
-    return 0 if not found["forks"] and not found["settled_alone"] and found["anchors_equal"] else 1
+        f" all contribute after {found['contributing_p50_s']:.1f} s (p95 {found['contributing_p95_s']:.1f} s), {found['forks']} forks"
+    )
+    return end(found, summary, as_json=args.json, holds=bool(not found["forks"] and not found["settled_alone"] and found["anchors_equal"]))
 
 
 if __name__ == "__main__":

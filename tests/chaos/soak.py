@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import os
 import statistics
 import subprocess
@@ -45,6 +44,7 @@ from decentra.protocol.messages import Counters, Heartbeat, Hello, Role
 from decentra.wire.trust import TrustChain
 from tests.bench.padded import model_code
 from tests.chaos import annals
+from tests.chaos.telling import end, teller
 
 LOOK_S, READY_S, PAD_S = 20.0, 120.0, 0.2
 SETTINGS = ("rounds.inner_steps=10", "admission.max_members=1000", "rounds.heartbeat_s=5", "rounds.lease_s=15")
@@ -177,20 +177,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.as_stubs:
         asyncio.run(_stubs(args.as_stubs, args.stubs))
         return 0
-    began = time.monotonic()
-
-    def say(line: str) -> None:
-        print(f"[{time.monotonic() - began:6.1f} s] {line}", file=sys.stderr, flush=True)
-
-    found = measure(args.minutes, args.peers, args.stubs, say)
-    print(
+    found = measure(args.minutes, args.peers, args.stubs, teller())
+    summary = (
         f"{found['minutes']:g} minutes: {found['rss_mb_per_hour']:+.1f} MB an hour ({found['steepest']}), fds {found['fds']:+d}, threads"
-        f" {found['threads']:+d}, files {found['files']:+d}, {found['rounds']} rounds, host at {found['cpu_share']:.0%} of a core",
-        file=sys.stderr,
-    )  # fmt: skip
-    if args.json:
-        print(json.dumps(found))
-    return 0
+        f" {found['threads']:+d}, files {found['files']:+d}, {found['rounds']} rounds, host at {found['cpu_share']:.0%} of a core"
+    )
+    return end(found, summary, as_json=args.json)
 
 
 if __name__ == "__main__":

@@ -70,6 +70,7 @@ def test_a_copy_takes_over_from_a_machine_that_is_gone(tmp_path: Path) -> None:
         world.wait_for("rounds go on", lambda: new.heights()["trunk/0"] >= height + 2)
         assert [ctrl_c(p)[0] for p in peers] == [0] * NUM_PEERS
         ctrl_c(new)
+        world.assert_nothing_left()
         records = ledger_records(second, tmp_path / "kept")
         known = {(f, digest) for f, _, _, digest in confirmed(records)}
         for peer in peers:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from decentra.errors import Refused
-from decentra.service.copies import COPY_S, MAX_COPIES, MAX_LAG, Copies
+from decentra.service.copies import COPY_S, FORGOTTEN_S, MAX_COPIES, MAX_LAG, Copies
 from decentra.sim.adapters import SimClock, SimEvents
 from decentra.sim.loop import run_virtual
 
@@ -117,6 +117,18 @@ def test_a_reader_is_woken_by_news_and_sent_away_with_more_than_there_is() -> No
         assert elapsed_s() < 60
         with pytest.raises(Refused, match="two stories"):
             await copies.heard("b", 12, 0.0)
+
+    run_virtual(job())
+
+
+def test_copies_that_ended_do_not_keep_a_place() -> None:
+    """A standby that is restarted again and again, and the machine that takes over then, come under new names."""
+
+    async def job() -> None:
+        copies, _ = made()
+        for number in range(3 * MAX_COPIES):
+            await copies.heard(str(number), 10, 0.0)
+            await asyncio.sleep(FORGOTTEN_S / 4)
 
     run_virtual(job())
 
