@@ -374,6 +374,9 @@ class PeerConfig(_Frozen):
     on_battery: bool = Field(False, description="train on battery, too")
     nice: int | None = Field(None, ge=0, le=19, description="scheduling priority; 19 gives way to everything else")
     blob_budget_bytes: int = Field(8 << 30, ge=1 << 20)
+    archive_every: int = Field(
+        0, ge=0, description="keep packets of old rounds, and an anchor every so many, while the blob budget lasts; what 'replay' needs"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> PeerConfig:

@@ -51,6 +51,10 @@ class PortTaken(ConfigError):
     """A listening port is in use by another process."""
 
 
+class InUse(ConfigError):
+    """A file of ours that another process works with."""
+
+
 class Refused(DecentraError):
     """The other side answered and said no: not admitted, expired, used up, revoked."""
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from decentra.errors import ConfigError, IntegrityError, VersionMismatch
+from decentra.errors import ConfigError, IntegrityError, InUse, VersionMismatch
 
 _APPLICATION_ID = 0x44454354  # "DECT"
 _SCHEMA_VERSION = 1
@@ -117,7 +117,7 @@ class SqliteJournal:
     def _explain(self, error: sqlite3.Error) -> ConfigError | IntegrityError:
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF
         if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
-            return ConfigError(f"ledger {self._path} is in use by another process; one averaging service per run, stop the other one first")
+            return InUse(f"ledger {self._path} is in use by another process; one averaging service per run, stop the other one first")
         if code == sqlite3.SQLITE_FULL:
             return ConfigError(f"ledger {self._path}: the disk is full; free space and start again, nothing was lost")
         if code in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_IOERR):

@@ -41,12 +41,18 @@ OVER_S, ADVERTISE_S = 2.0, 120.0
 
 async def run_beside(
     service: Service, run: RunDir, manifest: Manifest, *, address: str, bootstrap_port: int, listen_host: str, uses: int, days: float, stop: StopRequest,
-    events: Events, on_ready: object, model_code: Path | None,
+    events: Events, on_ready: object, model_code: Path | None, archive_every: int,
 ) -> str:  # fmt: skip
     """Bootstrap node and keeper beside a service that runs, until Ctrl-C. ``on_ready(invite, ports)`` is called once."""
     async with AsyncExitStack() as stack:
         key = load_or_create_key(run.host / "identity.key")
-        config = PeerConfig(name="host", role="keeper", model_code=model_code, listen=(f"/ip4/{listen_host}/tcp/{bootstrap_port}",))
+        config = PeerConfig(
+            name="host",
+            role="keeper",
+            model_code=model_code,
+            listen=(f"/ip4/{listen_host}/tcp/{bootstrap_port}",),
+            archive_every=archive_every,
+        )
         door = await _own_door(service, key.peer_id, run, manifest, events)
         node, exchange = await stack.enter_async_context(
             gossip(run.host, (), config, service.identity.chain, lambda: door.client.credentials, events)

@@ -8,12 +8,12 @@ import sys
 
 import typer
 
-from decentra.cli import organise, parts, take_part, watch
+from decentra.cli import organise, parts, rewind, take_part, watch
 from decentra.cli.app import app
 from decentra.cli.doctor import doctor_command
 from decentra.errors import ConfigError, DecentraError
 
-__all__ = ["app", "main", "organise", "parts", "take_part", "watch"]  # imported for the commands they register
+__all__ = ["app", "main", "organise", "parts", "rewind", "take_part", "watch"]  # imported for the commands they register
 
 app.command("doctor")(doctor_command)
 

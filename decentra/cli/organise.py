@@ -11,6 +11,7 @@ import typer
 from decentra.cli.app import JsonOpt, LogJsonOpt, RunDirArg, VerboseOpt, app, logging_to
 from decentra.errors import ConfigError
 
+ARCHIVE_EVERY = 25  # rounds between two anchors that a host keeps to replay from
 TakeOverOpt = Annotated[
     bool, typer.Option("--take-over", help="serve the run from this folder's copy of the ledger; members leave the service it had before")
 ]
@@ -84,6 +85,9 @@ def host(
     uses: Annotated[int, typer.Option(min=1, help="how many peers may use the printed invite")] = 32,
     days: Annotated[float, typer.Option(min=0.001, help="how long it is valid")] = 30.0,
     model_code: Annotated[Path | None, typer.Option(help="the run's own model code")] = None,
+    archive_every: Annotated[
+        int, typer.Option(min=0, help="keep old packets, and every so many rounds an anchor, while the disk budget lasts; 0: none")
+    ] = ARCHIVE_EVERY,
     take_over: TakeOverOpt = False,
     service: FromServiceOpt = None,
     as_json: JsonOpt = False,
@@ -110,7 +114,8 @@ def host(
     why = run_main(
         lambda stop: run_host(
             run, address=where, bootstrap_port=bootstrap_port, service_port=service_port, listen_host=listen, uses=uses, days=days, stop=stop,
-            events=LogEvents(peer="host"), on_ready=ready, model_code=model_code, take_from=tuple(service or ()) if take_over else None,
+            events=LogEvents(peer="host"), on_ready=ready, model_code=model_code, archive_every=archive_every,
+            take_from=tuple(service or ()) if take_over else None,
         )
     )  # fmt: skip
     print(f"host ended: {why}", file=sys.stderr)

@@ -191,7 +191,8 @@ async def end(task: asyncio.Task[None]) -> None:
 
 async def run_host(
     run: RunDir, *, address: str, bootstrap_port: int, service_port: int, listen_host: str, uses: int, days: float, stop: StopRequest,
-    events: Events, on_ready: object = None, model_code: Path | None = None, take_from: Sequence[str] | None = None,
+    events: Events, on_ready: object = None, model_code: Path | None = None, archive_every: int = 0,
+    take_from: Sequence[str] | None = None,
 ) -> str:  # fmt: skip
     """Bootstrap node, averaging service and keeper in one process, until Ctrl-C. ``on_ready(invite, ports)`` is called once.
 
@@ -211,7 +212,7 @@ async def run_host(
             beside = await asyncio.to_thread(_load_rest)
             why: str = await beside.run_beside(
                 service, run, manifest, address=address, bootstrap_port=bootstrap_port, listen_host=listen_host, uses=uses, days=days, stop=stop,
-                events=events, on_ready=on_ready, model_code=model_code,
+                events=events, on_ready=on_ready, model_code=model_code, archive_every=archive_every,
             )  # fmt: skip
             return why
 

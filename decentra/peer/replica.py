@@ -17,18 +17,17 @@ from torch import Tensor
 from decentra.bits import ONE_BITS, bits_float
 from decentra.config import Manifest
 from decentra.delta.account import Account, Pending, account_from_record, anchor_of_record, record_parts
-from decentra.delta.aggregate import aggregate, checked_clip
+from decentra.delta.aggregate import checked_clip
 from decentra.delta.anchor import AnchorState, anchor_digest, decode_anchor, encode_anchor
 from decentra.delta.decoded import Decoded
 from decentra.delta.flat import with_untouched
-from decentra.delta.merge import merge
-from decentra.delta.outer import outer_step
 from decentra.delta.packet import decode_packet, max_packet_bytes
 from decentra.delta.reduce import reduce_packets
 from decentra.delta.screen import screen
 from decentra.errors import DecentraError, IntegrityError, RejectedPayload, TrainingError
 from decentra.ids import MERGED, Digest, FragmentId, PeerId, digest_of
 from decentra.modules import Fragment
+from decentra.peer.applying import merge_entries, merged_delta, stepped
 from decentra.peer.disk import write_atomic
 from decentra.peer.judge import Packet
 from decentra.peer.kept import KeptBlobs
@@ -80,11 +79,16 @@ class Note:
     clip_bits: int = ONE_BITS  # applied: float32 bits of what the packet was multiplied with
     kept: tuple[tuple[int, tuple[Digest, ...]], ...] = ()  # (round, blobs)
     residuals: tuple[Digest, ...] = ()  # a reducer's
+    whole: tuple[Digest, ...] = ()  # those of ``kept`` that are no packets
 
 
 @dataclass
 class Replica:
-    """Account and files of one fragment. ``live`` is None at a keeper."""
+    """Account and files of one fragment. ``live`` is None at a keeper.
+
+    ``archive_every`` > 0: packets of old rounds, and the anchor after every so many rounds, stay until their space is needed, so that the run can be
+    replayed from its ledger.
+    """
 
     fragment: Fragment
     manifest: Manifest
@@ -95,9 +99,12 @@ class Replica:
     events: Events
     live: LiveWeights | None = None
     codec: Callable[[], str] | None = None  # picks the next packet's codec; default: the manifest's
+    archive_every: int = 0
     account: Account | None = None
     pending_offer: Offer | None = None
     _tentative: tuple[Digest, AnchorState] | None = None
+    _is_mark: bool = True  # our anchor is one to replay from: its height says so, or how it came here is not known
+    _is_next_mark: bool = True
     _seq: int = 0  # of the newest file
     _tokens_at_encode: int = 0
     _tokens_before: int = 0
@@ -106,7 +113,7 @@ class Replica:
     _kept: KeptBlobs = field(init=False)
 
     def __post_init__(self) -> None:
-        self._kept = KeptBlobs(self.exchange, self.events)
+        self._kept = KeptBlobs(self.exchange, self.events, keeps_packets=self.archive_every > 0)
 
     # ------------------------------------------------------------ start
 
@@ -117,7 +124,7 @@ class Replica:
         record_seq = 0 if record is None else _seq_of(record)
         self._seq = record_seq if note is None else max(record_seq, note.seq)
         if note is not None:
-            self._kept.restore(dict(note.kept), note.residuals)
+            self._kept.restore(dict(note.kept), note.residuals, note.whole)
         if record is not None and (note is None or record_seq > note.seq):
             self.account = record
         elif note is not None:
@@ -254,7 +261,10 @@ class Replica:
         state, blob, digest = await self.compute.run(self._aggregate, settlement, deltas)
         await self.exchange.put(digest, blob)
         self._set_tentative((digest, state))
-        self._kept.keep(settlement.round, (*settlement.packets, digest))
+        self._kept.keep(settlement.round, settlement.packets)
+        self._is_next_mark = self.archive_every > 0 and settlement.height % self.archive_every == 0
+        if not self._is_next_mark:
+            self._kept.keep_whole(settlement.round, digest)
         return digest
 
     async def _check_anchor(self) -> None:
@@ -278,7 +288,8 @@ class Replica:
         """The tentative anchor is confirmed: close the account's pending packet, what was clipped off it comes home, and move live."""
         checked_clip(self.me, clip_bits)  # before it is on disk
         account, state = self._account(), self._computed(anchor)
-        self._kept.keep(number, (account.anchor_digest,))
+        if not (self.archive_every and self._is_mark):
+            self._kept.keep_whole(number, account.anchor_digest)
         self._seq += 1
         note = Note(number, ending, anchor, self._seq, clip_bits)
         if ending is Ending.FOLLOWED and bool(account.residual_N.any()):
@@ -288,6 +299,7 @@ class Replica:
             )
         await self._write_note(note)
         self._kept.move_pin(account.anchor_digest, anchor)
+        self._is_mark = self._is_next_mark if anchor != account.anchor_digest else self._is_mark
         applied = functools.partial(account.applied, clip_bits=clip_bits)
         moves: dict[Ending, Callable[[AnchorState, Digest], Tensor]]
         moves = {Ending.APPLIED: applied, Ending.EXCLUDED: account.excluded, Ending.FOLLOWED: account.followed}
@@ -323,6 +335,7 @@ class Replica:
         self._seq += 1
         await self._write_note(Note(number, "reset", anchor, self._seq))
         self._kept.move_pin(self.anchor, anchor)
+        self._is_mark = True
         if self.account is None:
             self.account = Account(self.fragment, state, anchor)
         else:
@@ -377,32 +390,17 @@ class Replica:
             deltas[peer] = await self.compute.run(decode)
         return deltas
 
-    def _merged(self, deltas: dict[PeerId, Decoded], weights: dict[PeerId, int], clips: dict[PeerId, int]) -> Tensor:
-        rule, trim = self.manifest.merge_of(self.fragment.id), self.manifest.outer_of(self.fragment.id).trim
-        return merge(self.fragment, deltas, weights, clips, rule=rule, trim=trim)
-
     def _reduce(self, settlement: Settlement, deltas: dict[PeerId, Decoded], residual: bytes | None) -> tuple[bytes, bytes]:
         codec = self.manifest.codec
-        merged_N = self._merged(deltas, *_scalars(settlement))
+        merged_N = merge_entries(self.fragment, self.manifest, settlement, deltas)
         return reduce_packets(self.fragment, merged_N, residual, codec.merged or codec.name, settlement.round)
 
     def _aggregate(self, settlement: Settlement, deltas: dict[PeerId, Decoded]) -> tuple[AnchorState, bytes, Digest]:
         account = self._account()
         if settlement.base != account.anchor_digest:
             raise IntegrityError(f"settlement of {settlement.base[:12]}, this peer is at {account.anchor_digest[:12]}")
-        outer = self.manifest.outer_of(self.fragment.id)
-        weights, clips = _scalars(settlement)
-        if settlement.merged is not None:
-            merged_N = aggregate(deltas, dict.fromkeys(deltas, ONE_BITS))
-        else:
-            merged_N = self._merged(deltas, weights, clips)
-        state = outer_step(
-            account.anchor_state,
-            merged_N,
-            rule=outer.rule,
-            lr_bits=settlement.lr_bits,
-            momentum_bits=settlement.momentum_bits,
-        )
+        merged_N = merged_delta(self.fragment, self.manifest, settlement, deltas)
+        state = stepped(self.fragment, self.manifest, account.anchor_state, settlement, merged_N)
         blob = encode_anchor(self.fragment, state)
         return state, blob, anchor_digest(blob)
 
@@ -419,7 +417,8 @@ class Replica:
         await self.compute.run(lambda: write_atomic(self.disk, f"{self._file}.record", *record_parts(account)))
 
     async def _write_note(self, note: Note) -> None:
-        whole = replace(note, kept=tuple(sorted(self._kept.by_round.items())), residuals=self._kept.residuals)
+        kept, whole_blobs = tuple(sorted(self._kept.by_round.items())), tuple(sorted(self._kept.whole))
+        whole = replace(note, kept=kept, residuals=self._kept.residuals, whole=whole_blobs)
         await self.compute.run(write_atomic, self.disk, f"{self._file}.note", canonical.to_bytes(whole))
 
     def _read_note(self) -> Note | None:
@@ -486,13 +485,6 @@ class Replica:
             self.exchange.pin(tentative[0])
         if old is not None:
             self.exchange.unpin(old[0])
-
-
-def _scalars(settlement: Settlement) -> tuple[dict[PeerId, int], dict[PeerId, int]]:
-    """(weight bits, clip bits) of every entry. Raises RejectedPayload for a clip that is none."""
-    for entry in settlement.entries:
-        checked_clip(entry.peer, entry.clip_bits)
-    return {e.peer: e.weight_bits for e in settlement.entries}, {e.peer: e.clip_bits for e in settlement.entries}
 
 
 def cursor_of(account: Account) -> bytes:

@@ -201,7 +201,7 @@ class PeerRuntime:
         p = self.ports
         replica = Replica(
             fragment, self.manifest, self.peer, p.exchange, p.disk, p.compute, p.events, live=self.trainer,
-            codec=functools.partial(self._codec, fragment.id),
+            codec=functools.partial(self._codec, fragment.id), archive_every=self.config.archive_every,
         )  # fmt: skip
         await replica.load()
         if self._restored.get(fragment.id) == (place := replica.place) and place is not None:

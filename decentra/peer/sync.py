@@ -38,7 +38,7 @@ from decentra.protocol.messages import (
     Rejected,
     SwarmView,
 )
-from decentra.protocol.round import what_is_wrong
+from decentra.protocol.settling import what_is_wrong
 
 TICK_S = 0.5
 FIRST_BACKOFF_S, MAX_BACKOFF_S = 1.0, 5.0  # well inside a lease: whoever only waits to come back is not suspected

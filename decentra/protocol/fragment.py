@@ -153,6 +153,24 @@ def taken_over(book: FragmentBook, now: float) -> Step:
     )
 
 
+def roll_back(book: FragmentBook, height: int, anchor: Digest, why: str, now: float) -> Step:
+    """The organiser sends the fragment to another anchor. A round under way is given up; whoever has another anchor recovers this one."""
+    if (book.anchor, book.height) == (anchor, height):
+        return book, ()
+    effects: list[FragmentEffect] = []
+    if (over := book.active) is not None:
+        phase = Phase.ABANDONED if over.phase is Phase.OPEN else Phase.VOID
+        effects.append(Write(ledger.GaveUp(book.fragment, over.number, phase, why)))
+        book = _close(replace(book, round=replace(over, phase=phase, why=why)), now, book.anchor, book.height)
+    return _rolled_back(book, height, anchor, now), (*effects, Write(ledger.RolledBack(book.fragment, height, anchor, why)))
+
+
+def _rolled_back(book: FragmentBook, height: int, anchor: Digest, now: float) -> FragmentBook:
+    return replace(
+        book, anchor=anchor, height=height, orphan_since=None, residual=None, may_lack=False, idle_since=now, version=book.version + 1
+    )
+
+
 def skip_numbers(book: FragmentBook) -> FragmentBook:
     """The next round gets a number that no round of an earlier term can have."""
     return replace(book, gap=book.gap + TERM_GAP, may_lack=True)
@@ -409,10 +427,7 @@ def _consider_rollback(book: FragmentBook, present: Present, now: float, timing:
     why = f"nobody present has held anchor {book.anchor[:12]} of height {book.height} for {wait_s:g} s; back to height {height}"
     if anchor not in heights:
         why = f"this ledger is a copy that lacks the newest rounds; its anchor {book.anchor[:12]} is gone, most who are here hold {anchor[:12]}"
-    rolled = replace(
-        book, anchor=anchor, height=height, orphan_since=None, residual=None, may_lack=False, idle_since=now, version=book.version + 1
-    )
-    return rolled, (Write(ledger.RolledBack(book.fragment, height, anchor, why)),)
+    return _rolled_back(book, height, anchor, now), (Write(ledger.RolledBack(book.fragment, height, anchor, why)),)
 
 
 def _most_held(book: FragmentBook, present: Present) -> list[tuple[int, Digest]]:

@@ -23,14 +23,14 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from decentra.bits import ONE_BITS, bits_float, float_bits
+from decentra.bits import ONE_BITS, bits_float
 from decentra.config import OuterSpec
 from decentra.ids import TRUNK, Digest, FragmentId, PeerId, expert_of, module_of_fragment, short
+from decentra.protocol import settling
 from decentra.protocol.messages import Abstention, Attestation, Entry, Merge, Merged, Offer, Phase, Receipt, Settlement
+from decentra.protocol.settling import INFINITE_BITS, MAX_OFFER_BYTES, MAX_OFFER_TOKENS
 
-MAX_OFFER_TOKENS, MAX_OFFER_BYTES = 1 << 40, 1 << 40  # sums of them stay far inside 63 bits
 MIN_JUDGES = 2  # with one other holder a liar would decide alone
-INFINITE_BITS = 0x7F800000  # float32: what is below is a finite number that is not negative
 
 ACTIVE = frozenset({Phase.OPEN, Phase.SETTLED, Phase.TENTATIVE})
 
@@ -373,15 +373,13 @@ def _decide_open(round_: Round, now: float, rules: Rules) -> tuple[Round, tuple[
 
 
 def _settle(round_: Round, now: float, rules: Rules, offers: tuple[Offer, ...], why: str) -> tuple[Round, tuple[RoundEffect, ...]]:
-    num_tokens = sum(o.num_tokens for o in offers)
-    if num_tokens == 0:
-        return _give_up(round_, Phase.ABANDONED, "nobody trained a token of it")
     outer = rules.outer_of(round_.fragment)
-    lr, momentum = outer.scalars(round_.height + 1, num_tokens)
-    clips = outer.clips([bits_float(o.norm_bits) for o in offers])
+    if (scalars := settling.scalars_of(offers, round_.height + 1, outer)) is None:
+        return _give_up(round_, Phase.ABANDONED, "nobody trained a token of it")
+    lr_bits, momentum_bits, weights = scalars
     entries = tuple(
-        Entry(o.peer, o.packet, o.num_bytes, o.num_tokens, float_bits(o.num_tokens / num_tokens), o.norm_bits, float_bits(clip))
-        for o, clip in zip(offers, clips, strict=True)
+        Entry(o.peer, o.packet, o.num_bytes, o.num_tokens, weight_bits, o.norm_bits, clip_bits)
+        for o, (weight_bits, clip_bits) in zip(offers, weights, strict=True)
     )
     if clipped := ", ".join(f"{short(e.peer)} to {bits_float(e.clip_bits):.2g}" for e in entries if e.clip_bits != ONE_BITS):
         why += f"; clipped {clipped}"
@@ -394,32 +392,10 @@ def _settle(round_: Round, now: float, rules: Rules, offers: tuple[Offer, ...], 
         why += f"; left out {_names(c.peer for c in condemned)}, to which most object"
     settlement = Settlement(
         round_.fragment, round_.number, round_.height + 1, round_.base, entries,
-        float_bits(lr), float_bits(momentum), why, round_.live_reducers, round_.residual if round_.live_reducers else None,
+        lr_bits, momentum_bits, why, round_.live_reducers, round_.residual if round_.live_reducers else None,
     )  # fmt: skip
     settled = replace(round_, phase=Phase.SETTLED, settlement=settlement, settled_at=now, why=why)
     return settled, (DidSettle(settlement), *condemned)
-
-
-def what_is_wrong(settlement: Settlement, outer: OuterSpec) -> str:
-    """What a settlement's scalars say that its manifest does not give; empty where all is as it should be. Anybody can compute it, whoever wrote it."""
-    entries = settlement.entries
-    names, packets = [e.peer for e in entries], [e.packet for e in entries]
-    if not entries or names != sorted(set(names)) or len(set(packets)) != len(packets):
-        return "its entries are none, or not one for each peer in their order"
-    if not all(0 <= e.num_tokens <= MAX_OFFER_TOKENS and 0 <= e.norm_bits < INFINITE_BITS for e in entries):
-        return "an entry has tokens or a norm that no offer may have"
-    if not (num_tokens := sum(e.num_tokens for e in entries)):
-        return "nobody trained a token of it"
-    if wrong := next((e for e in entries if e.weight_bits != float_bits(e.num_tokens / num_tokens)), None):
-        return f"{short(wrong.peer)} weighs {bits_float(wrong.weight_bits):g}, its tokens give {wrong.num_tokens / num_tokens:g}"
-    clips = outer.clips([bits_float(e.norm_bits) for e in entries])
-    if cut := next(((e, clip) for e, clip in zip(entries, clips, strict=True) if e.clip_bits != float_bits(clip)), None):
-        return f"{short(cut[0].peer)} is clipped to {bits_float(cut[0].clip_bits):g}, the norms give {cut[1]:g}"
-    lr, momentum = outer.scalars(settlement.height, num_tokens)
-    if (settlement.lr_bits, settlement.momentum_bits) != (float_bits(lr), float_bits(momentum)):
-        said = bits_float(settlement.lr_bits), bits_float(settlement.momentum_bits)
-        return f"its outer lr and momentum are {said[0]:g} and {said[1]:g}, the manifest gives {lr:g} and {momentum:g}"
-    return ""
 
 
 def _decide_settled(round_: Round, now: float, rules: Rules) -> tuple[Round, tuple[RoundEffect, ...]]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 
 from decentra.config import Manifest
 from decentra.errors import ConfigError, IntegrityError, Refused
-from decentra.ids import FragmentId, PeerId, RunId, expert_of, module_of_fragment
+from decentra.ids import Digest, FragmentId, PeerId, RunId, expert_of, module_of_fragment
 from decentra.protocol import fragment as books
 from decentra.protocol import ledger, membership, placement
 from decentra.protocol.fragment import FragmentBook, Present, Timing, Write
@@ -70,6 +70,16 @@ class Revoke:
 
 
 @dataclass(frozen=True, slots=True)
+class RollBack:
+    """One fragment goes on from another anchor, an earlier one or one that was computed anew; whoever holds it has to be here."""
+
+    fragment: FragmentId
+    height: int
+    anchor: Digest
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
 class Certify:
     """This service's certificate. Of a higher term than the ledger's: it took the run over."""
 
@@ -85,8 +95,8 @@ class Detached:
     nonce: str
 
 
-Event = MemberMessage | Tick | Stop | Succeed | Revoke | Certify | Detached
-_OWN = Tick | Stop | Succeed | Revoke | Certify  # of the service and its organiser, not of a member
+Event = MemberMessage | Tick | Stop | Succeed | Revoke | RollBack | Certify | Detached
+_OWN = Tick | Stop | Succeed | Revoke | RollBack | Certify  # of the service and its organiser, not of a member
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,6 +236,8 @@ class RoundBook:
                 self._succeed(run, successor, effects)
             case Revoke(subject, why):
                 self._revoke(subject, why, now, effects)
+            case RollBack(fragment, height, anchor, why) if fragment in self.fragments and not self.is_over:
+                self._put(fragment, books.roll_back(self.fragments[fragment], height, anchor, why, now), effects)
             case Certify(term, certificate):
                 self._certify(term, certificate, now, effects)
                 return effects

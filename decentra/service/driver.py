@@ -9,14 +9,27 @@ from dataclasses import dataclass, field, replace
 
 from decentra.config import Manifest
 from decentra.errors import Refused, Unreachable
-from decentra.ids import FragmentId, PeerId, RunId, short
+from decentra.ids import Digest, FragmentId, PeerId, RunId, is_digest, short
 from decentra.ports import Clock, Compute, Events, Journal
 from decentra.protocol import ledger
 from decentra.protocol.fragment import FragmentBook, Write
 from decentra.protocol.ledger import Ledger, Record
 from decentra.protocol.messages import DRAINED, FragmentView, Goodbye, Hello, MemberMessage, Outcome, Phase, Rejected, Role, SwarmView
 from decentra.protocol.round import Reject
-from decentra.protocol.rounds import Certify, Detached, Effect, Event, Revoke, RoundBook, Stop, Succeed, SwarmChanged, Tick, ViewChanged
+from decentra.protocol.rounds import (
+    Certify,
+    Detached,
+    Effect,
+    Event,
+    Revoke,
+    RollBack,
+    RoundBook,
+    Stop,
+    Succeed,
+    SwarmChanged,
+    Tick,
+    ViewChanged,
+)
 from decentra.service.copies import Copies
 from decentra.service.mailbox import Mailbox
 from decentra.wire.ledgers import open_record
@@ -182,6 +195,8 @@ class Driver:
             if (mailbox := self._mailboxes.pop(PeerId(argument), None)) is not None:
                 mailbox.close("the organiser revoked this peer")
             return f"revoked {argument}"
+        if kind == "roll-back":
+            return await self._roll_back(argument)
         if kind in ("drain", "kick"):
             return await self._send_away(kind, argument)
         if kind == "retire":
@@ -190,7 +205,17 @@ class Driver:
             self.retire(f"another machine took the run over (term {argument}); this one's copy of it is out of date from now on")
             await self._submit(_Work(Tick(self.clock.wall())))
             return f"run {self.book.run[:12]} is no longer served here"
-        raise Refused(f"unknown command {kind[:40]!r}; known: stop, pass-on, succeed, revoke, drain, kick, retire")
+        raise Refused(f"unknown command {kind[:40]!r}; known: stop, pass-on, succeed, revoke, roll-back, drain, kick, retire")
+
+    async def _roll_back(self, argument: str) -> str:
+        """``argument``: fragment, height, anchor digest and why, with spaces between them."""
+        fragment, height, anchor, why = [*argument.split(" ", 3), "", "", "", ""][:4]
+        if fragment not in self.book.fragments or not height.isdecimal() or len(height) > 12 or not is_digest(anchor):
+            raise Refused(f"expected a fragment of this run, a height and an anchor's digest, got {argument[:120]!r}")
+        if self.book.is_over:
+            raise Refused("the run is over; go on from its model as another run: 'decentra init NEW --after RUN_DIR --model ...'")
+        await self._submit(_Work(RollBack(FragmentId(fragment), int(height), Digest(anchor), why or "by the organiser")))
+        return f"{fragment} goes on from anchor {anchor[:12]}, height {height}"
 
     async def _send_away(self, kind: str, who: str) -> str:
         """By name or peer id. Drained: the member is asked to leave, which it does like at Ctrl-C. Kicked: it is out at once."""

@@ -12,7 +12,7 @@ from decentra.errors import IntegrityError
 from decentra.ids import TRUNK, Digest, FragmentId, PeerId, expert_of, module_of_fragment
 from decentra.protocol import ledger
 from decentra.protocol.messages import Settlement
-from decentra.protocol.round import what_is_wrong
+from decentra.protocol.settling import what_is_wrong
 
 FIRST_OF_TRUNK = FragmentId(f"{TRUNK}/0")
 
