@@ -11,6 +11,8 @@ import typer
 from decentra.cli.app import InviteArg, JsonOpt, VerboseOpt, WithoutOpt, app, invite_of, logging_to, numbers_of
 from decentra.errors import ConfigError, ExitCode
 
+MANY_PEERS = 9  # simulated rounds of so many have reducers
+
 
 @app.command()
 def show(invite: InviteArg, as_json: JsonOpt = False) -> None:
@@ -165,27 +167,25 @@ def simulate(
     first: Annotated[int, typer.Option(min=0, help="the first one; a broken promise names the one that shows it")] = 0,
     peers: Annotated[int | None, typer.Option(min=1, max=1000, help="trainers; default: each seed's own number")] = None,
     faults: Annotated[int | None, typer.Option(min=0, help="crashes, cuts, losses; default: each seed's own number")] = None,
+    jobs: Annotated[int, typer.Option(min=1, max=256, help="processes that share the seeds")] = 1,
     as_json: JsonOpt = False,
 ) -> None:
     """The whole swarm on virtual time, with faults that a seed decides, and its promises checked at every step. Example: decentra simulate --seeds 100"""
-    from dataclasses import replace
-
     from decentra.cli.console import print_json
-    from decentra.sim.scenario import Scenario, Violation
-    from decentra.sim.world import simulate as run
+    from decentra.cli.simulate import run_seeds
 
+    changes = {key: value for key, value in (("num_trainers", peers), ("num_faults", faults)) if value is not None}
+    if peers is not None and peers >= MANY_PEERS:
+        changes["reduce_from"] = MANY_PEERS  # as a manifest says where it says nothing
     violations: list[str] = []
     confirmed = crashes = 0
-    for seed in range(first, first + seeds):
-        changes = {key: value for key, value in (("num_trainers", peers), ("num_faults", faults)) if value is not None}
-        try:
-            report = run(replace(Scenario.from_seed(seed), **changes))  # type: ignore[arg-type]
-            confirmed, crashes = confirmed + report.num_confirmed, crashes + report.num_crashes
-            if not as_json:
-                print(report, flush=True)
-        except Violation as violation:
-            violations.append(str(violation))
-            print(f"VIOLATION {violation}", file=sys.stderr, flush=True)
+    for told in run_seeds(range(first, first + seeds), changes, jobs):
+        confirmed, crashes = confirmed + told.num_confirmed, crashes + told.num_crashes
+        if told.violation:
+            violations.append(told.violation)
+            print(f"VIOLATION {told.violation}", file=sys.stderr, flush=True)
+        elif not as_json:
+            print(told.text, flush=True)
     found = {
         "ok": not violations,
         "seeds": seeds,

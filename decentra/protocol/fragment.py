@@ -166,9 +166,12 @@ def roll_back(book: FragmentBook, height: int, anchor: Digest, why: str, now: fl
 
 
 def _rolled_back(book: FragmentBook, height: int, anchor: Digest, now: float) -> FragmentBook:
+    """What was the anchor stays known: if nobody has the other one, the fragment returns to what members hold."""
+    history = (*book.history, (book.anchor, book.height))[-NUM_HISTORY:]
     return replace(
-        book, anchor=anchor, height=height, orphan_since=None, residual=None, may_lack=False, idle_since=now, version=book.version + 1
-    )
+        book, anchor=anchor, height=height, history=history, orphan_since=None, residual=None, may_lack=False, idle_since=now,
+        version=book.version + 1,
+    )  # fmt: skip
 
 
 def skip_numbers(book: FragmentBook) -> FragmentBook:
@@ -250,7 +253,7 @@ def restore(book: FragmentBook, record: ledger.Record, now: float, timing: Timin
         case ledger.GaveUp() if book.round is not None:
             return _close(replace(book, round=replace(book.round, phase=record.phase, why=record.why)), now, book.anchor, book.height)
         case ledger.RolledBack():
-            return replace(book, anchor=record.anchor, height=record.height, orphan_since=None, residual=None, may_lack=False)
+            return _rolled_back(book, record.height, record.anchor, now)
     return book
 
 

@@ -34,6 +34,11 @@ class Scenario:
     clip: float | None = None
     is_partial: bool = False  # trainers hold only what they train; there is a keeper then
 
+    @property
+    def pace(self) -> float:
+        """Rounds with hundreds of packets need longer deadlines: the reducers fetch every one of them."""
+        return max(1.0, self.num_trainers / 50)
+
     @staticmethod
     def from_seed(seed: int) -> Scenario:
         """Every kind of swarm in turn: two to four trainers, with and without keeper, reducers and clips, both rules, merges and modes, quick and slow."""

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from decentra.config import CodecSpec, Manifest, ModelSpec, OuterSpec, PlacementSpec, RoundSpec
+from decentra.config import AdmissionSpec, CodecSpec, Manifest, ModelSpec, OuterSpec, PlacementSpec, RoundSpec
 from decentra.delta.anchor import AnchorState, anchor_digest, encode_anchor
-from decentra.errors import Refused
+from decentra.errors import DecentraError, Refused
 from decentra.ids import Digest, FragmentId, PeerId, expert_of
 from decentra.modules import Fragment, Layout, build_layout
 from decentra.peer.disk import sweep, write_atomic
@@ -94,6 +94,7 @@ class World:
     num_crashes: int = field(init=False, default=0)
     num_wiped: int = field(init=False, default=0)
     _driver_task: asyncio.Task[None] | None = field(init=False, default=None)
+    _orders: set[asyncio.Task[None]] = field(init=False, default_factory=set)  # of the organiser, under way
 
     def __post_init__(self) -> None:
         scenario = self.scenario
@@ -102,25 +103,18 @@ class World:
         blobs = [encode_anchor(f, AnchorState(torch.linspace(-1, 1, f.num_elements))) for f in self.layout.fragments]
         lr = 0.7 if scenario.outer_rule == "nesterov" else 1.0
         outer = OuterSpec(rule=scenario.outer_rule, lr=lr, momentum=0.5, merge=scenario.merge, clip=scenario.clip)
+        pace = scenario.pace
         rounds = RoundSpec(
-            inner_steps=scenario.inner_steps,
-            cut_off_s=10,
-            grace_s=6,
-            attest_s=6,
-            gather_s=2,
-            heartbeat_s=2,
-            lease_s=5,
-            rollback_s=15,
-            reduce_from=scenario.reduce_from,
-            merge_s=4,
-        )
+            inner_steps=scenario.inner_steps, cut_off_s=10 * pace, grace_s=6 * pace, attest_s=6 * pace, gather_s=2 * pace, heartbeat_s=2 * pace,
+            lease_s=5 * pace, rollback_s=15 * pace, reduce_from=scenario.reduce_from, merge_s=4 * pace,
+        )  # fmt: skip
         self.manifest = Manifest(
             name="sim", model=ModelSpec(num_experts=NUM_EXPERTS), rounds=rounds, codec=CodecSpec(name=scenario.codec, merged=scenario.merged),
             placement=PlacementSpec(
                 holders=2, experts_per_peer=scenario.experts_per_peer, adopt_s=20, mode="held" if scenario.is_partial else "mirror"
             ),
             genesis={f.id: anchor_digest(b) for f, b in zip(self.layout.fragments, blobs, strict=True)},
-            outer=outer,
+            outer=outer, admission=AdmissionSpec(max_members=2 * scenario.num_trainers + 64),
         )  # fmt: skip
         self.promises = Promises(self.manifest, lambda: {p: h.disk for p, h in self.hosts.items()})
         self.journal.on_append = self.promises.on_records
@@ -252,14 +246,15 @@ class World:
             self.start(host)
         await self._misfortune()
         self._heal()
-        await self._until(RETURN_S, self._is_everybody_here)
-        self._expect(self._is_everybody_here(), f"somebody is not back {RETURN_S:g} s after the last fault")
+        await asyncio.gather(*self._orders)
+        await self._until(RETURN_S * self.scenario.pace, self._is_everybody_here)
+        self._expect(self._is_everybody_here(), f"somebody is not back {RETURN_S * self.scenario.pace:g} s after the last fault")
         before, trained = self._heights(), self._trained()
-        await self._until(PROGRESS_S, lambda: all(self._heights()[f] >= before[f] + NUM_ROUNDS_AFTER for f in trained))
+        await self._until(PROGRESS_S * self.scenario.pace, lambda: all(self._heights()[f] >= before[f] + NUM_ROUNDS_AFTER for f in trained))
         after = self._heights()
         assert self.driver is not None
         self.driver.book.stopping = "the story ends"  # no round opens any more
-        await self._until(QUIET_S, self._is_quiet)
+        await self._until(QUIET_S * self.scenario.pace, self._is_quiet)
         self._check({f: after[f] - before[f] for f in trained})
         report = self._report()
         for host in self.hosts.values():
@@ -284,7 +279,7 @@ class World:
     def _one_fault(self) -> None:
         now = asyncio.get_running_loop().time()
         host = self.rng.choice(list(self.hosts.values()))
-        kinds = ["kill", "kill", "disk", "disk", "service", "cut", "partition", "slow", "loss", "rot", "doubled", "heal", "heal"]
+        kinds = ["kill", "kill", "disk", "disk", "service", "cut", "partition", "slow", "loss", "rot", "doubled", "back", "heal", "heal"]
         kind = self.rng.choice([*kinds, "wipe"] if self.num_wiped == 0 and host.role is Role.TRAINER else kinds)
         self.faults.append(f"{now:.1f} {kind} {host.peer}")
         later = asyncio.get_running_loop().call_later
@@ -314,8 +309,23 @@ class World:
                 self.net.rot = self.rng.choice([0.1, 0.5])
             case "doubled":
                 self.net.doubled = 0.5
+            case "back" if self.driver is not None:
+                self._order_back(self.driver)
             case "heal":
                 self._mend()
+
+    def _order_back(self, driver: Driver) -> None:
+        """The organiser sends a fragment back by some rounds; perhaps nobody has that anchor any more."""
+        book = self.rng.choice([driver.book.fragments[f] for f in sorted(driver.book.fragments)])
+        if not book.history or driver.book.is_over:
+            return
+        anchor, height = book.history[-self.rng.randrange(1, min(len(book.history), 6) + 1)]
+        self._orders.add(asyncio.create_task(self._tell(driver, f"{book.fragment} {height} {anchor} the story says so")))
+
+    async def _tell(self, driver: Driver, argument: str) -> None:
+        with suppress(TimeoutError, DecentraError):  # the service may die while it answers
+            async with asyncio.timeout(3):
+                await driver.command("roll-back", argument)
 
     def _wipe(self, host: _Host) -> None:
         """The machine is gone with its disk and its key; a new one joins in its place."""
@@ -323,7 +333,7 @@ class World:
         self.kill(host)
         del self.hosts[host.peer]
         self.promises.check_disks(f"the loss of {host.peer}")
-        self.start(self._new_host(host.role, 10 + self.num_wiped))
+        self.start(self._new_host(host.role, 10_000 + self.num_wiped))
 
     def _mend(self) -> None:
         self.net.cut.clear()

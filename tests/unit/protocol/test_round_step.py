@@ -30,8 +30,8 @@ from decentra.protocol.round import (
     next_deadline,
     step,
     waits_for,
-    what_is_wrong,
 )
+from decentra.protocol.settling import what_is_wrong
 
 A, B, C, D, E = PEERS
 ANCHOR = digest("anchor a")
