@@ -70,7 +70,8 @@ class Live:
 class Bench:
     """A replica on a disk that may crash, and what the others of its rounds would have sent."""
 
-    def __init__(self, seed: int = 0) -> None:
+    def __init__(self, seed: int = 0, archive_every: int = 0) -> None:
+        self.archive_every = archive_every
         self.disk = SimDisk(Random(seed))
         self.peers: dict[PeerId, SimExchange] = {}
         self.log: list[Any] = []
@@ -83,7 +84,9 @@ class Bench:
         self.live = Live()
         self.exchange = SimExchange(ME, self.disk, SimNet(Random(1)), self.peers)
         compute, events = InlineCompute(Random(2), 0.0), SimEvents("me", self.log)
-        self.replica = Replica(FRAGMENT, MANIFEST, ME, self.exchange, self.disk, compute, events, live=self.live)
+        self.replica = Replica(
+            FRAGMENT, MANIFEST, ME, self.exchange, self.disk, compute, events, live=self.live, archive_every=self.archive_every
+        )
 
     @property
     def account(self) -> Account:

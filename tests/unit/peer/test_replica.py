@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import struct
 import zlib
+from collections import Counter
 from collections.abc import Coroutine
 from typing import Any
 
@@ -246,3 +247,40 @@ def test_run_virtual_really_ran() -> None:
         return asyncio.get_running_loop().time()
 
     assert run(job()) >= 5
+
+
+@pytest.mark.parametrize("is_restarted", [False, True])
+def test_an_archive_keeps_all_packets_and_every_third_anchor(is_restarted: bool) -> None:
+    """What is left of old rounds may be evicted, so it is not pinned."""
+
+    async def job() -> None:
+        bench = Bench(archive_every=3)
+        pins = _counted_pins(bench)
+        await bench.recover(0)
+        anchors, packets = [GENESIS_DIGEST], []
+        for number in range(1, 13):
+            await bench.encode(number)
+            settlement = await bench.settle(number, ME, OTHER)
+            anchors.append(await bench.replica.apply(settlement))
+            await bench.replica.commit(number, anchors[-1], Ending.APPLIED)
+            packets += [e.packet for e in settlement.entries]
+            if is_restarted and number == 6:
+                bench.start()
+                pins = _counted_pins(bench)
+                await bench.replica.load()
+        assert all([await bench.exchange.has(p) for p in packets])
+        kept = [height for height, anchor in enumerate(anchors) if await bench.exchange.has(anchor)]
+        assert {0, 3, 6, 9, 12} <= set(kept)
+        assert set(kept) - {0, 3, 6, 9, 12} <= set(range(12 - NUM_KEPT_ROUNDS, 13)), "the others go with their rounds"
+        pinned = {digest for digest, num in pins.items() if num > 0}
+        assert not pinned & {*packets[: 2 * (12 - NUM_KEPT_ROUNDS)], *anchors[: 12 - NUM_KEPT_ROUNDS]}
+
+    run(job())
+
+
+def _counted_pins(bench: Bench) -> Counter[Digest]:
+    """How often each blob is pinned from now on."""
+    pins: Counter[Digest] = Counter()
+    bench.exchange.pin = lambda digest: pins.update([digest])  # type: ignore[method-assign]
+    bench.exchange.unpin = lambda digest: pins.subtract([digest])  # type: ignore[method-assign]
+    return pins

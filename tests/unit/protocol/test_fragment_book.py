@@ -345,3 +345,44 @@ def check_book(d: Desk) -> None:
     view = books.view(d.book, d.present, d.now)
     assert (view.anchor, view.height, view.round) == (d.book.anchor, d.book.height, d.book.number)
     assert view.why
+
+
+def test_the_organiser_sends_it_to_another_anchor_and_the_round_under_way_is_given_up() -> None:
+    d = desk((A, B), (C,))
+    d.hold(A, B, C)
+    d.confirm_round("one")
+    d.confirm_round("two")
+    assert d.book.active is not None
+    number = d.book.number
+    d.take(books.roll_back(d.book, 1, digest("one"), "a liar was in", d.now))
+    assert d.kinds()[-2:] == ["GaveUp", "RolledBack"]
+    assert (d.book.anchor, d.book.height, d.book.active) == (digest("one"), 1, None)
+    assert (d.book.round.phase if d.book.round else None, d.records[-1].why) == (Phase.ABANDONED, "a liar was in")  # type: ignore[union-attr]
+    assert restored(d).anchor == d.book.anchor
+    assert restored(d).history == d.book.history
+    before = d.book
+    d.take(books.roll_back(d.book, 1, digest("one"), "said again", d.now))
+    assert d.book == before, "an order that is done is done"
+    d.hold(A, B, C)
+    assert d.book.active is not None
+    assert (d.book.active.base, d.book.active.height, d.book.number) == (digest("one"), 1, number + 1), "round numbers go on"
+    offers = [offer(p, d.book.number, base=d.book.anchor) for p in (A, B)]
+    d.hear(*offers, receipt(B, A, d.book.number), receipt(A, B, d.book.number))
+    assert d.book.active.phase is Phase.SETTLED
+    d.take(books.roll_back(d.book, 1, digest("other"), "", d.now))
+    assert d.records[-2].phase is Phase.VOID, "settled, and not confirmed"  # type: ignore[union-attr]
+
+
+def test_an_anchor_that_nobody_brings_leads_back_to_what_members_hold() -> None:
+    d = desk((A, B), (C,))
+    d.hold(A, B, C)
+    d.confirm_round("one")
+    d.take(books.roll_back(d.book, 1, digest("computed anew"), "by the organiser", d.now))
+    d.tick()
+    assert "nobody present holds its anchor" in books.waits_for(d.book, d.present)
+    d.tick(TIMING.rollback_s)
+    assert (d.book.anchor, d.book.height) == (digest("one"), 1)
+    assert restored(d).anchor == digest("one")
+    d.tick()
+    assert d.book.active is not None
+    assert d.book.active.base == digest("one")

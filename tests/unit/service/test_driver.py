@@ -282,3 +282,30 @@ def test_stop_ends_the_run_when_the_open_round_is_over() -> None:
         assert [r.is_over for r in records_of(journal) if isinstance(r, ledger.Stopping)] == [False, True]
 
     run(job())
+
+
+def test_an_order_to_go_back_is_looked_at_and_everybody_is_told() -> None:
+    async def job() -> None:
+        journal = SimJournal()
+        other = digest_of(b"another anchor")
+        async with running(journal) as driver:
+            mailbox = await enter(driver, A)
+            for wrong in ("", f"{TRUNK} 3", f"nowhere/0 3 {other} why", f"{TRUNK} -1 {other} why", f"{TRUNK} 3 {other[:-1]} why"):
+                with pytest.raises(Refused, match="expected a fragment of this run, a height and an anchor's digest"):
+                    await driver.command("roll-back", wrong)
+            await driver.command("roll-back", f"{TRUNK} 3 {other} a liar was in")
+            view = await until(mailbox, lambda v: isinstance(v, FragmentView) and v.anchor == other)
+            assert isinstance(view, FragmentView)
+            assert view.height == 3
+        assert [(r.height, r.anchor, r.why) for r in records_of(journal) if isinstance(r, ledger.RolledBack)] == [
+            (3, other, "a liar was in")
+        ]
+        async with running(journal) as driver:
+            assert driver.book.fragments[TRUNK].anchor == other
+            mailbox = await enter(driver, A)
+            await driver.command("stop", "enough")
+            await until(mailbox, lambda v: isinstance(v, SwarmView) and v.is_stopped)
+            with pytest.raises(Refused, match="the run is over; go on from its model as another run"):
+                await driver.command("roll-back", f"{TRUNK} 0 {GENESIS} too late")
+
+    run(job())
