@@ -214,7 +214,10 @@ class SimExchange:
         other = self.peers.get(peer)
         if other is None or not other.is_open or not self.net.is_up(self.me, peer) or self.net.rng.random() < self.net.loss:
             raise Unreachable(f"{peer} does not answer")
-        data = await other.read(digest)
+        try:
+            data = await other.read(digest)
+        except Crash:  # it died in this moment, and nobody else does of that
+            raise Unreachable(f"{peer} died") from None
         if data is None:
             raise Refused(f"{peer} does not have {digest[:12]}")
         if data and self.net.rng.random() < self.net.rot:

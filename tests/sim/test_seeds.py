@@ -153,5 +153,5 @@ def test_a_restart_that_encodes_anew_is_found(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(Replica, "load", load)
     assert "two digests" in first_violation(
-        max_delay_s=0.5, max_compute_s=1.0, num_faults=24, num_trainers=4, reduce_from=None, step_s=0.4, inner_steps=2
-    )  # many restarts, and rounds that are open for long
+        range(80), max_delay_s=0.5, max_compute_s=1.0, num_faults=24, num_trainers=4, reduce_from=None, step_s=0.4, inner_steps=2
+    )  # many restarts, and rounds that are open for long: one seed of eight shows it
