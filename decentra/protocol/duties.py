@@ -163,6 +163,7 @@ class Self:
 
 
 Result = tuple[FragmentLife, tuple[Effect, ...]]
+FAN_OUT, TREE_FROM = 8, 16  # to how many each passes a merged packet on; with fewer peers everybody asks everybody
 
 
 def reconcile(life: FragmentLife, me: Self, num_steps: int, now: float) -> Result:
@@ -293,11 +294,13 @@ def _fetches(view: FragmentView, me: Self, offer: Offer) -> bool:
     """Reducers, if there are some, fetch all packets; a witness holds theirs, since they may not reach each other."""
     if not view.reducers:
         return me.peer in view.holders or me.peer in view.keepers
-    if me.peer in view.reducers:
-        return True
+    return me.peer in view.reducers or (offer.peer in view.reducers and me.peer == witness_of(view))
+
+
+def witness_of(view: FragmentView) -> PeerId | None:
+    """Who holds the reducers' own packets besides them; a keeper where there is one."""
     others = [p for p in (view.keepers or view.holders) if p not in view.reducers]
-    witness = min(others, key=lambda p: rendezvous(view.fragment, p), default=None)
-    return offer.peer in view.reducers and me.peer == witness
+    return min(others, key=lambda p: rendezvous(view.fragment, p), default=None)
 
 
 def _offer(life: FragmentLife, view: FragmentView, me: Self, num_steps: int, now: float) -> Result:
@@ -371,13 +374,32 @@ def _fetch_from(
     """Fetch one packet of round ``number`` from its sender (``makers`` where that is no peer) and from whoever else should have it."""
     if now < life.refetch_at or packet in life.packets | life.fetching | life.bad_packets:
         return life, ()
-    makers = makers or (sender,)
-    havers = {*makers, *(holder for s, holder in view.receipts if s in makers), *view.ready, *view.attesters}
-    sources = _ordered(me, tuple(havers), life.fragment, packet)
+    sources = _sources(view, me, packet, makers or (sender,), is_merged=bool(makers))
     fetch = Fetch(life.fragment, number, sender, packet, num_bytes, sources, norm_bits)
     norms = frozenset(n for n in life.norms if n[0] in life.packets | life.fetching)
     norms |= set() if norm_bits is None else {(packet, norm_bits)}
     return replace(life, fetching=life.fetching | {packet}, norms=norms), (fetch,)
+
+
+def _sources(view: FragmentView, me: Self, packet: Digest, makers: tuple[PeerId, ...], *, is_merged: bool) -> tuple[PeerId, ...]:
+    """Whom to ask for a packet, in this order: everybody who may have it, spread so that not all ask its sender.
+
+    In rounds with reducers few have an offered packet: they are asked first. The merged one goes down a tree whose root is those who made it: each asks
+    the peer above it, then the one above that, so nobody sends it hundreds of times, and nobody asks hundreds that do not have it either.
+    """
+    havers = dict.fromkeys((*makers, *(holder for s, holder in view.receipts if s in makers), *view.attesters))
+    others = _ordered(me, tuple({*havers, *view.ready}), view.fragment, packet)
+    if not view.reducers and not is_merged:
+        return others
+    first: tuple[PeerId, ...] = tuple(havers)
+    if is_merged and me.peer not in makers and len(others) > TREE_FROM:
+        below = sorted((p for p in {me.peer, *others} if p not in makers), key=lambda p: rendezvous(view.fragment, packet, p))
+        place, above = below.index(me.peer), []
+        while place >= FAN_OUT:
+            place = place // FAN_OUT - 1
+            above.append(below[place])
+        first = (*above, *_ordered(me, makers, view.fragment, packet), *first)
+    return tuple(dict.fromkeys(p for p in (*first, *others) if p != me.peer))
 
 
 def _ordered(me: Self, peers: tuple[PeerId, ...], fragment: FragmentId, what: Digest) -> tuple[PeerId, ...]:

@@ -144,12 +144,8 @@ class Round:
         """Offers that would survive the death of their sender: another member of the roster holds the packet."""
         if len(self.roster) == 1:
             return self.offers
-        condemned = self.condemned
-        return tuple(
-            o
-            for o in self.offers
-            if o.peer not in condemned and any(sender == o.peer and holder != sender for sender, holder in self.receipts)
-        )
+        condemned, held = self.condemned, {sender for sender, holder in self.receipts if holder != sender}
+        return tuple(o for o in self.offers if o.peer not in condemned and o.peer in held)
 
 
 def _is_most(num_objections: int, num_judges: int) -> bool:

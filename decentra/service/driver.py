@@ -12,6 +12,7 @@ from decentra.errors import Refused, Unreachable
 from decentra.ids import Digest, FragmentId, PeerId, RunId, is_digest, short
 from decentra.ports import Clock, Compute, Events, Journal
 from decentra.protocol import ledger
+from decentra.protocol.duties import witness_of
 from decentra.protocol.fragment import FragmentBook, Write
 from decentra.protocol.ledger import Ledger, Record
 from decentra.protocol.messages import DRAINED, FragmentView, Goodbye, Hello, MemberMessage, Outcome, Phase, Rejected, Role, SwarmView
@@ -74,7 +75,7 @@ class Driver:
     _ledger: Ledger = field(init=False, default_factory=Ledger)
     _outcomes: dict[tuple[FragmentId, int], Outcome] = field(init=False, default_factory=dict)
     _mailboxes: dict[PeerId, Mailbox] = field(init=False, default_factory=dict)
-    _pushed: dict[FragmentId, tuple[object, ...]] = field(init=False, default_factory=dict)
+    _pushed: dict[FragmentId, _News] = field(init=False, default_factory=dict)
     _waiting: dict[FragmentId, None] = field(init=False, default_factory=dict)
     _refreshed_at: float = field(init=False, default=0.0)
     _queue: asyncio.Queue[_Work] = field(init=False, default_factory=asyncio.Queue)
@@ -352,28 +353,45 @@ class Driver:
                         mailbox.put(Rejected(peer, reason, detail))
                 case Write(record):
                     self._tell(record)
-        views: list[SwarmView | FragmentView] = [self.book.swarm()] if swarm_changed else []
-        views += [self._short_view(f, now) for f in self._due(fragments, now)]
-        for mailbox in self._mailboxes.values():
-            for view in views:
-                mailbox.put(view)
+        if swarm_changed:
+            swarm = self.book.swarm()
+            for mailbox in self._mailboxes.values():
+                mailbox.put(swarm)
+        for fragment, audience in self._due(fragments, now):
+            self._push(self._short_view(fragment, now), audience)
 
-    def _due(self, changed: Iterable[FragmentId], now: float) -> list[FragmentId]:
-        """Which of the changed fragments to push now: those with something to act on, and every two seconds the rest."""
-        due = []
+    def _due(self, changed: Iterable[FragmentId], now: float) -> list[tuple[FragmentId, frozenset[PeerId] | None]]:
+        """Which of the changed fragments to push now, and to whom, None: to all. Those with something to act on, and every two seconds the rest.
+
+        An offer concerns reducers, where there are some, and not hundreds of others; its sender hears when somebody has it.
+        """
+        due: list[tuple[FragmentId, frozenset[PeerId] | None]] = []
         for fragment in changed:
-            news = _to_act_on(self.book.fragments[fragment])
-            if self._pushed.get(fragment) != news:
-                self._pushed[fragment] = news
-                self._waiting.pop(fragment, None)
-                due.append(fragment)
-            else:
+            book = self.book.fragments[fragment]
+            before, news = self._pushed.get(fragment), _News.of(book)
+            self._pushed[fragment] = news
+            if before is not None and before.to_all == news.to_all:
                 self._waiting[fragment] = None
+                if before.offers == news.offers and before.arrived == news.arrived:
+                    continue
+                if before.offers == news.offers and not news.audience:
+                    continue  # a receipt: nobody acts on it
+                due.append((fragment, news.audience | (news.arrived - before.arrived) if news.audience else None))
+            else:
+                self._waiting.pop(fragment, None)
+                due.append((fragment, None))
         if self._waiting and now >= self._refreshed_at + REFRESH_S:
-            due += list(self._waiting)
+            due += [(fragment, None) for fragment in self._waiting]
             self._waiting.clear()
             self._refreshed_at = now
         return due
+
+    def _push(self, view: FragmentView, audience: frozenset[PeerId] | None) -> None:
+        """Whole to who acts on offers, to others with what concerns their own."""
+        hears_all = frozenset((*view.reducers, *view.keepers, *filter(None, [witness_of(view)]))) if view.reducers else None
+        for peer in self._mailboxes if audience is None else (audience | (hears_all or frozenset())) & self._mailboxes.keys():
+            is_whole = hears_all is None or peer in hears_all
+            self._mailboxes[peer].put(view if is_whole else _of_own(view, peer))
 
     def _short_view(self, fragment: FragmentId, now: float) -> FragmentView:
         view = self.book.view(fragment, now)
@@ -411,8 +429,29 @@ def _is_token_id(text: str) -> bool:
     return len(text) == 16 and all(c in "0123456789abcdef" for c in text)
 
 
-def _to_act_on(book: FragmentBook) -> tuple[object, ...]:
-    """The part of a fragment's state that makes a member do something."""
-    phase, offers = (book.round.phase, book.round.offers) if book.round is not None else (Phase.IDLE, ())
-    merging = (book.round.live_reducers, book.round.settlement and book.round.settlement.is_final) if book.round is not None else None
-    return book.anchor, book.number, phase, offers, merging, any(digest == book.anchor for digest in book.holdings.values())
+def _of_own(view: FragmentView, peer: PeerId) -> FragmentView:
+    """What a member needs that fetches no offered packets: its own offer, and who has it."""
+    return replace(view, offers=tuple(o for o in view.offers if o.peer == peer), receipts=tuple(r for r in view.receipts if r[0] == peer))
+
+
+@dataclass(frozen=True, slots=True)
+class _News:
+    """The part of a fragment's state that makes members do something."""
+
+    to_all: tuple[object, ...]
+    offers: tuple[object, ...]
+    arrived: frozenset[PeerId]  # senders whose packets somebody has
+    audience: frozenset[PeerId]  # who acts on offers; none: everybody
+
+    @staticmethod
+    def of(book: FragmentBook) -> _News:
+        one = book.round
+        is_held = any(digest == book.anchor for digest in book.holdings.values())
+        if one is None:
+            return _News((book.anchor, book.number, Phase.IDLE, is_held), (), frozenset(), frozenset())
+        merging = one.settlement is not None and one.settlement.is_final
+        reducers = one.live_reducers
+        return _News(
+            (book.anchor, book.number, one.phase, reducers, merging, is_held), one.offers, frozenset(sender for sender, _ in one.receipts),
+            frozenset(reducers),
+        )  # fmt: skip

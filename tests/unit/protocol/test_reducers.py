@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -311,3 +312,27 @@ def test_a_merge_of_an_old_round_is_not_said() -> None:
     reducer.lives[FRAGMENT] = replace(reducer.lives[FRAGMENT], merge=merge(B, 7))
     effects = reducer.handle(m.Viewed(in_view(settled())), 1.0)
     assert not any(isinstance(e, do.Say) and isinstance(e.message, Merge) for e in effects)
+
+
+def test_a_merged_packet_goes_down_a_tree() -> None:
+    """Nobody is asked first by more than eight, everybody's way ends at who made it, and nobody asks itself."""
+    peers = [PeerId(f"p{i:03}") for i in range(100)]
+    makers = (peers[3], peers[50])
+    view = FragmentView(FRAGMENT, 1, 3, BASE, 4, Phase.SETTLED, "", holders=tuple(peers), reducers=makers, ready=tuple(peers))
+    first: Counter[PeerId] = Counter()
+    for peer in peers:
+        sources = do._sources(view, Self(peer, Role.TRAINER, 1), digest("merged"), makers, is_merged=True)
+        assert sorted((*sources, peer)) == peers, "in the end everybody may be asked"
+        assert min(sources.index(m) for m in makers if m != peer) <= 3, "soon those who surely have it"
+        first[sources[0]] += 1
+    assert max(first[p] for p in peers if p not in makers) <= do.FAN_OUT
+    assert sum(first[m] for m in makers) <= do.FAN_OUT + len(makers)
+
+
+def test_reducers_ask_the_sender_first_and_whoever_gave_a_receipt() -> None:
+    peers = [PeerId(f"p{i:03}") for i in range(30)]
+    view = FragmentView(
+        FRAGMENT, 1, 3, BASE, 4, Phase.OPEN, "", holders=tuple(peers), reducers=(A, B), ready=tuple(peers), receipts=((peers[7], B),)
+    )
+    sources = do._sources(view, Self(A, Role.TRAINER, 1), digest("packet"), (peers[7],), is_merged=False)
+    assert sources[:2] == (peers[7], B)
