@@ -1,10 +1,14 @@
-"""The ledger's journal in one SQLite file: append-only, durable when ``append`` returns, one process. It knows no record's meaning."""
+"""The ledger's journal in one SQLite file: append-only, durable when ``append`` returns, one process. It knows no record's meaning.
+
+Records are deflated (``packed`` 1) where that makes them smaller: a ledger is hexadecimal text, and takes less than half of its length so.
+"""
 
 from __future__ import annotations
 
 import os
 import sqlite3
 import threading
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +16,8 @@ from pathlib import Path
 from decentra.errors import ConfigError, IntegrityError, InUse, VersionMismatch
 
 _APPLICATION_ID = 0x44454354  # "DECT"
-_SCHEMA_VERSION = 1
+_SCHEMA_VERSION = 2  # 1: records as they are; read, and made a 2
+MAX_RECORD_BYTES = 16 << 20
 _PAGE_ROWS = 500
 
 
@@ -45,7 +50,7 @@ class SqliteJournal:
         with self._lock, self._mapped():
             self._db.execute("BEGIN IMMEDIATE")
             try:
-                self._db.executemany("INSERT INTO record(body) VALUES (?)", [(record,) for record in records])
+                self._db.executemany("INSERT INTO record(body, packed) VALUES (?, ?)", [_packed(record) for record in records])
                 self._db.execute("COMMIT")
             except BaseException:
                 if self._db.in_transaction:
@@ -57,20 +62,22 @@ class SqliteJournal:
         seq = 0
         while True:
             with self._lock, self._mapped():
-                rows = self._db.execute("SELECT seq, body FROM record WHERE seq > ? ORDER BY seq LIMIT ?", (seq, _PAGE_ROWS)).fetchall()
-            for found, body in rows:
+                rows = self._db.execute(
+                    "SELECT seq, body, packed FROM record WHERE seq > ? ORDER BY seq LIMIT ?", (seq, _PAGE_ROWS)
+                ).fetchall()
+            for found, body, is_packed in rows:
                 seq += 1
                 if found != seq or not isinstance(body, bytes):
                     raise IntegrityError(f"ledger {self._path}: record {seq} is missing; restore the file from your backup")
-                yield body
+                yield self._unpacked(seq, body, is_packed)
             if len(rows) < _PAGE_ROWS:
                 return
 
     def read(self, after: int, limit: int) -> list[bytes]:
         """At most ``limit`` records after the first ``after``."""
         with self._lock, self._mapped():
-            rows = self._db.execute("SELECT body FROM record WHERE seq > ? ORDER BY seq LIMIT ?", (after, limit)).fetchall()
-        return [bytes(body) for (body,) in rows]
+            rows = self._db.execute("SELECT seq, body, packed FROM record WHERE seq > ? ORDER BY seq LIMIT ?", (after, limit)).fetchall()
+        return [self._unpacked(seq, bytes(body), is_packed) for seq, body, is_packed in rows]
 
     def count(self) -> int:
         with self._lock, self._mapped():
@@ -86,8 +93,11 @@ class SqliteJournal:
         self._db.execute("PRAGMA journal_mode = WAL")
         self._db.execute("PRAGMA synchronous = FULL")
         self._db.execute("BEGIN EXCLUSIVE")
-        self._check_kind()
-        self._db.execute("CREATE TABLE IF NOT EXISTS record(seq INTEGER PRIMARY KEY, body BLOB NOT NULL) STRICT")
+        if self._check_kind() == 1:
+            self._db.execute("ALTER TABLE record ADD COLUMN packed INTEGER NOT NULL DEFAULT 0")
+        self._db.execute(
+            "CREATE TABLE IF NOT EXISTS record(seq INTEGER PRIMARY KEY, body BLOB NOT NULL, packed INTEGER NOT NULL DEFAULT 0) STRICT"
+        )
         self._db.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
         self._db.execute(f"PRAGMA user_version = {_SCHEMA_VERSION}")
         self._db.execute("COMMIT")
@@ -95,15 +105,29 @@ class SqliteJournal:
         if verdict != "ok":
             raise sqlite3.DatabaseError(str(verdict))
 
-    def _check_kind(self) -> None:
+    def _unpacked(self, seq: int, body: bytes, is_packed: int) -> bytes:
+        if not is_packed:
+            return body
+        try:
+            inflater = zlib.decompressobj()
+            record = inflater.decompress(body, MAX_RECORD_BYTES)
+            if inflater.eof and not inflater.unconsumed_tail:
+                return record
+        except zlib.error:
+            pass
+        raise IntegrityError(f"ledger {self._path}: record {seq} is damaged; restore the file from your backup")
+
+    def _check_kind(self) -> int:
+        """The format that the file has; 0: it is new."""
         application, version = (int(self._db.execute(f"PRAGMA {name}").fetchone()[0]) for name in ("application_id", "user_version"))
         tables = [row[0] for row in self._db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
         if (application, version) == (0, 0) and not tables:
-            return
+            return 0
         if application != _APPLICATION_ID or "record" not in tables:
             raise ConfigError(f"{self._path} is a SQLite file of another program, not a ledger; give another path")
-        if version != _SCHEMA_VERSION:
-            raise VersionMismatch(f"ledger {self._path} has format {version}, this version reads {_SCHEMA_VERSION}; update decentra")
+        if not 1 <= version <= _SCHEMA_VERSION:
+            raise VersionMismatch(f"ledger {self._path} has format {version}, this version reads up to {_SCHEMA_VERSION}; update decentra")
+        return version
 
     @contextmanager
     def _mapped(self) -> Iterator[None]:
@@ -123,6 +147,14 @@ class SqliteJournal:
         if code in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_IOERR):
             return ConfigError(f"ledger {self._path} cannot be opened or written ({error}); check the folder, its permissions and the disk")
         return IntegrityError(f"ledger {self._path} is damaged ({error}); restore the file from your backup, and check the disk")
+
+
+def _packed(record: bytes) -> tuple[bytes, int]:
+    """(what is stored, 1 if it is deflated)."""
+    if not isinstance(record, bytes):
+        return record, 0  # the database says what is wrong with it
+    short = zlib.compress(record)
+    return (short, 1) if len(short) < len(record) else (record, 0)
 
 
 def _sync_dir(path: Path) -> None:

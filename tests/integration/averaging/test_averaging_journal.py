@@ -8,6 +8,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
+import zlib
 from pathlib import Path
 
 import pytest
@@ -169,12 +170,44 @@ def test_other_files_are_told_apart(tmp_path: Path) -> None:
     newer = tmp_path / "newer.db"
     SqliteJournal(newer).close()
     with sqlite3.connect(newer) as db:
-        db.execute("PRAGMA user_version = 2")
+        db.execute("PRAGMA user_version = 3")
     db.close()
-    with pytest.raises(VersionMismatch, match="format 2"):
+    with pytest.raises(VersionMismatch, match="format 3"):
         SqliteJournal(newer)
     with pytest.raises(ConfigError):
         SqliteJournal(tmp_path)  # a folder
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError):
         SqliteJournal(tmp_path / "file" / "ledger.db")
+
+
+def test_a_file_of_the_first_format_is_read_and_gone_on_with(tmp_path: Path) -> None:
+    path, text = tmp_path / "ledger.db", b"0123456789abcdef" * 100
+    with sqlite3.connect(path) as db:
+        db.execute("CREATE TABLE record(seq INTEGER PRIMARY KEY, body BLOB NOT NULL) STRICT")
+        db.executemany("INSERT INTO record(body) VALUES (?)", [(b"a",), (text,)])
+        db.execute(f"PRAGMA application_id = {0x44454354}")
+        db.execute("PRAGMA user_version = 1")
+    db.close()
+    for expected in ([b"a", text], [b"a", text, text]):
+        journal = SqliteJournal(path)
+        assert list(journal.load()) == expected
+        assert journal.read(1, 5) == expected[1:]
+        journal.append([text])
+        journal.close()
+    with sqlite3.connect(path) as db:
+        sizes = [len(body) for (body,) in db.execute("SELECT body FROM record")]
+    db.close()
+    assert sizes[:2] == [1, 1600]
+    assert max(sizes[2:]) < 100
+
+
+def test_a_record_that_does_not_inflate_is_an_integrity_error(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.db"
+    for spoil in (b"\x00" * 20, b"", zlib.compress(b"a" * 1000)[:-6], zlib.compress(bytes(17 << 20))):
+        journal = SqliteJournal(path)
+        journal.append([b"a" * 1000])
+        journal._db.execute("UPDATE record SET body = ? WHERE seq = 1", (spoil,))
+        with pytest.raises(IntegrityError, match="record 1 is damaged; restore the file from your backup"):
+            list(journal.load())
+        journal.close()
