@@ -44,7 +44,7 @@ async def meet(addresses: Sequence[str], trust: TrustChain) -> None:
 
 
 class GrpcSession:
-    """One open stream; implements ports.Session. Relayed offers whose proof is not their sender's are left out and reported."""
+    """One open stream; implements ports.Session. What the service says others offered, and they did not sign, is left out and reported."""
 
     def __init__(self, link: Link, call: Any, key: Keypair, trust: TrustChain, events: Events) -> None:
         self._link, self._call, self._key, self._trust, self._events = link, call, key, trust, events

@@ -10,7 +10,7 @@ from decentra.config import Manifest
 from decentra.ids import short
 from decentra.invite import Invite
 from decentra.protocol.ledger import Record
-from decentra.wire.ledgers import LedgerReader
+from decentra.wire.ledgers import LedgerReader, check_words
 from decentra.wire.trust import TrustChain
 
 PAGE = 2000
@@ -34,6 +34,7 @@ def summary(manifest: Manifest, records: list[Record], csv_file: Path | None, pl
     from decentra.status.plot import experts_png
 
     check_settlements(manifest, records)
+    words = check_words(records, manifest.run_id())
     done = rounds(records)
     curves = expert_curves(done, manifest.model.num_experts)
     if csv_file is not None:
@@ -41,7 +42,8 @@ def summary(manifest: Manifest, records: list[Record], csv_file: Path | None, pl
     if plot_file is not None:
         experts_png(plot_file, curves, f"{manifest.name}: tokens per expert")
     return {
-        "ok": True, "run": manifest.run_id(), "name": manifest.name, "num_records": len(records), "rounds_confirmed": len(done),
+        "ok": True, "run": manifest.run_id(), "name": manifest.name, "num_records": len(records), "num_signed": words.num_signed,
+        "num_unsigned": words.num_unsigned, "rounds_confirmed": len(done),
         "rounds_thin": sum(r.is_thin for r in done), "packet_bytes": sum(r.num_bytes for r in done),
         "tokens_per_expert": [int(curve[-1][1]) for curve in curves], "tokens_per_peer": tokens_per_peer(records),
         "csv": None if csv_file is None else str(csv_file), "plot": None if plot_file is None else str(plot_file),
@@ -56,6 +58,7 @@ def describe_history(found: dict[str, Any]) -> str:
     peers = ", ".join(f"{short(peer)} {tokens}" for peer, tokens in sorted(found["tokens_per_peer"].items(), key=lambda x: -x[1])[:8])
     return (
         f"{experts_text(found['curves'], found['name'] + ': tokens per expert over rounds of the trunk')}\n"
-        f"{found['num_records']} ledger records checked, {found['rounds_confirmed']} rounds confirmed ({found['rounds_thin']} thin)\n"
+        f"{found['num_records']} ledger records and {found['num_signed']} words of members checked\n"
+        f"{found['rounds_confirmed']} rounds confirmed ({found['rounds_thin']} thin)\n"
         f"tokens of the trunk, per peer: {peers}"
     )

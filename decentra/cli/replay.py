@@ -28,6 +28,7 @@ from decentra.peer.disk import RealDisk
 from decentra.protocol import ledger
 from decentra.protocol.messages import SwarmView
 from decentra.status.history import check_settlements
+from decentra.wire.ledgers import check_words
 from decentra.wire.trust import TrustChain
 from decentra.workshop.replaying import Audit, Read, Replayed, Teller, before, stories, until
 
@@ -69,6 +70,7 @@ async def tell(run: RunDir, model_code: Path | None) -> tuple[Told, SwarmView | 
         _, records = await read_ledger(invite)
         swarm = await _swarm(invite)
     check_settlements(manifest, records)
+    await asyncio.to_thread(check_words, records, manifest.run_id())
     return Told(manifest, await asyncio.to_thread(layout_for, manifest, model_code), records), swarm
 
 

@@ -27,7 +27,7 @@ from decentra.peer.disk import RealDisk, write_atomic
 from decentra.ports import Events
 from decentra.protocol.ledger import Confirmed, Record, RolledBack, Started
 from decentra.service.copies import MAX_LAG
-from decentra.wire.ledgers import LedgerReader
+from decentra.wire.ledgers import LedgerReader, check_words
 from decentra.wire.trust import TrustChain
 
 LEDGER_FILE, COPY_FILE = "ledger.db", "copy.json"
@@ -77,17 +77,19 @@ def verify_ledger(run: RunDir) -> tuple[LedgerReader, list[Record]]:
 
 
 def describe_ledger(folder: Path) -> dict[str, Any]:
-    """What ``verify`` says of a run's folder. Raises IntegrityError where a line, a signature or a settlement's arithmetic is wrong."""
+    """What ``verify`` says of a run's folder. Raises IntegrityError where a line, anybody's signature or a settlement's arithmetic is wrong."""
     from decentra.status.history import check_settlements
 
     run = RunDir(folder)
     reader, records = verify_ledger(run)
     check_settlements(run.manifest(), records)
+    words = check_words(records, run.manifest().run_id())
     done = [r for r in records if isinstance(r, Confirmed)]
     heights = {r.fragment: r.height for r in records if isinstance(r, Confirmed | RolledBack)}
     return {
         "ok": True, "dir": str(folder), "run": run.manifest().run_id(), "term": reader.newest.term if reader.newest else None,
-        "num_records": len(records), "rounds_confirmed": len(done), "heights": heights,
+        "num_records": len(records), "num_signed": words.num_signed, "num_unsigned": words.num_unsigned, "rounds_confirmed": len(done),
+        "heights": heights,
     }  # fmt: skip
 
 

@@ -250,7 +250,7 @@ class MemberFrame(_message.Message):
     def __init__(self, hello: _Optional[bytes] = ..., offer: _Optional[bytes] = ..., receipt: _Optional[bytes] = ..., attestation: _Optional[bytes] = ..., holding: _Optional[_Union[Holding, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., goodbye: _Optional[_Union[Goodbye, _Mapping]] = ..., abstention: _Optional[_Union[Abstention, _Mapping]] = ..., merge: _Optional[bytes] = ...) -> None: ...
 
 class Entry(_message.Message):
-    __slots__ = ("peer", "packet", "num_bytes", "num_tokens", "weight_bits", "norm_bits", "clip_bits")
+    __slots__ = ("peer", "packet", "num_bytes", "num_tokens", "weight_bits", "norm_bits", "clip_bits", "num_steps", "proof")
     PEER_FIELD_NUMBER: _ClassVar[int]
     PACKET_FIELD_NUMBER: _ClassVar[int]
     NUM_BYTES_FIELD_NUMBER: _ClassVar[int]
@@ -258,6 +258,8 @@ class Entry(_message.Message):
     WEIGHT_BITS_FIELD_NUMBER: _ClassVar[int]
     NORM_BITS_FIELD_NUMBER: _ClassVar[int]
     CLIP_BITS_FIELD_NUMBER: _ClassVar[int]
+    NUM_STEPS_FIELD_NUMBER: _ClassVar[int]
+    PROOF_FIELD_NUMBER: _ClassVar[int]
     peer: str
     packet: bytes
     num_bytes: int
@@ -265,7 +267,9 @@ class Entry(_message.Message):
     weight_bits: int
     norm_bits: int
     clip_bits: int
-    def __init__(self, peer: _Optional[str] = ..., packet: _Optional[bytes] = ..., num_bytes: _Optional[int] = ..., num_tokens: _Optional[int] = ..., weight_bits: _Optional[int] = ..., norm_bits: _Optional[int] = ..., clip_bits: _Optional[int] = ...) -> None: ...
+    num_steps: int
+    proof: bytes
+    def __init__(self, peer: _Optional[str] = ..., packet: _Optional[bytes] = ..., num_bytes: _Optional[int] = ..., num_tokens: _Optional[int] = ..., weight_bits: _Optional[int] = ..., norm_bits: _Optional[int] = ..., clip_bits: _Optional[int] = ..., num_steps: _Optional[int] = ..., proof: _Optional[bytes] = ...) -> None: ...
 
 class Merged(_message.Message):
     __slots__ = ("packet", "num_bytes", "residual")

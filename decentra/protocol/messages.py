@@ -60,7 +60,7 @@ class Hello:
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """Header of one packet. One (peer, fragment, round) has one digest for ever. ``proof`` is the signed form, opaque here."""
+    """Header of one packet. One (peer, fragment, round) has one digest for ever. ``proof`` is its peer's signature, opaque here."""
 
     fragment: FragmentId
     round: int
@@ -161,7 +161,7 @@ MemberMessage = Hello | Offer | Receipt | Merge | Abstention | Attestation | Hol
 class Entry:
     """One offer inside a settlement; ``weight_bits`` are float32 bits of its share, ``clip_bits`` of what its delta is multiplied with before.
 
-    Both are computed once by the service; ``norm_bits`` are the offer's, so that everybody can compute them again.
+    Both are computed once by the service; all else is the offer's, and its sender's signature under it, so that everybody can compute and check them again.
     """
 
     peer: PeerId
@@ -171,6 +171,8 @@ class Entry:
     weight_bits: int
     norm_bits: int
     clip_bits: int
+    num_steps: int = 0
+    proof: bytes = field(default=b"", compare=False, repr=False)  # of the offer
 
 
 @dataclass(frozen=True, slots=True)

@@ -374,7 +374,7 @@ def _settle(round_: Round, now: float, rules: Rules, offers: tuple[Offer, ...], 
         return _give_up(round_, Phase.ABANDONED, "nobody trained a token of it")
     lr_bits, momentum_bits, weights = scalars
     entries = tuple(
-        Entry(o.peer, o.packet, o.num_bytes, o.num_tokens, weight_bits, o.norm_bits, clip_bits)
+        Entry(o.peer, o.packet, o.num_bytes, o.num_tokens, weight_bits, o.norm_bits, clip_bits, o.num_steps, o.proof)
         for o, (weight_bits, clip_bits) in zip(offers, weights, strict=True)
     )
     if clipped := ", ".join(f"{short(e.peer)} to {bits_float(e.clip_bits):.2g}" for e in entries if e.clip_bits != ONE_BITS):

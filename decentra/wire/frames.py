@@ -13,6 +13,7 @@ from decentra.pb import messages_pb2 as pb
 from decentra.protocol.messages import (
     Abstention,
     Attestation,
+    Entry,
     FragmentView,
     Goodbye,
     Heartbeat,
@@ -24,11 +25,12 @@ from decentra.protocol.messages import (
     Receipt,
     Rejected,
     ServiceMessage,
+    Settlement,
     SwarmView,
 )
 from decentra.wire import limits
 from decentra.wire.convert import decode, dump, encode, from_wire, malformed, parse, to_wire
-from decentra.wire.signed import open_sealed, seal
+from decentra.wire.signed import is_sealed, open_sealed, seal
 
 SIGNED: dict[type, str] = {Hello: "hello", Offer: "offer", Receipt: "receipt", Merge: "merge", Attestation: "attestation"}
 _PLAIN: dict[type, str] = {Holding: "holding", Heartbeat: "heartbeat", Goodbye: "goodbye", Abstention: "abstention"}
@@ -40,13 +42,34 @@ Fact = Hello | Offer | Receipt | Merge | Attestation
 
 def seal_fact(key: Keypair, run: RunId, fact: Fact, *, not_after_s: float = 0) -> bytes:
     """``fact`` signed by its peer. The proof field is never part of what is signed."""
-    bare = replace(fact, proof=b"") if isinstance(fact, Offer | Merge | Attestation) else fact
     assert fact.peer == key.peer_id, f"a {SIGNED[type(fact)]} of {fact.peer} cannot be signed by {key.peer_id}"
-    return seal(key, SIGNED[type(fact)], run, encode(bare), not_after_s=not_after_s)
+    return seal(key, SIGNED[type(fact)], run, _body(fact), not_after_s=not_after_s)
+
+
+def _body(fact: Fact) -> bytes:
+    """What is signed."""
+    return encode(replace(fact, proof=b"") if isinstance(fact, Offer | Merge | Attestation) else fact)
+
+
+def is_proven(fact: Offer | Merge | Attestation, run: RunId) -> bool:
+    """Whether its proof is its peer's signature under just this: anybody can say so, however it came here."""
+    try:
+        body = _body(fact)
+    except (AssertionError, ValueError):  # values that cannot travel, out of a ledger: nobody signed them
+        return False
+    return is_sealed(fact.proof, SIGNED[type(fact)], run, body, fact.peer)
+
+
+def offer_of(settlement: Settlement, entry: Entry) -> Offer:
+    """The offer that an entry stands for, with its sender's proof."""
+    return Offer(
+        settlement.fragment, settlement.round, entry.peer, settlement.base, entry.packet, entry.num_bytes, entry.num_tokens, entry.num_steps,
+        entry.norm_bits, entry.proof,
+    )  # fmt: skip
 
 
 def open_fact(cls: type[Any], data: bytes, run: RunId, peer: PeerId | None, *, now_s: float | None = None) -> Any:
-    """A signed Hello, Offer, Receipt, Merge or Attestation, signed by the peer it names; Offer, Merge and Attestation keep ``data`` as proof.
+    """A signed Hello, Offer, Receipt, Merge or Attestation, signed by the peer it names; Offer, Merge and Attestation keep its signature as proof.
 
     ``peer``: who must have signed; None takes the signer. Raises RejectedPayload (reasons of ``open_sealed``).
     """
@@ -58,7 +81,11 @@ def open_fact(cls: type[Any], data: bytes, run: RunId, peer: PeerId | None, *, n
         raise malformed(error.detail, opened.peer) from None
     if fact.peer != opened.peer:
         raise RejectedPayload("signer", f"this {SIGNED[cls]} names {fact.peer} and is signed by {opened.peer}", peer=opened.peer)
-    return replace(fact, proof=data) if cls in (Offer, Merge, Attestation) else fact
+    if cls not in (Offer, Merge, Attestation):
+        return fact
+    if opened.not_after_s or _body(fact) != opened.body:  # its signature would prove nothing to who has only its values
+        raise malformed(f"expected this {SIGNED[cls]} in its canonical bytes, and for ever; update decentra", opened.peer)
+    return replace(fact, proof=opened.signature)
 
 
 def member_frame(key: Keypair, run: RunId, message: MemberMessage, *, not_after_s: float = 0) -> bytes:
@@ -128,29 +155,40 @@ def parse_service_frame(data: bytes) -> ServiceMessage:
 
 
 class ProofChecker:
-    """Checks the offers a service relays against their senders' signatures; remembers the last ``num_remembered`` good ones."""
+    """Checks what a service says others offered, open or settled, against their signatures; remembers the last ``num_remembered`` good ones."""
 
     def __init__(self, run: RunId, num_remembered: int = 4096) -> None:
         self._run, self._num_remembered = run, num_remembered
         self._good: OrderedDict[bytes, Offer] = OrderedDict()
 
     def check(self, view: FragmentView) -> tuple[FragmentView, list[DecentraError]]:
-        """``view`` without the offers whose proof is not their sender's, and one error for each of those."""
-        kept, errors = [], []
-        for offer in view.offers:
-            try:
-                self._check_offer(offer)
-                kept.append(offer)
-            except RejectedPayload as error:
-                errors.append(error)
-        return (replace(view, offers=tuple(kept)) if errors else view), list(errors)
+        """``view`` without the offers that their senders did not sign, and without settlements that hold such; an error for each."""
+        errors: list[DecentraError] = []
+        offers = tuple(offer for offer in view.offers if self._is_good(offer, errors))
+        settlement = self._checked(view.settlement, errors)
+        recent = tuple(replace(o, settlement=self._checked(o.settlement, errors)) for o in view.recent)
+        return (replace(view, offers=offers, settlement=settlement, recent=recent) if errors else view), errors
 
-    def _check_offer(self, offer: Offer) -> None:
-        signed = self._good.get(offer.proof)
-        if signed is None:
-            signed = open_fact(Offer, offer.proof, self._run, offer.peer)
-            self._good[offer.proof] = signed
-            if len(self._good) > self._num_remembered:
-                self._good.popitem(last=False)
-        if signed != offer:  # the proof field does not take part in this comparison
-            raise RejectedPayload("digest", "the service shows another offer than its sender signed", peer=offer.peer, round=offer.round)
+    def check_settlement(self, settlement: Settlement) -> list[DecentraError]:
+        """One error for each entry that its peer did not offer."""
+        errors: list[DecentraError] = []
+        self._checked(settlement, errors)
+        return errors
+
+    def _checked(self, settlement: Settlement | None, errors: list[DecentraError]) -> Settlement | None:
+        if settlement is None:
+            return None
+        is_good = [self._is_good(offer_of(settlement, entry), errors) for entry in settlement.entries]
+        return settlement if all(is_good) else None
+
+    def _is_good(self, offer: Offer, errors: list[DecentraError]) -> bool:
+        if self._good.get(offer.proof) == offer:  # the proof field does not take part in this comparison
+            return True
+        if not is_proven(offer, self._run):
+            what = "the service shows an offer that its sender did not sign"
+            errors.append(RejectedPayload("signature", what, peer=offer.peer, round=offer.round))
+            return False
+        self._good[offer.proof] = offer
+        if len(self._good) > self._num_remembered:
+            self._good.popitem(last=False)
+        return True

@@ -1,13 +1,18 @@
-"""Whether a ledger's lines were written by services that the run key vouches for, one after the other. No files, no network, no clock."""
+"""Whether a ledger's lines were written by services that the run key vouches for, one after the other, and whether members said what they are said to
+have said. No files, no network, no clock."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 
-from decentra.errors import IntegrityError, Refused
+from decentra.errors import IntegrityError, Refused, RejectedPayload
 from decentra.identity import is_signed
-from decentra.protocol.ledger import Certified, Ledger, Record
+from decentra.ids import RunId, short
+from decentra.protocol.ledger import Certified, Confirmed, Ledger, Record, Settled
+from decentra.protocol.messages import Attestation, Merge, Offer
+from decentra.wire.frames import is_proven, offer_of, open_fact
 from decentra.wire.signed import purpose_of
 from decentra.wire.trust import LEDGER, ServiceCertificate, TrustChain
 
@@ -81,3 +86,52 @@ class LedgerReader:
                     f"{self.where}: record {number} is not signed by the run's service; it was edited, or written by another one:"
                     " restore it from a backup, or ask the organiser over another channel"
                 )
+
+
+@dataclass
+class Words:
+    """What members are said to have offered, merged and attested: so many of each with their signature, and without any (of older versions)."""
+
+    num_offers: int = 0
+    num_merges: int = 0
+    num_attestations: int = 0
+    num_unsigned: int = 0
+
+    @property
+    def num_signed(self) -> int:
+        return self.num_offers + self.num_merges + self.num_attestations
+
+
+def check_words(records: Iterable[Record], run: RunId) -> Words:
+    """Raise IntegrityError for the first word in the ledger that its member did not sign."""
+    found = Words()
+    for record in records:
+        if isinstance(record, Settled):
+            settlement = record.settlement
+            for entry in settlement.entries:
+                found.num_offers += _is_said(offer_of(settlement, entry), run, found)
+            if (merged := settlement.merged) is not None:
+                for peer, proof in zip(settlement.reducers, record.proofs, strict=False):
+                    merge = Merge(settlement.fragment, settlement.round, peer, merged.packet, merged.num_bytes, merged.residual, proof)
+                    found.num_merges += _is_said(merge, run, found)
+        elif isinstance(record, Confirmed):
+            for peer, proof in zip(record.attesters, record.proofs, strict=False):
+                found.num_attestations += _is_said(Attestation(record.fragment, record.round, peer, record.anchor, proof), run, found)
+            found.num_unsigned += len(record.attesters) - min(len(record.attesters), len(record.proofs))
+    return found
+
+
+def _is_said(fact: Offer | Merge | Attestation, run: RunId, found: Words) -> bool:
+    if not fact.proof:
+        found.num_unsigned += 1
+        return False
+    if len(fact.proof) == SIGNATURE_BYTES and is_proven(fact, run):
+        return True
+    with suppress(RejectedPayload):  # ledgers of protocol 3 hold the whole signed statement
+        if open_fact(type(fact), fact.proof, run, fact.peer) == fact:
+            return True
+    what = {Offer: "offered", Merge: "merged", Attestation: "attested"}[type(fact)]
+    raise IntegrityError(
+        f"the ledger says that {short(fact.peer)} {what} this in round {fact.round} of {fact.fragment}, and there is no signature of that peer under it;"
+        " the averaging service is not to be trusted, ask the organiser over another channel"
+    )

@@ -21,6 +21,7 @@ class Opened:
     body: bytes
     signer: bytes
     not_after_s: int
+    signature: bytes = b""
 
     @property
     def peer(self) -> PeerId:
@@ -42,6 +43,14 @@ def seal(key: Keypair, kind: str, run: RunId, body: Message | bytes, *, not_afte
     purpose, expiry_s = purpose_of(kind, run), int(not_after_s)
     signature = key.sign(purpose, _signed_bytes(expiry_s, raw))
     return dump(pb.SignedStatement(purpose=purpose, body=raw, signer=key.public, signature=signature, not_after_s=expiry_s))
+
+
+def is_sealed(signature: bytes, kind: str, run: RunId, body: bytes, peer: PeerId) -> bool:
+    """Whether ``peer`` signed ``body`` for ever: what ``seal`` without an expiry makes, when only its signature is kept."""
+    try:
+        return len(signature) == 64 and is_signed(public_key_of(peer), purpose_of(kind, run), _signed_bytes(0, body), signature)
+    except DecentraError:
+        return False  # no peer id
 
 
 def open_sealed(
@@ -71,7 +80,7 @@ def open_sealed(
     if now_s is not None and 0 < statement.not_after_s < now_s:
         late_s = now_s - statement.not_after_s
         raise RejectedPayload("expired", f"this {kind} expired {late_s:.0f} s ago; make a new one, or set the clock right", peer=sender)
-    return Opened(statement.body, statement.signer, statement.not_after_s)
+    return Opened(statement.body, statement.signer, statement.not_after_s, statement.signature)
 
 
 def _check_purpose(purpose: str, kind: str, run: RunId, sender: PeerId) -> None:

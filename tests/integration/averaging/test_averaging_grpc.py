@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from decentra.protocol.messages import (
     Abstention,
     Attestation,
     Counters,
+    Entry,
     Goodbye,
     Heartbeat,
     Holding,
@@ -33,9 +35,10 @@ from decentra.protocol.messages import (
     Receipt,
     Rejected,
     Role,
+    Settlement,
     SwarmView,
 )
-from decentra.wire.frames import open_fact
+from decentra.wire.frames import is_proven
 from decentra.wire.trust import seal_successor
 
 
@@ -81,7 +84,7 @@ def test_the_way_of_a_member() -> None:
             assert w.door.delivered == facts
             received = w.door.delivered[0]
             assert isinstance(received, Offer)
-            assert open_fact(Offer, received.proof, w.manifest.run_id(), ALICE.peer_id) == offer()  # the proof stands by itself
+            assert is_proven(replace(offer(), proof=received.proof), w.manifest.run_id())  # the proof stands by itself
 
             assert await within(first_of(session, SwarmView)) == SwarmView(1, ())
             await session.close()
@@ -105,6 +108,24 @@ def test_views_travel_with_offers_others_can_check() -> None:
             assert seen == view(offers=(offer(),), receipts=((ALICE.peer_id, BOB.peer_id),))
             assert seen.offers[0].proof == received.proof
             assert len(w.events.named("offer-forged")) == 1
+            entry = Entry(
+                ALICE.peer_id,
+                received.packet,
+                received.num_bytes,
+                received.num_tokens,
+                1,
+                received.norm_bits,
+                1,
+                received.num_steps,
+                received.proof,
+            )
+            true = Settlement(FRAGMENT, received.round, 1, received.base, (entry,), 1, 1, "")
+            false = replace(true, entries=(replace(entry, num_tokens=10**9),))
+            for settlement, shown in ((true, true), (false, None)):
+                w.door.mailboxes[BOB.peer_id].put(replace(view(), version=9, round=9, settlement=settlement))
+                seen = await within(first_of(reader, type(view())))
+                assert seen.settlement == shown
+            assert len(w.events.named("offer-forged")) == 2
             await sender.close()
             await reader.close()
 

@@ -138,5 +138,7 @@ def test_defaults_may_be_absent_and_keys_are_sorted() -> None:
     line = b'{"clip_bits":5,"norm_bits":4,"num_bytes":1,"num_tokens":2,"packet":"x","peer":"p","weight_bits":3}'
     entry = Entry(PeerId("p"), Digest("x"), 1, 2, 3, 4, 5)
     assert from_bytes(Entry, line) == entry
-    assert to_bytes(entry) == line
+    whole = b'{"clip_bits":5,"norm_bits":4,"num_bytes":1,"num_steps":0,"num_tokens":2,"packet":"x","peer":"p","proof":"","weight_bits":3}'
+    assert to_bytes(entry) == whole
+    assert from_bytes(Entry, whole) == entry
     assert from_bytes(ledger.GaveUp, to_bytes(ledger.GaveUp("trunk/0", 1, Phase.VOID, ""))).phase is Phase.VOID  # type: ignore[arg-type]

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from decentra.errors import IntegrityError
 from decentra.identity import Keypair
 from decentra.ids import Digest, FragmentId, PeerId, RunId
 from decentra.protocol import ledger
-from decentra.protocol.messages import Role
-from decentra.wire.ledgers import LedgerReader
+from decentra.protocol.messages import Attestation, Entry, Merge, Merged, Offer, Role, Settlement
+from decentra.wire.frames import open_fact, seal_fact
+from decentra.wire.ledgers import LedgerReader, Words, check_words
 from decentra.wire.signed import purpose_of
 from decentra.wire.trust import LEDGER, ServiceCertificate, TrustChain, seal_certificate
 
@@ -103,3 +106,59 @@ def test_of_two_services_of_one_term_the_first_counts() -> None:
     chain.note(first)
     assert chain.why_replaced(first) is None
     assert "another service has term 5 as well" in str(chain.why_replaced(other))
+
+
+# ---------------------------------------------------------------- what members are said to have said
+
+ALICE, BOB = FIRST, SECOND  # keys like any other
+
+
+def proven(key: Keypair, fact: Offer | Merge | Attestation) -> Offer | Merge | Attestation:
+    found: Offer | Merge | Attestation = open_fact(type(fact), seal_fact(key, RUN, fact), RUN, key.peer_id)
+    return found
+
+
+def one_round(*, merged: bool = False) -> list[ledger.Record]:
+    fragment, base, anchor = FragmentId("trunk/0"), Digest("c" * 64), Digest("e" * 64)
+    entries = []
+    for key in sorted((ALICE, BOB), key=lambda k: k.peer_id):
+        offered = proven(key, Offer(fragment, 1, key.peer_id, base, Digest("d" * 64), 10, 100, 5, 0x3F800000))
+        entries.append(Entry(key.peer_id, Digest("d" * 64), 10, 100, 1, 0x3F800000, 1, 5, offered.proof))
+    settlement = Settlement(fragment, 1, 1, base, tuple(entries), 1, 1, "")
+    proofs: tuple[bytes, ...] = ()
+    if merged:
+        pair = tuple(sorted((ALICE.peer_id, BOB.peer_id)))
+        keys = {k.peer_id: k for k in (ALICE, BOB)}
+        proofs = tuple(proven(keys[p], Merge(fragment, 1, p, Digest("f" * 64), 7, Digest("9" * 64))).proof for p in pair)
+        settlement = replace(settlement, reducers=pair, merged=Merged(Digest("f" * 64), 7, Digest("9" * 64)))
+    words = tuple(proven(k, Attestation(fragment, 1, k.peer_id, anchor)).proof for k in (ALICE, BOB))
+    confirmed = ledger.Confirmed(fragment, 1, 1, anchor, (ALICE.peer_id, BOB.peer_id), False, "", words)
+    return [ledger.Settled(settlement, proofs), confirmed]
+
+
+def test_what_members_signed_counts() -> None:
+    assert check_words(one_round(), RUN) == Words(2, 0, 2, 0)
+    assert check_words(one_round(merged=True), RUN) == Words(2, 2, 2, 0)
+
+
+def test_older_ledgers_hold_whole_statements_or_nothing() -> None:
+    settled, confirmed = one_round()
+    whole = seal_fact(ALICE, RUN, Attestation(confirmed.fragment, 1, ALICE.peer_id, confirmed.anchor))  # type: ignore[union-attr]
+    bare = tuple(replace(e, proof=b"", num_steps=0) for e in settled.settlement.entries)  # type: ignore[union-attr]
+    old = [ledger.Settled(replace(settled.settlement, entries=bare)), replace(confirmed, proofs=(whole,))]  # type: ignore[union-attr, type-var]
+    assert check_words(old, RUN) == Words(0, 0, 1, 3)
+
+
+def test_a_word_that_its_member_did_not_give_is_found() -> None:
+    settled, confirmed = one_round(merged=True)
+    s, entries = settled.settlement, settled.settlement.entries  # type: ignore[union-attr]
+    lies = {
+        "offered": [replace(settled, settlement=replace(s, entries=(replace(entries[0], num_tokens=7), entries[1])))],
+        "merged": [replace(settled, settlement=replace(s, merged=replace(s.merged, packet=Digest("8" * 64))))],
+        "attested": [replace(confirmed, anchor=Digest("7" * 64))],
+    }
+    for what, records in lies.items():
+        with pytest.raises(IntegrityError, match=f"{what} this in round 1 of trunk/0, and there is no signature of that peer"):
+            check_words(records, RUN)
+    with pytest.raises(IntegrityError):
+        check_words([settled, confirmed], RunId("b" * 64))

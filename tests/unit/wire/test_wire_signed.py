@@ -14,31 +14,36 @@ from decentra.bits import ONE_BITS
 from decentra.config import Manifest
 from decentra.errors import ConfigError, InviteError, Refused, RejectedPayload
 from decentra.identity import Keypair
-from decentra.ids import Digest, FragmentId, RunId, digest_of
+from decentra.ids import Digest, FragmentId, PeerId, RunId, digest_of
 from decentra.invite import Invite
 from decentra.pb import messages_pb2 as pb
 from decentra.protocol.messages import (
     Abstention,
     Attestation,
     Counters,
+    Entry,
     FragmentView,
     Goodbye,
     Heartbeat,
     Hello,
     Holding,
     Offer,
+    Outcome,
     Phase,
     Receipt,
     Rejected,
     Role,
+    Settlement,
     SwarmView,
 )
 from decentra.wire import trust
 from decentra.wire.convert import dump, encode
 from decentra.wire.frames import (
     ProofChecker,
+    is_proven,
     is_welcome,
     member_frame,
+    offer_of,
     open_fact,
     open_hello,
     parse_member_frame,
@@ -197,8 +202,20 @@ def test_a_fact_about_another_peer_is_refused() -> None:
 def test_the_proof_of_an_offer_is_what_travelled_and_checks_alone() -> None:
     received = parse_member_frame(member_frame(ALICE, RUN, offer()), RUN, ALICE.peer_id)
     assert isinstance(received, Offer)
-    assert received.proof == seal_fact(ALICE, RUN, received)  # sealed again: identical bytes
-    assert open_fact(Offer, received.proof, RUN, ALICE.peer_id) == received
+    assert len(received.proof) == 64
+    assert is_proven(received, RUN)
+    assert not is_proven(received, RunId("b" * 64))
+    assert not is_proven(replace(received, num_steps=received.num_steps + 1), RUN)
+    for peer in (MALLORY.peer_id, PeerId("no peer id")):
+        assert not is_proven(replace(received, peer=peer), RUN)
+
+
+def test_a_fact_whose_proof_nobody_could_check_is_refused() -> None:
+    """Signed with an expiry, or in other bytes than we would write: its values and the signature are not enough."""
+    body = encode(offer())
+    for data in (seal(ALICE, "offer", RUN, body, not_after_s=NOW_S + 60), seal(ALICE, "offer", RUN, body + encode(offer())[:2] + body[2:])):
+        with pytest.raises(RejectedPayload, match="in its canonical bytes"):
+            open_fact(Offer, data, RUN, ALICE.peer_id)
 
 
 @pytest.mark.parametrize("data", [b"", b"\xff\xff", dump(pb.MemberFrame(hello=b"x")), dump(pb.MemberFrame(offer=bytes(5000)))])
@@ -240,6 +257,29 @@ def test_relayed_offers_are_checked_against_their_senders() -> None:
         assert len(errors) == len(bad)
     untouched = view(good)
     assert checker.check(untouched) == (untouched, [])
+
+
+def test_a_settlement_of_what_nobody_offered_is_not_shown_to_the_member() -> None:
+    good = open_fact(Offer, seal_fact(ALICE, RUN, offer()), RUN, None)
+    entry = Entry(good.peer, good.packet, good.num_bytes, good.num_tokens, 1, good.norm_bits, 1, good.num_steps, good.proof)
+    settlement = Settlement(good.fragment, good.round, 4, good.base, (entry,), 1, 1, "all in")
+    assert offer_of(settlement, entry) == good
+    shown = replace(view(good), phase=Phase.SETTLED, settlement=settlement, recent=(Outcome(2, Phase.CONFIRMED, "", settlement, HASH),))
+    assert ProofChecker(RUN).check(shown) == (shown, [])
+    lies = {
+        "another packet": (replace(settlement, entries=(replace(entry, packet=HASH),))),
+        "more tokens": replace(settlement, entries=(replace(entry, num_tokens=10**9),)),
+        "another norm": replace(settlement, entries=(replace(entry, norm_bits=1),)),
+        "another round": replace(settlement, round=9),
+        "another anchor": replace(settlement, base=Digest("d" * 64)),
+        "nobody's word": replace(settlement, entries=(replace(entry, proof=b""),)),
+        "one of two": replace(settlement, entries=(entry, replace(entry, peer=MALLORY.peer_id))),
+    }
+    for what, lie in lies.items():
+        kept, errors = ProofChecker(RUN).check(replace(shown, settlement=lie, recent=(Outcome(2, Phase.CONFIRMED, "", lie, HASH),)))
+        assert (kept.settlement, kept.recent[0].settlement, kept.offers) == (None, None, (good,)), what
+        assert len(errors) == 2
+        assert kept.recent[0].anchor == HASH, "it can be fetched whole"
 
 
 # ---------------------------------------------------------------- papers
