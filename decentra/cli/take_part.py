@@ -227,6 +227,9 @@ def _take_part(
     if outbound_only:
         config = config.model_copy(update={"listen": ()})
     from decentra.cli.console import print_json
+    from decentra.doctor.machine import check_room_for_libraries
+
+    check_room_for_libraries()  # before they are loaded: the kernel would end the process without a word
     from decentra.cli.join import describe_peer, run_member
     from decentra.cli.ranks import helpers, leading, num_ranks, with_ranks
     from decentra.cli.running import run_main

@@ -25,7 +25,7 @@ from typing import Any
 import psutil
 
 from decentra.doctor.finding import Finding, Level, failure, gib
-from decentra.errors import DecentraError, PortTaken
+from decentra.errors import ConfigError, DecentraError, PortTaken
 
 Version = tuple[int, ...]
 
@@ -40,6 +40,7 @@ PYTHON: tuple[Version, Version] = ((3, 11), (3, 15))
 
 CGROUPS = Path("/sys/fs/cgroup")
 GROUPS = Path("/proc/self/cgroup")
+LIBRARY_BYTES = 300 << 20  # resident once torch and hivemind are loaded
 FEW_DISK_BYTES, GOOD_DISK_BYTES = 1 << 30, 8 << 30  # the default blob budget has 8 GiB
 FEW_RAM_BYTES, GOOD_RAM_BYTES = 1 << 30, 2 << 30
 SLOW_FSYNC_S = 0.1
@@ -184,6 +185,16 @@ def total_memory_bytes(groups: Path = GROUPS, cgroups: Path = CGROUPS) -> int:
     """What this process could have if nobody else used any."""
     found = [psutil.virtual_memory().total, *(limit for limit, _ in _in_groups(groups, cgroups))]
     return max(0, min([*found, *_own_limits(psutil.Process().memory_info())]))
+
+
+def check_room_for_libraries(total_bytes: int | None = None) -> None:
+    """Raise ConfigError where this process can never have what torch and hivemind alone take."""
+    total_bytes = total_memory_bytes() if total_bytes is None else total_bytes
+    if total_bytes < LIBRARY_BYTES:
+        raise ConfigError(
+            f"this process may have {total_bytes / 2**20:.0f} MiB of memory (the machine's, its control group's or its own limit), and the libraries alone take"
+            f" {LIBRARY_BYTES / 2**20:.0f} MiB: give it more, for instance with 'docker run --memory' or MemoryMax in its systemd unit"
+        )
 
 
 def _own_limits(own: Any) -> list[int]:
