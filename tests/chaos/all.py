@@ -89,6 +89,13 @@ TRIALS = (
         ),
     ),
     Trial(
+        "harm", "a full disk, no memory, wrong clocks", ("tests.chaos.harm",), ("--only", "clock"),
+        (
+            _true("all_named", "each is said in words that name it"), _none("lost", "settlements lost"),
+            _most("back_worst_s", 20, "contributes again after, at worst", " s"),
+        ),
+    ),
+    Trial(
         "churn", "eight peers killed, frozen and cut off", ("tests.chaos.churn", "--minutes", "30"), ("--minutes", "1", "--kills", "2"),
         (
             Asked(

@@ -3,8 +3,8 @@
     python -m tests.chaos.harm --json [--only peer-disk,host-disk,memory,clock] [--clock-s 30]
 
 Real processes on loopback. peer-disk and host-disk need root (a small file system in memory is mounted), memory needs root and control groups of
-version 1; what cannot be tried is left out and said. A wrong clock is one for everything in Python, hivemind's records included, and not for p2pd: libfaketime
-was tried and breaks time.sleep and stalls event loops for seconds.
+version 1, clock needs a C compiler; what cannot be tried is left out and said. A wrong clock is one for the whole process, gRPC's core included, and not
+for p2pd.
 
 rows[].named      it said what is wrong, in words that name it
 rows[].others_s   seconds until the others confirmed their next round of the trunk while it lasted
@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -38,10 +39,21 @@ from tests.bench.padded import model_code
 from tests.chaos.telling import end, teller
 
 READY_S, PAD_S, LAST_S, DISK_MB, GROUP_MB = 120.0, 0.1, 10.0, 64, 200
-WRONG = """
-import os, time
-_right, _off_s = time.time, float(os.environ["CLOCK_OFF_S"])
-time.time = lambda: _right() + _off_s
+WRONG = r"""
+#define _GNU_SOURCE
+#include <stdlib.h>
+#include <sys/syscall.h>
+#include <sys/time.h>
+#include <time.h>
+#include <unistd.h>
+static long off(void) { static long s; static int known; if (!known) { const char *t = getenv("CLOCK_OFF_S"); s = t ? atol(t) : 0; known = 1; } return s; }
+int clock_gettime(clockid_t id, struct timespec *t) {
+    long r = syscall(SYS_clock_gettime, id, t);
+    if (r == 0 && (id == CLOCK_REALTIME || id == CLOCK_REALTIME_COARSE)) t->tv_sec += off();
+    return r;
+}
+int gettimeofday(struct timeval *restrict t, void *restrict z) { long r = syscall(SYS_gettimeofday, t, z); if (r == 0 && t) t->tv_sec += off(); return r; }
+time_t time(time_t *t) { struct timespec n; clock_gettime(CLOCK_REALTIME, &n); if (t) *t = n.tv_sec; return n.tv_sec; }
 """
 GROUPS = Path("/sys/fs/cgroup/memory")
 Row = dict[str, Any]
@@ -192,12 +204,11 @@ def _group(limit_mb: int) -> Iterator[Path]:
 
 def clock(trial: Trial, clock_s: float = 30.0) -> Row:
     """One peer's clock is ahead, one's is behind; then the host's is ahead, too. Everybody takes part all the time."""
-    folder = trial.world.root / "wrong-clock"
-    folder.mkdir()
-    (folder / "sitecustomize.py").write_text(WRONG)
+    shim = trial.world.root / "wrong-clock.so"
+    subprocess.run(["cc", "-shared", "-fPIC", "-O2", "-x", "c", "-", "-o", str(shim)], input=WRONG, text=True, check=True)
 
     def set_off(command: Command, off_s: float) -> None:
-        command.env |= {"PYTHONPATH": os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH")))), "CLOCK_OFF_S": str(off_s)}
+        command.env |= {"LD_PRELOAD": str(shim), "CLOCK_OFF_S": f"{off_s:.0f}"}
 
     set_off(trial.peers[0], clock_s)
     set_off(trial.peers[1], -clock_s)
@@ -221,7 +232,7 @@ def why_not(name: str) -> str:
         return "it needs root"
     if name == "memory" and not (GROUPS / "memory.limit_in_bytes").exists():
         return f"there are no control groups at {GROUPS}"
-    return ""
+    return "there is no C compiler" if name == "clock" and shutil.which("cc") is None else ""
 
 
 def measure(names: Sequence[str], say: Callable[[str], None]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from tests.chaos import all as all_trials
 from tests.chaos import annals
 from tests.chaos.annals import percentile
 from tests.chaos.failover import _doubled, _missing
+from tests.chaos.harm import TRIALS, why_not
 
 FRAGMENT = FragmentId("trunk/0")
 
@@ -107,6 +108,7 @@ def test_the_page_says_what_held_and_what_did_not() -> None:
         "simulate": base | {"violations": 1}, "fuzz": base | {"failed": "exit code 3; <b>no"}, "byzantine": base | {"rows": rows},
         "partition": base | {"forks": 0, "settled_alone": 0, "healed_p95_s": 12.0, "anchors_equal": True, "healed_s": [12.0], "away": [2], "peers": 5},
         "failover": base | {"settlements_lost": 0, "settlements_doubled": 0, "next_settlement_p95_s": 12.0, "anchors_equal": True, "waits_s": [12.0]},
+        "harm": base | {"all_named": True, "lost": 0, "back_worst_s": 11.1},
         "churn": base | {
             "throughput_ratio": 0.97, "bound_ratio": 0.96, "settled_ratio": 0.995, "participation": 0.95, "survivor_p95_s": 3.0, "victim_p95_s": 15.0,
             "forks": 0, "anchors_equal": True, "curve": [[1.0, 2], [2.0, 4]], "marks": [[1.5, "kill p1"]], "parts_s": [0.0, 1.0, 2.0],
@@ -119,3 +121,11 @@ def test_the_page_says_what_held_and_what_did_not() -> None:
     text = all_trials.page(results)
     assert text.count("data:image/png") == 4
     assert "&lt;b&gt;no" in text
+
+
+def test_harm_that_cannot_be_done_here_is_left_out_with_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.geteuid", lambda: 1000)
+    monkeypatch.setattr("shutil.which", lambda _: None)
+    assert {name: why_not(name) for name in TRIALS} == {
+        "peer-disk": "it needs root", "host-disk": "it needs root", "memory": "it needs root", "clock": "there is no C compiler",
+    }  # fmt: skip

@@ -13,7 +13,7 @@ import pytest
 from decentra.cli.capacity import max_experts
 from decentra.config import Manifest, ModelSpec, PeerConfig, PlacementSpec
 from decentra.doctor import machine
-from decentra.doctor.machine import free_memory_bytes, total_memory_bytes
+from decentra.doctor.machine import LIBRARY_BYTES, check_room_for_libraries, free_memory_bytes, total_memory_bytes
 from decentra.errors import ConfigError, NoRoomNow
 from decentra.model.custom import layout_for
 from decentra.peer.footprint import footprint
@@ -102,3 +102,10 @@ def test_a_control_group_and_the_own_limits_are_seen(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=dict(os.environ), timeout=60)
     assert done.stdout.strip() == "123", done.stderr
+
+
+def test_too_little_memory_for_the_libraries_is_said_before_they_are_loaded() -> None:
+    with pytest.raises(ConfigError, match="this process may have 200 MiB of memory .* the libraries alone take 300 MiB: give it more"):
+        check_room_for_libraries(200 << 20)
+    check_room_for_libraries(LIBRARY_BYTES)
+    check_room_for_libraries()
