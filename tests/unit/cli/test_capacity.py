@@ -105,7 +105,7 @@ def test_a_control_group_and_the_own_limits_are_seen(tmp_path: Path) -> None:
 
 
 def test_too_little_memory_for_the_libraries_is_said_before_they_are_loaded() -> None:
-    with pytest.raises(ConfigError, match="this process may have 200 MiB of memory .* the libraries alone take 300 MiB: give it more"):
+    with pytest.raises(ConfigError, match=r"this process may have 200 MiB of memory .* the libraries alone take 300 MiB: give it more"):
         check_room_for_libraries(200 << 20)
     check_room_for_libraries(LIBRARY_BYTES)
     check_room_for_libraries()
