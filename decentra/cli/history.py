@@ -58,7 +58,7 @@ def describe_history(found: dict[str, Any]) -> str:
     peers = ", ".join(f"{short(peer)} {tokens}" for peer, tokens in sorted(found["tokens_per_peer"].items(), key=lambda x: -x[1])[:8])
     return (
         f"{experts_text(found['curves'], found['name'] + ': tokens per expert over rounds of the trunk')}\n"
-        f"{found['num_records']} ledger records and {found['num_signed']} words of members checked\n"
+        f"{found['num_records']} ledger records and {found['num_signed']} words of members checked, {found['num_unsigned']} unsigned\n"
         f"{found['rounds_confirmed']} rounds confirmed ({found['rounds_thin']} thin)\n"
         f"tokens of the trunk, per peer: {peers}"
     )

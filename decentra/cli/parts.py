@@ -78,7 +78,18 @@ def verify(source: VerifiedArg, as_json: JsonOpt = False) -> None:
     if (source / "manifest.json").is_file():
         from decentra.cli.standby import describe_ledger
 
-        return _done(describe_ledger(source), as_json, "dir", "run", "term", "num_records", "num_signed", "rounds_confirmed", "heights")
+        return _done(
+            describe_ledger(source),
+            as_json,
+            "dir",
+            "run",
+            "term",
+            "num_records",
+            "num_signed",
+            "num_unsigned",
+            "rounds_confirmed",
+            "heights",
+        )
     files = verified(source)
     open_checkpoint(source).weights.__exit__()
     return _done({"ok": True, "dir": str(source), "files": files}, as_json, "dir", "files")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,16 +47,18 @@ class Told:
     def peers(self, option: str, names: Sequence[str], swarm: SwarmView | None) -> frozenset[PeerId]:
         """Peer ids of names or ids. Raises ConfigError for whom the ledger does not know."""
         admitted = {r.peer for r in self.records if isinstance(r, ledger.Admitted)}
-        named = {m.name: m.peer for m in swarm.members} if swarm is not None else {}
-        found = {name: named.get(name, PeerId(name)) for name in names}
-        if unknown := [name for name, peer in found.items() if peer not in admitted]:
-            there = (
-                f"; names here: {', '.join(sorted(named))}"
-                if named
-                else "; names are known while the host runs, peer ids always: 'decentra history'"
-            )
-            raise ConfigError(f"{option} {unknown[0][:60]}: no member of this run{there}")
-        return frozenset(found.values())
+        members = swarm.members if swarm is not None else ()
+        found = set()
+        for name in names:
+            ids = {PeerId(name)} & admitted or {m.peer for m in members if m.name == name} & admitted
+            if len(ids) > 1:
+                raise ConfigError(f"{option} {name[:60]}: {len(ids)} members have this name; give a peer id, see 'decentra status --json'")
+            if not ids:
+                there = ", ".join(sorted({m.name for m in members}))
+                hint = f"names here: {there}" if there else "names are known while the host runs, peer ids always: 'decentra history'"
+                raise ConfigError(f"{option} {name[:60]}: no member of this run; {hint}")
+            found |= ids
+        return frozenset(found)
 
 
 async def tell(run: RunDir, model_code: Path | None) -> tuple[Told, SwarmView | None]:
@@ -184,14 +186,18 @@ def summary(told: Told, done: Sequence[Replayed], what: Wanted) -> dict[str, Any
 
 async def roll_back(run: RunDir, told: Told, done: Sequence[Replayed], why: str, services: Sequence[str] | None) -> dict[str, Any]:
     """Give the anchors to the host and tell its service, fragment by fragment; said again it does the same. Waits until somebody holds each."""
-    now = {fragment: story.points[-1] for fragment, story in stories(told.records).items()}
+    if not (run.host / "blobs").is_dir():
+        raise ConfigError(f"{run.host / 'blobs'} is missing: rollback is for the machine whose 'decentra host' serves this folder")
+    of = stories(told.records)
+    now = {fragment: story.points[-1] for fragment, story in of.items()}
     moved = [one for one in done if (one.digest, one.height) != now[one.fragment]]
     for one in moved:
         await asyncio.to_thread(put_beside, run.host / "blobs", one.digest, one.blob)
     async with _ordering(run, told.manifest, services) as client:
         for one in moved:
             _say(await client.command(run.run_key(), "roll-back", f"{one.fragment} {one.height} {one.digest} {why}"))
-        took_s = await _held_again(run, moved, services)
+        before = {fragment: frozenset(digest for digest, _ in story.points) for fragment, story in of.items()}
+        took_s = await _held_again(run, moved, before, services)
     return {"fragments_moved": len(moved), "held_again_s": round(took_s, 1)}
 
 
@@ -206,15 +212,23 @@ async def _ordering(run: RunDir, manifest: Manifest, services: Sequence[str] | N
         await client.close()
 
 
-async def _held_again(run: RunDir, moved: Sequence[Replayed], services: Sequence[str] | None) -> float:
-    """Seconds until members have what they were told to have. Raises Unreachable."""
+async def _held_again(
+    run: RunDir, moved: Sequence[Replayed], before: Mapping[FragmentId, frozenset[Digest]], services: Sequence[str] | None
+) -> float:
+    """Seconds until members have what they were told to have. ``before``: the anchors up to now. Raises Unreachable, also where they went back to one."""
     began, missing = time.monotonic(), {one.fragment: one.digest for one in moved}
     async with watching(run.make_invite(1, 1.0, bootstrap=(), services=tuple(services or run.addresses()[1]), role="watcher")) as client:
         while missing:
             _, views = await client.status()
             for view in views:
-                is_on = view.anchor != missing.get(view.fragment)  # a round was confirmed on top of it
-                if view.fragment in missing and (view.ready or is_on):
+                if (wanted_now := missing.get(view.fragment)) is None:
+                    continue
+                if view.anchor != wanted_now and view.anchor in before[view.fragment]:
+                    raise Unreachable(
+                        f"nobody brought the new anchor of {view.fragment}, and it is back at {view.anchor[:12]}: nothing was rolled back there. The host's"
+                        f" keeper reads new anchors from {run.host / 'blobs'}: is the host of this folder the one that runs? Say it again when it does"
+                    )
+                if view.ready or view.anchor != wanted_now:  # held, or a round was confirmed on top of it
                     del missing[view.fragment]
             if missing and time.monotonic() > began + HELD_AGAIN_S:
                 raise Unreachable(

@@ -7,6 +7,7 @@ import errno
 import hashlib
 import os
 import secrets
+import shutil
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from decentra.errors import ConfigError, RejectedPayload
 from decentra.ids import Digest, digest_of, is_digest
 
 HASH_STEP_BYTES = 1 << 20
+RESERVE_BYTES = 256 << 20  # of the disk, at most a tenth of it: what may be evicted does not fill it, others write there, too
 MAX_BLOBS = 100_000  # small ones, too, cost the file system and every start
 
 
@@ -225,6 +227,11 @@ class BlobStore:
     def _pinned_bytes(self) -> int:
         return sum(self._sizes.get(digest, 0) for digest in self._pins)
 
+    def _spare_bytes(self) -> int:
+        """Of the disk, beyond the reserve; may be negative."""
+        disk = shutil.disk_usage(self.root)
+        return disk.free - min(RESERVE_BYTES, disk.total // 10)
+
     def _make_room(self, digest: Digest, num_bytes: int) -> None:
         pinned = self._pinned_bytes() - (self._sizes.get(digest, 0) if digest in self._pins else 0) + self._reserved_bytes
         if pinned + num_bytes > self.budget_bytes:
@@ -234,8 +241,9 @@ class BlobStore:
                 " must stay; raise blob_budget_bytes or hold fewer experts",
             )
         used = self._used_bytes - self._sizes.get(digest, 0) + self._reserved_bytes
+        budget_bytes = min(self.budget_bytes, used + self._spare_bytes())
         for victim in list(self._sizes):
-            if used + num_bytes <= self.budget_bytes and len(self._sizes) < MAX_BLOBS:
+            if used + num_bytes <= budget_bytes and len(self._sizes) < MAX_BLOBS:
                 return
             if victim not in self._pins and victim != digest:
                 used -= self._sizes[victim]

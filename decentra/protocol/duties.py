@@ -384,8 +384,8 @@ def _fetch_from(
 def _sources(view: FragmentView, me: Self, packet: Digest, makers: tuple[PeerId, ...], *, is_merged: bool) -> tuple[PeerId, ...]:
     """Whom to ask for a packet, in this order: everybody who may have it, spread so that not all ask its sender.
 
-    In rounds with reducers few have an offered packet: they are asked first. The merged one goes down a tree whose root is those who made it: each asks
-    the peer above it, then the one above that, so nobody sends it hundreds of times, and nobody asks hundreds that do not have it either.
+    In rounds with reducers few have an offered packet: they are asked first. The merged one has a tree whose root is those who made it: each asks the
+    peer above it, then the one above that, so nobody asks hundreds that do not have it. Who asks early comes to the root nevertheless.
     """
     havers = dict.fromkeys((*makers, *(holder for s, holder in view.receipts if s in makers), *view.attesters))
     others = _ordered(me, tuple({*havers, *view.ready}), view.fragment, packet)

@@ -415,10 +415,10 @@ def _consider_rollback(book: FragmentBook, present: Present, now: float, timing:
 
     With nobody here to train it there is no hurry, and its holders may come back: it takes ``IDLE_PATIENCE`` times as long then.
     """
-    heights = dict(book.history)
-    known = [(heights[d], d) for p, d in sorted(book.holdings.items()) if p in present.all and d in heights]
+    places = {digest: place for place, (digest, _) in enumerate(book.history)}  # the newest, which after going back is not the highest
+    known = [(places[d], book.history[places[d]][1], d) for p, d in sorted(book.holdings.items()) if p in present.all and d in places]
     if not known and book.may_lack:
-        known = _most_held(book, present)
+        known = [(0, height, digest) for height, digest in _most_held(book, present)]
     if not known:
         return (replace(book, orphan_since=None) if book.orphan_since is not None else book), ()
     if book.orphan_since is None:
@@ -426,9 +426,9 @@ def _consider_rollback(book: FragmentBook, present: Present, now: float, timing:
     wait_s = timing.rollback_s * (1 if present.holders else IDLE_PATIENCE)
     if now < book.orphan_since + wait_s:
         return book, ()
-    height, anchor = max(known)
+    _, height, anchor = max(known)
     why = f"nobody present has held anchor {book.anchor[:12]} of height {book.height} for {wait_s:g} s; back to height {height}"
-    if anchor not in heights:
+    if anchor not in places:
         why = f"this ledger is a copy that lacks the newest rounds; its anchor {book.anchor[:12]} is gone, most who are here hold {anchor[:12]}"
     return _rolled_back(book, height, anchor, now), (Write(ledger.RolledBack(book.fragment, height, anchor, why)),)
 

@@ -157,7 +157,7 @@ def parse_service_frame(data: bytes) -> ServiceMessage:
 class ProofChecker:
     """Checks what a service says others offered, open or settled, against their signatures; remembers the last ``num_remembered`` good ones."""
 
-    def __init__(self, run: RunId, num_remembered: int = 4096) -> None:
+    def __init__(self, run: RunId, num_remembered: int = 16_384) -> None:
         self._run, self._num_remembered = run, num_remembered
         self._good: OrderedDict[bytes, Offer] = OrderedDict()
 

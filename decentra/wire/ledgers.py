@@ -109,11 +109,14 @@ def check_words(records: Iterable[Record], run: RunId) -> Words:
         if isinstance(record, Settled):
             settlement = record.settlement
             for entry in settlement.entries:
+                if found.num_offers and not entry.proof:  # this service keeps signatures: it has none
+                    raise _unsaid(offer_of(settlement, entry))
                 found.num_offers += _is_said(offer_of(settlement, entry), run, found)
             if (merged := settlement.merged) is not None:
                 for peer, proof in zip(settlement.reducers, record.proofs, strict=False):
                     merge = Merge(settlement.fragment, settlement.round, peer, merged.packet, merged.num_bytes, merged.residual, proof)
                     found.num_merges += _is_said(merge, run, found)
+                found.num_unsigned += max(0, len(settlement.reducers) - len(record.proofs))
         elif isinstance(record, Confirmed):
             for peer, proof in zip(record.attesters, record.proofs, strict=False):
                 found.num_attestations += _is_said(Attestation(record.fragment, record.round, peer, record.anchor, proof), run, found)
@@ -130,8 +133,12 @@ def _is_said(fact: Offer | Merge | Attestation, run: RunId, found: Words) -> boo
     with suppress(RejectedPayload):  # ledgers of protocol 3 hold the whole signed statement
         if open_fact(type(fact), fact.proof, run, fact.peer) == fact:
             return True
+    raise _unsaid(fact)
+
+
+def _unsaid(fact: Offer | Merge | Attestation) -> IntegrityError:
     what = {Offer: "offered", Merge: "merged", Attestation: "attested"}[type(fact)]
-    raise IntegrityError(
+    return IntegrityError(
         f"the ledger says that {short(fact.peer)} {what} this in round {fact.round} of {fact.fragment}, and there is no signature of that peer under it;"
         " the averaging service is not to be trusted, ask the organiser over another channel"
     )

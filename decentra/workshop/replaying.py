@@ -9,7 +9,7 @@ to before it came.
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from decentra.config import Manifest
 from decentra.delta.anchor import AnchorState, anchor_digest, decode_anchor, encode_anchor
@@ -41,6 +41,8 @@ class Story:
     fragment: FragmentId
     points: list[tuple[Digest, int]]
     links: list[Link] = field(default_factory=list)
+    hidden: list[Link] = field(default_factory=list)  # rounds inside an anchor that was computed anew: nothing can be taken out of it
+    _past: list[tuple[list[tuple[Digest, int]], list[Link], list[Link]]] = field(default_factory=list)
 
     def add(self, link: Link) -> None:
         self.links.append(link)
@@ -48,11 +50,13 @@ class Story:
 
     def go_back(self, height: int, anchor: Digest) -> None:
         """To one of its own anchors; another one begins the story anew."""
-        num_links = next((n for n in range(len(self.links), -1, -1) if self.points[n] == (anchor, height)), None)
-        if num_links is None:
-            self.points, self.links = [(anchor, height)], []
-        else:
-            del self.links[num_links:], self.points[num_links + 1 :]
+        self._past.append((self.points, self.links, self.hidden))
+        for points, links, hidden in reversed(self._past):  # also to one that was left before
+            if (anchor, height) in points:
+                at = len(points) - 1 - points[::-1].index((anchor, height))
+                self.points, self.links, self.hidden = points[: at + 1], links[:at], hidden
+                return
+        self.points, self.links, self.hidden = [(anchor, height)], [], [*self.hidden, *self.links]
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +157,10 @@ class Teller:
             state, num_changed, gap = self._anchor(points[begin][0]), 0, None
             assert state is not None
             for index in range(begin, len(links)):
-                changed = settling.without(links[index].settlement, without, self.manifest.outer_of(self.fragment.id))
+                settlement = links[index].settlement
+                if first < len(links):  # what reducers made holds what they left out of rounds before, which is computed again here
+                    settlement = replace(settlement, merged=None, reducers=())
+                changed = settling.without(settlement, without, self.manifest.outer_of(self.fragment.id))
                 num_changed += has_them[index]
                 if changed is None:
                     continue
@@ -164,12 +171,15 @@ class Teller:
                 state = self._after(state, changed, deltas)
             if gap is None:
                 blob = encode_anchor(self.fragment, state)
-                num_stay = sum(has_them[:begin])
+                num_stay = sum(has_them[:begin]) + sum(
+                    any(e.peer in without for e in link.settlement.entries) for link in self.story.hidden
+                )
                 return Replayed(self.fragment.id, blob, points[-1][1], points[begin][1], len(links) - begin, num_changed, num_stay)
             begin = self._next_kept(gap + 1)
 
     def audit(self, audit: Audit) -> None:
         """Compute every round again whose packets are kept, from the oldest kept anchor on, and compare with the ledger."""
+        audit.num_unchecked += len(self.story.hidden)
         state = self._anchor(self.story.points[0][0])
         for link in self.story.links:
             deltas = None if state is None else self._deltas(link.settlement)

@@ -42,7 +42,7 @@ from decentra.cli.rundir import RunDir
 from tests.bench.padded import model_code
 from tests.chaos import annals
 from tests.chaos.annals import Outage
-from tests.chaos.telling import end, teller
+from tests.chaos.telling import at_least_one, end, teller
 
 STOP_S, CUT_S, RESTART_S = 20.0, 30.0, 1.0
 PAD_S = 0.3  # of a step
@@ -209,7 +209,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--minutes", type=float, default=30.0)
     parser.add_argument("--peers", type=int, default=8)
-    parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument("--kills", type=at_least_one, default=30)
     parser.add_argument("--faults-per-hour", type=float, default=3.9, help="of each peer")
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args(argv)

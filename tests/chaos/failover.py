@@ -32,7 +32,7 @@ from decentra.cli.rundir import RunDir
 from decentra.invite import parse_invite
 from decentra.protocol import ledger
 from tests.chaos.annals import percentile
-from tests.chaos.telling import end, teller
+from tests.chaos.telling import at_least_one, end, teller
 
 READY_S = 90.0
 
@@ -108,7 +108,7 @@ def _are_confirmed(anchors: Sequence[dict[str, str]], records: Sequence[ledger.R
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--kills", type=at_least_one, default=20)
     parser.add_argument("--peers", type=int, default=3)
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args(argv)

@@ -30,7 +30,7 @@ from lab import KernelLab, why_impossible
 from decentra.cli.rundir import RunDir
 from tests.bench.padded import model_code
 from tests.chaos import annals
-from tests.chaos.telling import end, teller
+from tests.chaos.telling import at_least_one, end, teller
 
 PAD_S = 0.15
 SETTINGS = ("rounds.inner_steps=20", "placement.experts_per_peer=1", "placement.adopt_s=120")
@@ -111,7 +111,7 @@ def _leaks(rounds: Sequence[annals.Round], cut: Cut) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--partitions", type=int, default=8)
+    parser.add_argument("--partitions", type=at_least_one, default=8)
     parser.add_argument("--peers", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=30.0)
     parser.add_argument("--seed", type=int, default=1)

@@ -25,3 +25,10 @@ def end(found: dict[str, Any], summary: str, *, as_json: bool, holds: bool = Tru
     if as_json:
         print(json.dumps(found))
     return 0 if holds else 1
+
+
+def at_least_one(text: str) -> int:
+    """For argparse: percentiles of nothing are no numbers."""
+    if (number := int(text)) < 1:
+        raise ValueError
+    return number

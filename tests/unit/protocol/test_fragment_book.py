@@ -386,3 +386,21 @@ def test_an_anchor_that_nobody_brings_leads_back_to_what_members_hold() -> None:
     d.tick()
     assert d.book.active is not None
     assert d.book.active.base == digest("one")
+
+
+def test_what_was_left_is_no_way_back_from_a_newer_branch() -> None:
+    """The organiser went back to height 1; when the newest anchor of that branch is lost, its own anchors count before the higher ones that were left."""
+    d = desk((A, B), (C,), (D,))
+    d.hold(A, B, C)
+    for name in ("one", "two", "three"):
+        d.confirm_round(name)
+    d.hold(D)  # keeps the anchor that was left
+    left = d.book.anchor
+    d.take(books.roll_back(d.book, 1, digest("one"), "", d.now))
+    d.hold(A, B, C)
+    d.may_open = False
+    d.confirm_round("other two")
+    d.hold(A, B, C, anchor=digest("one"))
+    d.tick(TIMING.rollback_s)
+    assert d.book.holdings[D] == left
+    assert (d.book.anchor, d.book.height) == (digest("one"), 1)

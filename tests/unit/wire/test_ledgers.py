@@ -162,3 +162,12 @@ def test_a_word_that_its_member_did_not_give_is_found() -> None:
             check_words(records, RUN)
     with pytest.raises(IntegrityError):
         check_words([settled, confirmed], RunId("b" * 64))
+
+
+def test_a_service_that_keeps_signatures_leaves_none_out() -> None:
+    settled, confirmed = one_round(merged=True)
+    s = settled.settlement  # type: ignore[union-attr]
+    bare = replace(settled, settlement=replace(s, entries=tuple(replace(e, proof=b"") for e in s.entries)))  # type: ignore[type-var]
+    with pytest.raises(IntegrityError, match="offered this in round 1"):
+        check_words([settled, confirmed, bare], RUN)
+    assert check_words([replace(settled, proofs=())], RUN).num_unsigned == 2, "its reducers' words"

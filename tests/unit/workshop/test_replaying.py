@@ -238,3 +238,40 @@ def test_the_story_goes_on_from_where_it_was_taken_back_to() -> None:
     done = run.teller(lost=[run.anchor]).replay()
     assert (done.digest, done.from_height) == (run.anchor, 3)
     assert FragmentId(done.fragment) == FRAGMENT.id
+
+
+def test_a_way_back_that_was_undone_costs_nothing_of_the_story() -> None:
+    run = Run()
+    for peers in ((A, C), (A, B), (A, B)):
+        run.confirm(*peers)
+    anchors, fresh = run.anchors(), run.keep(encode_anchor(FRAGMENT, AnchorState(vector(3), vector(4))))
+    run.records += [
+        ledger.RolledBack(FRAGMENT.id, 3, fresh, "by the organiser"),
+        ledger.RolledBack(FRAGMENT.id, 3, anchors[3], "nobody has it"),
+    ]
+    run.confirm(A, B)
+    audit = Audit()
+    run.teller().audit(audit)
+    assert (audit.num_equal, audit.num_unchecked) == (4, 0)
+    assert run.teller().replay({C}).num_changed == 1
+
+
+def test_what_lies_inside_an_anchor_that_was_computed_anew_is_said() -> None:
+    run = Run()
+    for peers in ((A, C), (A, B), (A, C)):
+        run.confirm(*peers)
+    run.state = AnchorState(vector(3), vector(4))
+    run.records.append(ledger.RolledBack(FRAGMENT.id, 3, run.keep(encode_anchor(FRAGMENT, run.state)), "without b"))
+    run.confirm(A, B)
+    assert run.teller().replay({C}).num_stay == 2
+    audit = Audit()
+    run.teller().audit(audit)
+    assert (audit.num_equal, audit.num_unchecked) == (1, 3)
+
+
+def test_without_somebody_no_merged_packet_counts_since_it_holds_what_others_left_out() -> None:
+    run, plain = Run(), Run()
+    for peers in ((A, B, C), (A, B), (A, B)):
+        run.confirm(*peers, is_reduced=True)
+        plain.confirm(*(set(peers) - {C}))
+    assert run.teller().replay({C}).digest == plain.anchor
