@@ -79,7 +79,7 @@ class Note:
     clip_bits: int = ONE_BITS  # applied: float32 bits of what the packet was multiplied with
     kept: tuple[tuple[int, tuple[Digest, ...]], ...] = ()  # (round, blobs)
     residuals: tuple[Digest, ...] = ()  # a reducer's
-    whole: tuple[Digest, ...] = ()  # those of ``kept`` that are no packets
+    big: tuple[Digest, ...] = ()  # those of ``kept`` that are no packets but as large as the fragment
 
 
 @dataclass
@@ -124,7 +124,7 @@ class Replica:
         record_seq = 0 if record is None else _seq_of(record)
         self._seq = record_seq if note is None else max(record_seq, note.seq)
         if note is not None:
-            self._kept.restore(dict(note.kept), note.residuals, note.whole)
+            self._kept.restore(dict(note.kept), note.residuals, note.big)
         if record is not None and (note is None or record_seq > note.seq):
             self.account = record
         elif note is not None:
@@ -418,7 +418,7 @@ class Replica:
 
     async def _write_note(self, note: Note) -> None:
         kept, whole_blobs = tuple(sorted(self._kept.by_round.items())), tuple(sorted(self._kept.whole))
-        whole = replace(note, kept=kept, residuals=self._kept.residuals, whole=whole_blobs)
+        whole = replace(note, kept=kept, residuals=self._kept.residuals, big=whole_blobs)
         await self.compute.run(write_atomic, self.disk, f"{self._file}.note", canonical.to_bytes(whole))
 
     def _read_note(self) -> Note | None:
