@@ -37,6 +37,9 @@ from decentra.protocol.round import DidCondemn, Reject, Rules
 
 KNOCKS_S = 8.0  # whoever waits for a restarted service knocks every five seconds: nobody is suspected before
 MAX_DOUBLINGS = 6  # of a quarantine
+KEEPER_S = (
+    60.0  # so long the end of a run waits for a keeper to have its last anchors, and for one to come back after the service started again
+)
 DETACHED_S = 3.0  # a member whose stream ended is suspected after this
 
 
@@ -131,6 +134,7 @@ class RoundBook:
     successor_run: RunId | None = None
     successor: str = ""  # the way to it; only in memory, the successor's host tells it again
     orphaned_at: dict[int, placement.Since] = field(default_factory=dict)  # experts that no present member trains
+    restored_at: float | None = None  # when the service started again; None: it is the first one
     swarm_version: int = 0
     term: int = 0  # of the service that wrote last; 0: none said so
     certificate: bytes = b""
@@ -163,6 +167,7 @@ class RoundBook:
         book, _ = RoundBook.start(manifest, now)
         for record in records:
             book._restore_one(record, now)
+        book.restored_at = now
         return book
 
     @property
@@ -501,8 +506,15 @@ class RoundBook:
             self._stop("the run's last day is over", effects)
 
     def _consider_end(self, now: float, effects: list[Effect]) -> None:
-        """Over when no round is active and everybody present has the last anchors: whoever confirmed them may leave then."""
+        """Over when no round is active and everybody present has the last anchors: whoever confirmed them may leave then.
+
+        A keeper serves them to who comes late. It is waited for, also while it is not back yet: a host's begins some seconds after its service.
+        """
         if self.stopping is None or self.is_over or any(self._is_draining(b, now) for b in self.fragments.values()):
+            return
+        keepers = [m for m in self.members.values() if m.role is Role.KEEPER and m.peer not in self.revoked]
+        is_one_here = any(m.is_live and m.has_greeted for m in keepers)
+        if keepers and not is_one_here and self.restored_at is not None and now < self.restored_at + KEEPER_S:
             return
         self.is_over = True
         effects.append(Write(ledger.Stopping(self.stopping, True, self.awaits_successor)))
@@ -518,7 +530,9 @@ class RoundBook:
         ):
             return True  # its last round is about to open
         present = self._present(book.fragment)
-        return not present.roster <= book.ready(present).roster and now < book.idle_since + self.manifest.rounds.attest_s
+        ready = book.ready(present)
+        wait_s = max(KEEPER_S, self.manifest.rounds.attest_s) if present.keepers and not ready.keepers else self.manifest.rounds.attest_s
+        return not present.roster <= ready.roster and now < book.idle_since + wait_s
 
     def _swarm_changed(self, effects: list[Effect]) -> None:
         self.swarm_version += 1

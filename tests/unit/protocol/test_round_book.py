@@ -18,7 +18,7 @@ from decentra.protocol.fragment import Write
 from decentra.protocol.membership import Member
 from decentra.protocol.messages import Attestation, Counters, Goodbye, Heartbeat, Hello, Holding, Offer, Receipt, Role
 from decentra.protocol.round import Reject
-from decentra.protocol.rounds import Detached, Effect, Revoke, RoundBook, Stop, Succeed, SwarmChanged, Tick, ViewChanged
+from decentra.protocol.rounds import KEEPER_S, Detached, Effect, Revoke, RoundBook, Stop, Succeed, SwarmChanged, Tick, ViewChanged
 
 A, B, C, D, E = PEERS
 TRUNK, EXPERT_0 = FragmentId("trunk/0"), FragmentId("expert.0/0")
@@ -572,3 +572,43 @@ def check_restart(house: House) -> None:
     assert again.revoked == house.book.revoked
     assert (again.stopping, again.is_over) == (house.book.stopping, house.book.is_over)
     assert {p: (m.role, m.experts) for p, m in again.members.items()} == {p: (m.role, m.experts) for p, m in house.book.members.items()}
+
+
+def _ending_with_a_keeper_that_is_not_back() -> House:
+    """Service and keeper were one process that died and started again; the service is back first, and the run ends just then."""
+    house = House()
+    house.enter(C, Role.KEEPER)
+    house.book = house.restored()
+    house.handle(Stop("the last day is over"))
+    for _ in range(6):
+        house.handle(Tick(0.0), wait_s=5)
+    assert not house.book.is_over, "trainers may leave when it is, and nobody would have its result"
+    return house
+
+
+def test_the_end_waits_for_a_keeper_that_is_not_back_since_the_service_is() -> None:
+    house = _ending_with_a_keeper_that_is_not_back()
+    house.enter(C, Role.KEEPER)
+    assert house.book.is_over
+
+
+def test_the_end_waits_longer_for_the_only_keeper_than_for_trainers() -> None:
+    house = House()
+    house.enter(A)
+    house.enter(C, Role.KEEPER, holds=False)  # it is fetching the anchors
+    confirm_trunk(house)
+    house.handle(Stop("enough"))
+    house.handle(Goodbye(A, "off"))
+    for _ in range(6):
+        house.handle(Heartbeat(C, 1, Counters()), wait_s=3)
+        house.handle(Tick(0.0))
+    assert not house.book.is_over
+    for fragment, book in house.book.fragments.items():
+        house.handle(Holding(C, fragment, book.anchor))
+    assert house.book.is_over
+
+
+def test_the_end_does_not_wait_for_a_keeper_for_ever() -> None:
+    house = _ending_with_a_keeper_that_is_not_back()
+    house.handle(Tick(0.0), wait_s=KEEPER_S)
+    assert house.book.is_over
