@@ -11,7 +11,7 @@ import typer
 from decentra.cli.app import JsonOpt, LogJsonOpt, RunDirArg, VerboseOpt, app, logging_to
 from decentra.errors import ConfigError
 
-ARCHIVE_EVERY = 0  # rounds between two anchors that a host keeps to replay from; 0: none
+ARCHIVE_EVERY = 25  # rounds between two anchors that a host keeps to replay from
 TakeOverOpt = Annotated[
     bool, typer.Option("--take-over", help="serve the run from this folder's copy of the ledger; members leave the service it had before")
 ]
