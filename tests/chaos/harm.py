@@ -6,7 +6,7 @@ Real processes on loopback. peer-disk and host-disk need root (a small file syst
 version 1, clock needs a C compiler; what cannot be tried is left out and said. A wrong clock is one for the whole process, gRPC's core included, and not
 for p2pd.
 
-rows[].named      it said what is wrong, in words that name it
+rows[].named      it said what is wrong, in words that name it; peer-disk: or went on contributing (went_on), with what its store could give up
 rows[].others_s   seconds until the others confirmed their next round of the trunk while it lasted
 rows[].back_s     seconds until it contributed again after it was over; clock: while it lasts
 rows[].lost       settlements of its ledger that are gone
@@ -133,13 +133,17 @@ def peer_disk(trial: Trial) -> Row:
     """Its disk is full for ten seconds: it trains on, says why nothing is offered, and offers again when there is room."""
     victim = trial.peers[0]
     trial.start()
-    filler = trial.fill()
+    filler, before = trial.fill(), trial.contributions(victim)
     others_s = trial.until_next_round()
     time.sleep(LAST_S)
-    named = any("No space left" in json.dumps(e) for e in victim.events("operation-failed"))
-    is_alive = victim.is_running
+    said = [e for e in victim.events("operation-failed") if "No space left" in json.dumps(e)]
+    went_on, is_alive = trial.contributions(victim) - before, victim.is_running
     filler.unlink()
-    return {"named": named, "is_alive": is_alive, "others_s": others_s, "back_s": trial.until_contribution(victim), "lost": 0}
+    back_s = trial.until_contribution(victim)
+    # a store gives up what it may evict before a write fails: then there is nothing to say
+    return {
+        "named": bool(said) or went_on > 1, "said": len(said), "went_on": went_on, "is_alive": is_alive, "others_s": others_s, "back_s": back_s, "lost": 0,
+    }  # fmt: skip
 
 
 def host_disk(trial: Trial) -> Row:
