@@ -66,8 +66,8 @@ def _throughput(found: Found) -> bool:
 
 TRIALS = (
     Trial(
-        "simulate", "whole swarms on virtual time, with crashes, cuts, losses and take-overs", ("decentra.cli.main", "simulate", "--seeds", "500"),
-        ("--seeds", "20"), (_none("violations", "promises broken"),),
+        "simulate", "whole swarms on virtual time, with crashes, cuts, losses and take-overs",
+        ("decentra.cli.main", "simulate", "--seeds", "500", "--jobs", "2"), ("--seeds", "20"), (_none("violations", "promises broken"),),
     ),
     Trial(
         "fuzz", "spoilt bytes wherever bytes come from outside, under an audit hook", ("tests.chaos.fuzz", "--minutes", "5"), ("--turns", "12000"),
