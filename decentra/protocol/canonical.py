@@ -44,6 +44,14 @@ def _plain(value: Any) -> Any:
     return value
 
 
+def prepare(kind: Any) -> None:
+    """Resolve the type hints of a dataclass and of all inside it now: that compiles them, and nothing is compiled while foreign bytes are read."""
+    kind = getattr(kind, "__supertype__", kind)
+    inner = _hints(kind).values() if is_dataclass(kind) and isinstance(kind, type) else get_args(kind)
+    for one in inner:
+        prepare(one)
+
+
 @cache
 def _hints(cls: type) -> dict[str, Any]:
     return get_type_hints(cls)

@@ -157,6 +157,10 @@ class _Line:
     body: bytes
 
 
+for _kind in (_Line, *_KINDS.values()):
+    canonical.prepare(_kind)
+
+
 def _parse(line: bytes) -> tuple[_Line, Record]:
     parsed = canonical.from_bytes(_Line, line, max_bytes=8 << 20)
     kind = _KINDS.get(parsed.kind)

@@ -146,14 +146,13 @@ class _Codec:
     take: Callable[[Any], Any]
 
 
-_fields_cache: dict[type, tuple[_Field, ...]] = {}
-
-
 def _fields_of(cls: Any) -> tuple[_Field, ...]:
-    if cls not in _fields_cache:
-        hints = get_type_hints(cls)
-        _fields_cache[cls] = tuple(_field(cls, one.name, hints[one.name]) for one in fields(cls))
-    return _fields_cache[cls]
+    return _FIELDS[cls]
+
+
+def _resolve(cls: type) -> tuple[_Field, ...]:
+    hints = get_type_hints(cls)
+    return tuple(_field(cls, one.name, hints[one.name]) for one in fields(cls))
 
 
 def _field(cls: type, name: str, hint: Any) -> _Field:
@@ -407,3 +406,6 @@ def _take_receipts(message: Any) -> tuple[tuple[PeerId, PeerId], ...]:
         raise malformed(f"{where}: an index is outside the {len(peers)} peers named")
     numbers = iter(stored.pairs)
     return tuple((peers[sender], peers[holder]) for sender, holder in zip(numbers, numbers, strict=True))
+
+
+_FIELDS = {cls: _resolve(cls) for cls in PAIRS}  # at import: resolving type hints compiles them, and nothing is compiled while foreign bytes are read
