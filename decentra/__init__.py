@@ -1,4 +1,3 @@
 """decentra: people who share no cluster train one mixture-of-experts model together over ordinary internet links."""
 
 __version__ = "0.1.0"
-PROTOCOL_VERSION = 1

@@ -69,6 +69,14 @@ class Exchange(Protocol):
         """Peers that advertise a blob, for when the service is away."""
         ...
 
+    async def tell(self, body: bytes) -> None:
+        """Say something in public, in place of what was said before; best effort, never fails."""
+        ...
+
+    async def hear(self, turn: int) -> list[tuple[PeerId, bytes]]:
+        """What some of the others say; everybody's turn comes as ``turn`` goes up. Best effort, never fails."""
+        ...
+
 
 class Session(Protocol):
     """One member's open stream to the averaging service."""

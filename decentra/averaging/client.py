@@ -23,7 +23,7 @@ from decentra.protocol.membership import NOT_A_MEMBER
 from decentra.protocol.messages import FragmentView, Hello, MemberMessage, Outcome, Role, ServiceMessage, SwarmView
 from decentra.wire import limits, trust
 from decentra.wire.convert import digest_bytes, dump, from_wire, parse, role_to_wire
-from decentra.wire.frames import ProofChecker, is_welcome, member_frame, parse_service_frame
+from decentra.wire.frames import ProofChecker, check_told, is_welcome, member_frame, parse_service_frame
 from decentra.wire.signed import seal
 from decentra.wire.trust import Admission, TrustChain
 
@@ -65,7 +65,7 @@ class GrpcSession:
         await self._write(member_frame(self._key, self._run, message))
 
     async def messages(self) -> AsyncIterator[ServiceMessage]:
-        """Views and refusals, for one reader; ends when the service closes in peace. Raises Unreachable and Refused."""
+        """Views and refusals, for one reader; ends when the service closes in peace. Raises Unreachable, Refused and IntegrityError."""
         while (data := await self._read()) is not None:
             self._check_term()
             try:
@@ -74,6 +74,7 @@ class GrpcSession:
                 self._events.emit("view-unreadable", address=self.address, why=error.detail, run=self._run)
                 continue
             if isinstance(message, FragmentView):
+                check_told(message, self._run, self._link.certificate.term, self._link.certificate.service_public)
                 message, errors = self._proofs.check(message)
                 for bad in errors:
                     self._events.emit("offer-forged", address=self.address, fragment=message.fragment, why=str(bad), run=self._run)
@@ -249,10 +250,13 @@ class AveragingClient:
         return outcome
 
     async def status(self) -> tuple[SwarmView, tuple[FragmentView, ...]]:
-        """The swarm and every fragment as the service sees them. Raises Refused, Unreachable."""
+        """The swarm and every fragment as the service sees them. Raises Refused, Unreachable, IntegrityError."""
         async with _Using(self) as link:
             frames = await link.read_all("ReadStatus", dump(pb.StatusRequest()), limits.MAX_LIST_ITEMS, **self._papers())
         views = [parse_service_frame(frame) for frame in frames]
+        for view in views:
+            if isinstance(view, FragmentView):
+                check_told(view, self._trust.run_id, link.certificate.term, link.certificate.service_public)
         swarm = next((view for view in views if isinstance(view, SwarmView)), None)
         if swarm is None:
             raise RejectedPayload("malformed", "the averaging service sent a status without the swarm", peer="the averaging service")

@@ -69,7 +69,7 @@ async def tell(run: RunDir, model_code: Path | None) -> tuple[Told, SwarmView | 
         _, records = await asyncio.to_thread(verify_ledger, run)
     except InUse:
         invite = run.make_invite(1, 1.0, bootstrap=(), services=run.addresses()[1], role="watcher")
-        _, records = await read_ledger(invite)
+        _, records, _ = await read_ledger(invite)
         swarm = await _swarm(invite)
     check_settlements(manifest, records)
     await asyncio.to_thread(check_words, records, manifest.run_id())

@@ -26,6 +26,7 @@ from decentra.ports import Events
 from decentra.protocol.ledger import Certified, Ledger
 from decentra.service.driver import Driver
 from decentra.service.mailbox import Mailbox
+from decentra.wire.frames import sign_told
 from decentra.wire.ledgers import LedgerReader, open_record
 from decentra.wire.signed import purpose_of
 from decentra.wire.trust import LEDGER, ServiceCertificate, TrustChain, seal_certificate, seal_manifest
@@ -134,6 +135,7 @@ async def averaging_service(
         driver = Driver(
             manifest, journal, SystemClock(), compute, events, seal=lambda line: identity.service_key.sign(purpose, line),
             vouch=reader.vouch, certificate=(own.term, identity.sealed_certificate), on_read=lambda: reader.finish(own.service_public),
+            vow=lambda told: sign_told(identity.service_key, identity.run, told),
         )  # fmt: skip
         await asyncio.to_thread(driver.recover)
         for subject in driver.book.revoked:

@@ -81,6 +81,7 @@ def history(
     invite: InviteArg,
     csv_file: Annotated[Path | None, typer.Option("--csv", help="write every confirmed round as a row")] = None,
     plot_file: Annotated[Path | None, typer.Option("--plot", help="write a PNG of tokens per expert over rounds")] = None,
+    witnesses: Annotated[bool, typer.Option("--witnesses", help="also compare it with what members say they were told")] = False,
     as_json: JsonOpt = False,
 ) -> None:
     """Fetch the run's ledger, check every signature and link of its chains, and show what it says: rounds, tokens per expert, contributors."""
@@ -90,8 +91,9 @@ def history(
     from decentra.cli.running import run_main
 
     line = invite_of(invite)
-    manifest, records = run_main(lambda _stop: told.read_ledger(line))
-    found = told.summary(manifest, records, csv_file, plot_file)
+    read = told.read_and_compare if witnesses else told.read_ledger
+    manifest, records, num_compared = run_main(lambda _stop: read(line))
+    found = told.summary(manifest, records, num_compared, csv_file, plot_file)
     print_json(found) if as_json else print(told.describe_history(found))
 
 

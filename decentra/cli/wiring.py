@@ -227,7 +227,8 @@ def member_runtime(
     runtime = PeerRuntime(
         manifest, layout, config, door.key.peer_id, door.nonce,
         Ports(door.client, exchange, RealDisk(root), SystemClock(), DeltaThread(), events),
-        addresses=lambda: node.addresses, traffic=lambda: (exchange.tx_bytes, exchange.rx_bytes), on_revoked=door.trust.revoke, max_experts=most,
+        addresses=lambda: node.addresses, traffic=lambda: (exchange.tx_bytes, exchange.rx_bytes), on_revoked=door.trust.revoke,
+        is_told=door.trust.is_told, max_experts=most,
     )  # fmt: skip
     if config.role == "trainer":
         build, _ = model_for(manifest, config.model_code)

@@ -188,6 +188,22 @@ class HivemindExchange:
             return []
         return [(peer, _parse_addresses(body)) for peer, body in found if peer != self._node.peer_id]
 
+    async def tell(self, body: bytes) -> None:
+        """Publish what this peer heard from the service for ``ttl_s``; best effort."""
+        try:
+            await records.publish(self._node, records.heard_key(self._run_id, self._node.peer_id), body, self._limits.ttl_s)
+        except DecentraError as error:
+            self._node.events.emit("announce-failed", why=str(error))
+
+    async def hear(self, turn: int) -> list[tuple[PeerId, bytes]]:
+        """What others heard, one of four DHT keys at a time. Empty when the DHT is silent."""
+        try:
+            found = await records.lookup(self._node, records.heard_keys(self._run_id)[turn % records.NUM_HEARD_KEYS])
+        except Unreachable as error:
+            self._node.events.emit("lookup-failed", why=str(error))
+            return []
+        return [(peer, body) for peer, body in found if peer != self._node.peer_id]
+
     def _judge(self, peer: PeerId, digest: Digest, offset: int, reply: Reply) -> int:
         """How many bytes follow the reply."""
         if reply.status is not Status.OK:

@@ -32,6 +32,7 @@ MAX_RECORD_BYTES = 8 << 10
 MAX_TTL_S = 600.0
 CLOCK_SLACK_S = 60.0  # a storing node's clock may be behind the publisher's
 DHT_TIMEOUT_S = 10.0
+NUM_HEARD_KEYS = 4
 
 _FIELDS = {"body", "expires", "key", "peer", "run", "sig"}
 _PURPOSE = "record"
@@ -60,13 +61,13 @@ def service_key(run: RunId) -> RecordKey:
     return RecordKey(run, f"svc/{run}")
 
 
-def members_key(run: RunId, peer: PeerId) -> RecordKey:
-    """Where ``peer`` advertises itself: members are spread by the last character of their id, since all ids begin alike."""
-    return RecordKey(run, f"members/{run}/{peer[-1:]}")
+def heard_key(run: RunId, peer: PeerId) -> RecordKey:
+    """Where ``peer`` says what the averaging service told it: members are spread over ``NUM_HEARD_KEYS`` by the end of their ids, which begin alike."""
+    return heard_keys(run)[sum(peer[-2:].encode()) % NUM_HEARD_KEYS]
 
 
-def all_members_keys(run: RunId) -> tuple[RecordKey, ...]:
-    return tuple(RecordKey(run, f"members/{run}/{char}") for char in "123456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz")
+def heard_keys(run: RunId) -> tuple[RecordKey, ...]:
+    return tuple(RecordKey(run, f"heard/{run}/{number}") for number in range(NUM_HEARD_KEYS))
 
 
 def blob_key(run: RunId, digest: Digest) -> RecordKey:

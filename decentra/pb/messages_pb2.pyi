@@ -347,8 +347,32 @@ class Tally(_message.Message):
     num_tokens: int
     def __init__(self, num_confirmed: _Optional[int] = ..., num_thin: _Optional[int] = ..., num_abandoned: _Optional[int] = ..., num_void: _Optional[int] = ..., num_tokens: _Optional[int] = ...) -> None: ...
 
+class Told(_message.Message):
+    __slots__ = ("fragment", "term", "seq", "line", "height", "anchor", "proof")
+    FRAGMENT_FIELD_NUMBER: _ClassVar[int]
+    TERM_FIELD_NUMBER: _ClassVar[int]
+    SEQ_FIELD_NUMBER: _ClassVar[int]
+    LINE_FIELD_NUMBER: _ClassVar[int]
+    HEIGHT_FIELD_NUMBER: _ClassVar[int]
+    ANCHOR_FIELD_NUMBER: _ClassVar[int]
+    PROOF_FIELD_NUMBER: _ClassVar[int]
+    fragment: str
+    term: int
+    seq: int
+    line: bytes
+    height: int
+    anchor: bytes
+    proof: bytes
+    def __init__(self, fragment: _Optional[str] = ..., term: _Optional[int] = ..., seq: _Optional[int] = ..., line: _Optional[bytes] = ..., height: _Optional[int] = ..., anchor: _Optional[bytes] = ..., proof: _Optional[bytes] = ...) -> None: ...
+
+class Heard(_message.Message):
+    __slots__ = ("told",)
+    TOLD_FIELD_NUMBER: _ClassVar[int]
+    told: _containers.RepeatedCompositeFieldContainer[Told]
+    def __init__(self, told: _Optional[_Iterable[_Union[Told, _Mapping]]] = ...) -> None: ...
+
 class FragmentView(_message.Message):
-    __slots__ = ("fragment", "version", "height", "anchor", "round", "phase", "why", "holders", "keepers", "quorum", "cut_off_in_s", "offers", "receipts", "settlement", "attesters", "ready", "recent", "tally", "reducers", "residual")
+    __slots__ = ("fragment", "version", "height", "anchor", "round", "phase", "why", "holders", "keepers", "quorum", "cut_off_in_s", "offers", "receipts", "settlement", "attesters", "ready", "recent", "tally", "reducers", "residual", "told")
     FRAGMENT_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     HEIGHT_FIELD_NUMBER: _ClassVar[int]
@@ -369,6 +393,7 @@ class FragmentView(_message.Message):
     TALLY_FIELD_NUMBER: _ClassVar[int]
     REDUCERS_FIELD_NUMBER: _ClassVar[int]
     RESIDUAL_FIELD_NUMBER: _ClassVar[int]
+    TOLD_FIELD_NUMBER: _ClassVar[int]
     fragment: str
     version: int
     height: int
@@ -389,7 +414,8 @@ class FragmentView(_message.Message):
     tally: Tally
     reducers: _containers.RepeatedScalarFieldContainer[str]
     residual: bytes
-    def __init__(self, fragment: _Optional[str] = ..., version: _Optional[int] = ..., height: _Optional[int] = ..., anchor: _Optional[bytes] = ..., round: _Optional[int] = ..., phase: _Optional[_Union[Phase, str]] = ..., why: _Optional[str] = ..., holders: _Optional[_Iterable[str]] = ..., keepers: _Optional[_Iterable[str]] = ..., quorum: _Optional[int] = ..., cut_off_in_s: _Optional[float] = ..., offers: _Optional[_Iterable[_Union[Offer, _Mapping]]] = ..., receipts: _Optional[_Union[Receipts, _Mapping]] = ..., settlement: _Optional[_Union[Settlement, _Mapping]] = ..., attesters: _Optional[_Iterable[str]] = ..., ready: _Optional[_Iterable[str]] = ..., recent: _Optional[_Iterable[_Union[Outcome, _Mapping]]] = ..., tally: _Optional[_Union[Tally, _Mapping]] = ..., reducers: _Optional[_Iterable[str]] = ..., residual: _Optional[bytes] = ...) -> None: ...
+    told: Told
+    def __init__(self, fragment: _Optional[str] = ..., version: _Optional[int] = ..., height: _Optional[int] = ..., anchor: _Optional[bytes] = ..., round: _Optional[int] = ..., phase: _Optional[_Union[Phase, str]] = ..., why: _Optional[str] = ..., holders: _Optional[_Iterable[str]] = ..., keepers: _Optional[_Iterable[str]] = ..., quorum: _Optional[int] = ..., cut_off_in_s: _Optional[float] = ..., offers: _Optional[_Iterable[_Union[Offer, _Mapping]]] = ..., receipts: _Optional[_Union[Receipts, _Mapping]] = ..., settlement: _Optional[_Union[Settlement, _Mapping]] = ..., attesters: _Optional[_Iterable[str]] = ..., ready: _Optional[_Iterable[str]] = ..., recent: _Optional[_Iterable[_Union[Outcome, _Mapping]]] = ..., tally: _Optional[_Union[Tally, _Mapping]] = ..., reducers: _Optional[_Iterable[str]] = ..., residual: _Optional[bytes] = ..., told: _Optional[_Union[Told, _Mapping]] = ...) -> None: ...
 
 class MemberView(_message.Message):
     __slots__ = ("peer", "name", "role", "is_live", "addresses", "experts", "counters", "is_partial", "quarantine")

@@ -22,11 +22,12 @@ from decentra.peer.inner import InnerLoop
 from decentra.peer.judge import Judge
 from decentra.peer.link import RateControl, limits_of
 from decentra.peer.replica import Replica
+from decentra.peer.stories import Stories
 from decentra.peer.sync import PeerLoop
 from decentra.peer.trainer import MakeInner, Trainer
 from decentra.ports import AveragingService, Clock, Compute, Disk, Events, Exchange
 from decentra.protocol.duties import Self
-from decentra.protocol.messages import Counters, Hello, Role
+from decentra.protocol.messages import Counters, Hello, Role, Told
 
 CHECKPOINT_S = 30.0
 PROGRESS_S = 10.0
@@ -98,6 +99,7 @@ class PeerRuntime:
     addresses: Callable[[], tuple[str, ...]] = tuple
     traffic: Callable[[], tuple[int, int]] = lambda: (0, 0)  # bytes sent, received
     on_revoked: Callable[[PeerId], None] = lambda _: None
+    is_told: Callable[[Told], bool] = lambda _: False  # did the run's service sign this word, which another member shows?
     make_model: Callable[[Sequence[int] | None], nn.Module] | None = None  # with these experts, None: all; no function at a keeper
     make_source: Callable[[], WindowSource] | None = None
     make_inner: MakeInner = InnerLoop  # where several processes train one peer's model, the one that leads them
@@ -224,6 +226,8 @@ class PeerRuntime:
     async def _take_part(self) -> str:
         num_steps = self.trainer.totals().num_steps if self.trainer is not None else 0
         role = Role(self.config.role)
+        p = self.ports
+        stories = Stories(self.peer, self.manifest.genesis, p.exchange, p.disk, p.clock, p.compute, p.events, self.is_told)
         self.loop = PeerLoop(
             Self(self.peer, role, self.manifest.rounds.inner_steps), self._hello, self.manifest.rounds.heartbeat_s, self.ports.service,
             self.ports.exchange, self.replicas, self.ports.clock, self.ports.events, counters=self.counters, on_trained=self._on_trained,
@@ -231,14 +235,15 @@ class PeerRuntime:
             head_start=self.manifest.rounds.inner_steps if self.manifest.rounds.stagger else 0,
             fragments=tuple(f.id for f in self.layout.fragments) if self.is_partial else (),
             on_limit=self.trainer.step_to if self.trainer is not None and not self.manifest.rounds.overlap else None,
-            judge=self._judge(), on_run_tokens=self.trainer.set_run_tokens if self.trainer is not None and self.manifest.train.schedule != "constant" else None,
+            judge=self._judge(), stories=stories,
+            on_run_tokens=self.trainer.set_run_tokens if self.trainer is not None and self.manifest.train.schedule != "constant" else None,
         )  # fmt: skip
         self._resume_if_whole()
         if self.trainer is not None and self.trainer.is_finished:
             self._on_step()  # an earlier process did all its steps; no other one will come and say so
         if self._why_left is not None:
             return self._why_left
-        chores = [asyncio.create_task(c) for c in (self._checkpoints(), self._announcements())]
+        chores = [asyncio.create_task(c) for c in (self._checkpoints(), self._announcements(), stories.run())]
         loop = asyncio.create_task(self.loop.run())
         try:
             await asyncio.wait([loop, *chores], return_when=asyncio.FIRST_COMPLETED)

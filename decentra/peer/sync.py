@@ -21,6 +21,7 @@ from decentra.peer.fetch import Fetcher
 from decentra.peer.judge import Judge, Packet
 from decentra.peer.link import RateControl
 from decentra.peer.replica import Replica
+from decentra.peer.stories import Stories
 from decentra.ports import AveragingService, Clock, Events, Exchange, Session
 from decentra.protocol import duties as do
 from decentra.protocol import member as m
@@ -65,6 +66,7 @@ class PeerLoop:
     on_limit: Callable[[int | None], None] | None = None  # told how far training may go, where it waits for rounds
     on_run_tokens: Callable[[int], None] | None = None  # told how many tokens the run has confirmed, where training follows it
     judge: Judge | None = None  # where the run's holders judge each other's packets
+    stories: Stories | None = None  # whether the service tells everybody the same
     num_steps: int = 0
     head_start: int = 0  # inner steps over which the fragments' first rounds are spread
     fragments: tuple[FragmentId, ...] = ()  # all of the run, where this peer does not hold all of them
@@ -177,6 +179,8 @@ class PeerLoop:
             async for message in session.messages():
                 match message:
                     case FragmentView():
+                        if self.stories is not None:
+                            self.stories.saw(message)
                         if self.rate is not None:
                             self.rate.saw(message, self.clock.now())
                         self._inbox.put_nowait(m.Viewed(message))

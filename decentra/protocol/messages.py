@@ -239,6 +239,29 @@ class Tally:
 
 
 @dataclass(frozen=True, slots=True)
+class Told:
+    """The service's signed word for a confirmed anchor: line ``seq`` of the fragment's chain in the ledger, with this digest, made it so.
+
+    In one term a service gives one word for each place. Who has two different ones can prove to anybody that it tells two stories.
+    """
+
+    fragment: FragmentId
+    term: int
+    seq: int
+    line: Digest
+    height: int
+    anchor: Digest
+    proof: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class Heard:
+    """What one member was told, for others to compare with what they were told."""
+
+    told: tuple[Told, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class FragmentView:
     """All a member needs to know about one fragment. A view with a higher (round, version) replaces an older one."""
 
@@ -262,6 +285,7 @@ class FragmentView:
     tally: Tally = field(default_factory=Tally)
     reducers: tuple[PeerId, ...] = ()  # of the roster: they alone fetch the offered packets; none: everybody does
     residual: Digest | None = None  # which their merge starts with
+    told: Told | None = None  # of ``anchor``; None before the first confirmed round
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,8 +14,20 @@ from decentra.ports import Clock, Compute, Events, Journal
 from decentra.protocol import ledger
 from decentra.protocol.duties import witness_of
 from decentra.protocol.fragment import FragmentBook, Write
-from decentra.protocol.ledger import Ledger, Record
-from decentra.protocol.messages import DRAINED, FragmentView, Goodbye, Hello, MemberMessage, Outcome, Phase, Rejected, Role, SwarmView
+from decentra.protocol.ledger import Confirmed, Ledger, Record, RolledBack
+from decentra.protocol.messages import (
+    DRAINED,
+    FragmentView,
+    Goodbye,
+    Hello,
+    MemberMessage,
+    Outcome,
+    Phase,
+    Rejected,
+    Role,
+    SwarmView,
+    Told,
+)
 from decentra.protocol.round import Reject
 from decentra.protocol.rounds import (
     Certify,
@@ -71,8 +83,10 @@ class Driver:
     )
     certificate: tuple[int, bytes] | None = None  # (term, sealed) of this service
     on_read: Callable[[], None] = lambda: None  # the journal was read and nothing written yet; may raise IntegrityError
+    vow: Callable[[Told], Told] = lambda told: told  # signs what members are told of confirmed anchors
     book: RoundBook = field(init=False)
     _ledger: Ledger = field(init=False, default_factory=Ledger)
+    _told: dict[FragmentId, Told] = field(init=False, default_factory=dict)
     _outcomes: dict[tuple[FragmentId, int], Outcome] = field(init=False, default_factory=dict)
     _mailboxes: dict[PeerId, Mailbox] = field(init=False, default_factory=dict)
     _pushed: dict[FragmentId, _News] = field(init=False, default_factory=dict)
@@ -96,6 +110,9 @@ class Driver:
             if self.vouch is not None:
                 self.vouch(line, signature, records[-1])
             self._note(records[-1])
+            if isinstance(newest := records[-1], Confirmed | RolledBack):
+                self._told[newest.fragment] = self._word(newest)
+        self._told = {fragment: self.vow(told) for fragment, told in self._told.items()}
         self.on_read()
         if records:
             self.book = RoundBook.restore(self.manifest, records, now)
@@ -172,7 +189,7 @@ class Driver:
 
     def status(self) -> tuple[SwarmView, tuple[FragmentView, ...]]:
         now = self.clock.now()
-        return self.book.swarm(), tuple(self.book.view(f, now) for f in sorted(self.book.fragments))
+        return self.book.swarm(), tuple(self._view(f, now) for f in sorted(self.book.fragments))
 
     async def ledger(self, after_seq: int, limit: int) -> list[bytes]:
         """Sealed journal records from position ``after_seq`` (0 = all) on."""
@@ -313,13 +330,24 @@ class Driver:
                 line = self._ledger.append(record)
                 lines.append(self.seal(line) + line)
                 records.append(record)
+                if isinstance(record, Confirmed | RolledBack):
+                    self._told[record.fragment] = self.vow(self._word(record))
         return lines, records
+
+    def _word(self, record: Confirmed | RolledBack) -> Told:
+        """What this record, the newest line of its chain, makes of the fragment's anchor."""
+        seq, line = self._ledger.heads[record.fragment]
+        term = 1 if self.certificate is None else self.certificate[0]
+        return Told(record.fragment, term, seq, line, record.height, record.anchor)
+
+    def _view(self, fragment: FragmentId, now: float) -> FragmentView:
+        return replace(self.book.view(fragment, now), told=self._told.get(fragment))
 
     def _welcome(self, newcomers: Sequence[Mailbox], now: float) -> None:
         """Every view, whole. Not later: the book may be a batch ahead of the journal by then."""
         for mailbox in newcomers:
             for fragment in sorted(self.book.fragments):
-                mailbox.put(self.book.view(fragment, now))
+                mailbox.put(self._view(fragment, now))
             mailbox.put(self.book.swarm())
 
     def _note(self, record: Record) -> None:
@@ -394,7 +422,7 @@ class Driver:
             self._mailboxes[peer].put(view if is_whole else _of_own(view, peer))
 
     def _short_view(self, fragment: FragmentId, now: float) -> FragmentView:
-        view = self.book.view(fragment, now)
+        view = self._view(fragment, now)
         confirmed = [o for o in view.recent if o.phase is Phase.CONFIRMED][-NUM_PUSHED_OUTCOMES:]
         return replace(view, recent=tuple(o for o in view.recent if o in confirmed or o is view.recent[-1]))
 

@@ -17,7 +17,7 @@ from decentra.ids import Digest, FragmentId, PeerId, digest_of
 from decentra.modules import Layout
 from decentra.peer.disk import write_atomic
 from decentra.ports import Session
-from decentra.protocol.messages import Hello, MemberMessage, Outcome, ServiceMessage
+from decentra.protocol.messages import FragmentView, Hello, MemberMessage, Outcome, ServiceMessage, Told
 from decentra.service.driver import Driver
 from decentra.service.mailbox import Mailbox
 
@@ -187,6 +187,7 @@ class SimExchange:
     def __init__(self, me: PeerId, disk: SimDisk, net: SimNet, peers: dict[PeerId, SimExchange]) -> None:
         self.me, self.disk, self.net, self.peers = me, disk, net, peers
         self.is_open = True
+        self.said = b""
         peers[me] = self
 
     async def put(self, digest: Digest, data: bytes) -> None:
@@ -236,6 +237,14 @@ class SimExchange:
     async def providers(self, digest: Digest) -> list[tuple[PeerId, tuple[str, ...]]]:
         return []
 
+    async def tell(self, body: bytes) -> None:
+        self.said = body
+
+    async def hear(self, turn: int) -> list[tuple[PeerId, bytes]]:
+        await self.net.delay()
+        others = (p for p in self.peers.values() if p is not self and p.is_open and p.said and self.net.is_up(self.me, p.me))
+        return [(p.me, p.said) for p in others]
+
 
 @dataclass
 class SimService:
@@ -246,6 +255,7 @@ class SimService:
     driver_now: Callable[[], Driver | None]
     watch: Callable[[MemberMessage], None]
     is_alive: Callable[[], bool] = lambda: True
+    on_told: Callable[[Told], None] = lambda _: None
 
     async def attend(self, hello: Hello) -> Session:
         await self.net.delay()
@@ -298,6 +308,8 @@ class _SimSession:
             if not messages:
                 raise Unreachable(self._mailbox.reason or "closed")
             for message in messages:
+                if isinstance(message, FragmentView) and message.told is not None:
+                    self._service.on_told(message.told)
                 yield message
 
     async def close(self) -> None:

@@ -7,7 +7,8 @@ The promises:
 3. From then on a disk that exists holds the anchor durably, until the next one is confirmed.
 4. A peer moves only to a confirmed anchor.
 5. One (peer, fragment, round) has one packet for ever, restarts included.
-6. What a peer trained is exactly once in the anchors, in its residual or in its live weights (``AuditedReplica``).
+6. In one term members are told one line for a place in the ledger, and one anchor.
+7. What a peer trained is exactly once in the anchors, in its residual or in its live weights (``AuditedReplica``).
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from decentra.ids import Digest, FragmentId, PeerId
 from decentra.peer.replica import Replica
 from decentra.protocol import ledger
 from decentra.protocol.duties import Ending
-from decentra.protocol.messages import MemberMessage, Offer, Phase, Settlement
+from decentra.protocol.messages import MemberMessage, Offer, Phase, Settlement, Told
 from decentra.sim.adapters import SimDisk, SimTrainer
 from decentra.wire.ledgers import open_record
 
@@ -48,6 +49,7 @@ class Promises:
     _settled: dict[tuple[FragmentId, int], Settlement] = field(default_factory=dict)
     _num_roster: dict[tuple[FragmentId, int], int] = field(default_factory=dict)
     _used: set[tuple[FragmentId, Digest]] = field(default_factory=set)
+    _told: dict[tuple[int, FragmentId, int], Told] = field(default_factory=dict)
     _confirmed: set[tuple[FragmentId, Digest]] = field(init=False)
     _current: dict[FragmentId, tuple[Digest, bool]] = field(init=False)  # anchor, is it thin
 
@@ -65,6 +67,11 @@ class Promises:
             key = (message.peer, message.fragment, message.round)
             known = self._offers.setdefault(key, message.packet)
             self.expect(known == message.packet, f"{key} was offered with two digests: {known[:12]} and {message.packet[:12]}")
+
+    def on_told(self, told: Told) -> None:
+        """The service told somebody of a confirmed anchor."""
+        known = self._told.setdefault((told.term, told.fragment, told.seq), told)
+        self.expect(known == told, f"two stories of line {told.seq} of {told.fragment}: {known.anchor[:12]} and {told.anchor[:12]}")
 
     def on_records(self, lines: Sequence[bytes]) -> None:
         """Ledger records became durable."""

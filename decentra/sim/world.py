@@ -213,7 +213,9 @@ class World:
         last = (host.disk.read(TRAINED_FILE) or b"").decode().split()
         await hold(f for f in self.layout.fragments if not is_partial or expert_of(f.module) is None or f.id in last)
         nonce = f"{host.peer}/{host.num_starts}"
-        service = SimService(host.peer, self.net, lambda: self.driver, self.promises.on_sent, lambda: not host.disk.is_dead)
+        service = SimService(
+            host.peer, self.net, lambda: self.driver, self.promises.on_sent, lambda: not host.disk.is_dead, self.promises.on_told
+        )
         loop = PeerLoop(
             Self(host.peer, host.role, scenario.inner_steps), lambda: Hello(host.peer, host.role, host.peer, nonce, is_partial=is_partial),
             self.manifest.rounds.heartbeat_s, service, exchange, replicas, clock, events, on_trained=on_trained,

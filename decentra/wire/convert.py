@@ -31,6 +31,8 @@ Value = (
     | domain.Entry
     | domain.MemberView
     | domain.Counters
+    | domain.Told
+    | domain.Heard
 )
 PbMessage = TypeVar("PbMessage", bound=Message)
 
@@ -50,6 +52,8 @@ PAIRS: dict[type, type[Message]] = {
     domain.Settlement: pb.Settlement,
     domain.Outcome: pb.Outcome,
     domain.Tally: pb.Tally,
+    domain.Told: pb.Told,
+    domain.Heard: pb.Heard,
     domain.FragmentView: pb.FragmentView,
     domain.MemberView: pb.MemberView,
     domain.SwarmView: pb.SwarmView,
@@ -408,4 +412,5 @@ def _take_receipts(message: Any) -> tuple[tuple[PeerId, PeerId], ...]:
     return tuple((peers[sender], peers[holder]) for sender, holder in zip(numbers, numbers, strict=True))
 
 
-_FIELDS = {cls: _resolve(cls) for cls in PAIRS}  # at import: resolving type hints compiles them, and nothing is compiled while foreign bytes are read
+# At import: resolving type hints compiles them, and nothing is compiled while foreign bytes are read.
+_FIELDS = {cls: _resolve(cls) for cls in PAIRS}

@@ -6,8 +6,8 @@ from collections import OrderedDict
 from dataclasses import replace
 from typing import Any, cast
 
-from decentra.errors import DecentraError, RejectedPayload
-from decentra.identity import Keypair
+from decentra.errors import DecentraError, IntegrityError, RejectedPayload
+from decentra.identity import Keypair, peer_id_of
 from decentra.ids import PeerId, RunId
 from decentra.pb import messages_pb2 as pb
 from decentra.protocol.messages import (
@@ -27,15 +27,18 @@ from decentra.protocol.messages import (
     ServiceMessage,
     Settlement,
     SwarmView,
+    Told,
 )
 from decentra.wire import limits
 from decentra.wire.convert import decode, dump, encode, from_wire, malformed, parse, to_wire
-from decentra.wire.signed import is_sealed, open_sealed, seal
+from decentra.wire.signed import is_sealed, open_sealed, seal, sign
 
 SIGNED: dict[type, str] = {Hello: "hello", Offer: "offer", Receipt: "receipt", Merge: "merge", Attestation: "attestation"}
 _PLAIN: dict[type, str] = {Holding: "holding", Heartbeat: "heartbeat", Goodbye: "goodbye", Abstention: "abstention"}
 _CLASS_OF = {kind: cls for cls, kind in (SIGNED | _PLAIN).items()}
 _SERVICE: dict[type, str] = {FragmentView: "fragment", SwarmView: "swarm", Rejected: "rejected"}
+
+_TOLD = "told"
 
 Fact = Hello | Offer | Receipt | Merge | Attestation
 
@@ -58,6 +61,29 @@ def is_proven(fact: Offer | Merge | Attestation, run: RunId) -> bool:
     except (AssertionError, ValueError):  # values that cannot travel, out of a ledger: nobody signed them
         return False
     return is_sealed(fact.proof, SIGNED[type(fact)], run, body, fact.peer)
+
+
+def sign_told(service_key: Keypair, run: RunId, told: Told) -> Told:
+    """The service's word with its signature."""
+    return replace(told, proof=sign(service_key, _TOLD, run, encode(replace(told, proof=b""))))
+
+
+def is_told(told: Told, run: RunId, service_public: bytes) -> bool:
+    """Whether the service with this key gave this word."""
+    return is_sealed(told.proof, _TOLD, run, encode(replace(told, proof=b"")), peer_id_of(service_public))
+
+
+def check_told(view: FragmentView, run: RunId, term: int, service_public: bytes) -> None:
+    """Raise IntegrityError for a view whose confirmed anchor is not the signed word of the service of this term."""
+    if view.told is None and view.height == 0:
+        return
+    told, shown = view.told, (view.fragment, term, view.height, view.anchor)
+    if told is not None and (told.fragment, told.term, told.height, told.anchor) == shown and is_told(told, run, service_public):
+        return
+    raise IntegrityError(
+        f"the averaging service says that anchor {view.anchor[:12]}, height {view.height} of {view.fragment}, is confirmed, and does not sign that;"
+        " nothing it says is believed, tell the organiser"
+    )
 
 
 def offer_of(settlement: Settlement, entry: Entry) -> Offer:

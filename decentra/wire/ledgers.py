@@ -3,16 +3,16 @@ have said. No files, no network, no clock."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
 from decentra.errors import IntegrityError, Refused, RejectedPayload
 from decentra.identity import is_signed
-from decentra.ids import RunId, short
-from decentra.protocol.ledger import Certified, Confirmed, Ledger, Record, Settled
-from decentra.protocol.messages import Attestation, Merge, Offer
-from decentra.wire.frames import is_proven, offer_of, open_fact
+from decentra.ids import FragmentId, PeerId, RunId, short
+from decentra.protocol.ledger import Certified, Confirmed, Ledger, Record, RolledBack, Settled
+from decentra.protocol.messages import Attestation, Merge, Offer, Told
+from decentra.wire.frames import is_proven, is_told, offer_of, open_fact
 from decentra.wire.signed import purpose_of
 from decentra.wire.trust import LEDGER, ServiceCertificate, TrustChain
 
@@ -38,6 +38,9 @@ class LedgerReader:
     ledger: Ledger = field(default_factory=Ledger)
     num_records: int = 0
     newest: ServiceCertificate | None = None
+    heard: Sequence[tuple[PeerId, Told]] = ()  # what members say the service told them, before this ledger was asked for
+    num_compared: int = 0  # of those
+    _lines: dict[tuple[FragmentId, int], Told] = field(default_factory=dict)  # what this ledger says at the same places
     _unvouched: list[tuple[int, bytes, bytes]] = field(default_factory=list)  # (position, line, signature)
 
     def accept(self, sealed: bytes) -> Record:
@@ -45,6 +48,9 @@ class LedgerReader:
         signature, line = open_record(sealed)
         record = self.ledger.accept(line)
         self.vouch(line, signature, record)
+        if self.heard and isinstance(record, Confirmed | RolledBack):
+            seq, digest = self.ledger.heads[record.fragment]
+            self._lines[record.fragment, seq] = Told(record.fragment, 0, seq, digest, record.height, record.anchor)
         return record
 
     def vouch(self, line: bytes, signature: bytes, record: Record) -> None:
@@ -61,6 +67,25 @@ class LedgerReader:
         """The end of what there is. ``public``: the key of the service that has it, for a ledger without any certificate. Raises IntegrityError."""
         unvouched, self._unvouched = self._unvouched, []
         self._check(unvouched, public)
+
+    def compare(self) -> None:
+        """Raise IntegrityError where this ledger, read to its end, is not the one that a member was told of; words of earlier terms say nothing."""
+        for peer, told in self.heard:
+            newest = self.newest
+            if newest is None or told.term != newest.term or not is_told(told, self.chain.run_id, newest.service_public):
+                continue
+            line = self._lines.get((told.fragment, told.seq))
+            if line is None or (line.line, line.height, line.anchor) != (told.line, told.height, told.anchor):
+                here = (
+                    "is none that moves an anchor"
+                    if line is None
+                    else f"made anchor {line.anchor[:12]} of height {line.height} the confirmed one"
+                )
+                raise IntegrityError(
+                    f"the averaging service told two stories: line {told.seq} of {told.fragment} {here} in {self.where}; {short(peer)} was told, with the"
+                    f" service's signature, that it made anchor {told.anchor[:12]} of height {told.height} so. Ask the organiser over another channel"
+                )
+            self.num_compared += 1
 
     def _begin(self, record: Certified) -> None:
         try:

@@ -45,8 +45,13 @@ def seal(key: Keypair, kind: str, run: RunId, body: Message | bytes, *, not_afte
     return dump(pb.SignedStatement(purpose=purpose, body=raw, signer=key.public, signature=signature, not_after_s=expiry_s))
 
 
+def sign(key: Keypair, kind: str, run: RunId, body: bytes) -> bytes:
+    """The signature of ``seal`` without an expiry, alone: 64 bytes for whoever has the body."""
+    return key.sign(purpose_of(kind, run), _signed_bytes(0, body))
+
+
 def is_sealed(signature: bytes, kind: str, run: RunId, body: bytes, peer: PeerId) -> bool:
-    """Whether ``peer`` signed ``body`` for ever: what ``seal`` without an expiry makes, when only its signature is kept."""
+    """Whether ``peer`` signed ``body`` for ever: what ``sign`` makes, and ``seal`` without an expiry."""
     try:
         return len(signature) == 64 and is_signed(public_key_of(peer), purpose_of(kind, run), _signed_bytes(0, body), signature)
     except DecentraError:

@@ -15,9 +15,10 @@ from decentra.identity import Keypair, is_signed, peer_id_of
 from decentra.ids import PeerId, RunId, digest_of
 from decentra.invite import Invite, parse_invite
 from decentra.pb import averaging_pb2 as pb
-from decentra.protocol.messages import Role
+from decentra.protocol.messages import Role, Told
 from decentra.wire import limits
 from decentra.wire.convert import digest_bytes, dump, parse, role_from_wire, role_to_wire, take_digest, take_peer, take_text
+from decentra.wire.frames import is_told
 from decentra.wire.signed import Opened, open_sealed, purpose_of, seal
 
 CERTIFICATE, ADMISSION, JOIN, COMMAND, MANIFEST, TOKEN = "service-certificate", "admission", "join", "command", "manifest", "token"
@@ -177,6 +178,10 @@ class TrustChain:
         """This service was met, or wrote the ledger; from now on those of earlier terms are none of this run's."""
         if certificate.term >= self.term:
             self.term, self.service_public = certificate.term, certificate.service_public
+
+    def is_told(self, told: Told) -> bool:
+        """Whether the run's service of now gave this word for a confirmed anchor."""
+        return self.service_public is not None and told.term == self.term and is_told(told, self.run_id, self.service_public)
 
     def check_credentials(self, credentials: bytes, peer: PeerId, now_s: float) -> Admission:
         """The admission of ``peer``, whose identity the caller knows already (a stream's authenticated id, a signature)."""

@@ -39,6 +39,7 @@ from decentra.protocol.messages import (
     Counters,
     Entry,
     FragmentView,
+    Heard,
     Heartbeat,
     Hello,
     Holding,
@@ -51,9 +52,10 @@ from decentra.protocol.messages import (
     Role,
     Settlement,
     SwarmView,
+    Told,
 )
 from decentra.wire import trust
-from decentra.wire.convert import dump
+from decentra.wire.convert import decode, dump, encode
 from decentra.wire.frames import member_frame, open_hello, parse_member_frame, parse_service_frame, service_frame
 from decentra.wire.signed import open_sealed, seal
 from decentra.wire.trust import TrustChain
@@ -103,6 +105,7 @@ def doors(scratch: Path) -> list[Door]:
         Door("hello", lambda b: open_hello(b, RUN, ME.peer_id, NOW_S), (member_frame(ME, RUN, hello, not_after_s=NOW_S + 60),), _hello_of_mine),
         Door("member frame", lambda b: parse_member_frame(b, RUN, ME.peer_id), tuple(member_frame(ME, RUN, m) for m in messages), _offer_of_mine),
         Door("service frame", parse_service_frame, tuple(service_frame(v) for v in views)),
+        Door("heard", lambda b: decode(Heard, b), (encode(Heard((_told(),))),)),
         Door("blob request", _read_request, (blob_frames.pack_request(blob_frames.Request(DIGEST, 7, b"papers")),)),
         Door("blob reply", _read_reply, (blob_frames.pack_reply(blob_frames.Reply(blob_frames.Status.REFUSED, 9, "no")),)),
         Door(
@@ -130,9 +133,13 @@ def _views() -> list[Any]:
     member = MemberView(ME.peer_id, "me", Role.TRAINER, True, ("/ip4/10.0.0.1/tcp/7410",), (0, 1), Counters(loss=2.5))
     view = FragmentView(
         FRAGMENT.id, 1, 3, DIGEST, 4, Phase.SETTLED, "why", holders=(ME.peer_id,), offers=(offer,), receipts=((ME.peer_id, ME.peer_id),),
-        settlement=settled, attesters=(ME.peer_id,), ready=(ME.peer_id,), recent=(outcome,),
+        settlement=settled, attesters=(ME.peer_id,), ready=(ME.peer_id,), recent=(outcome,), told=_told(),
     )  # fmt: skip
     return [view, SwarmView(1, (member,), revoked=(ME.peer_id,))]
+
+
+def _told() -> Told:
+    return Told(FRAGMENT.id, 1, 5, DIGEST, 3, DIGEST, bytes(64))
 
 
 def _settled() -> Settlement:

@@ -18,6 +18,7 @@ from decentra.errors import Refused, RejectedPayload, Unreachable
 from decentra.gossip.address import claim_ports
 from decentra.gossip.exchange import ExchangeLimits
 from decentra.gossip.frames import Request, Status, pack_request, read_reply
+from decentra.gossip.records import MAX_RECORD_BYTES, NUM_HEARD_KEYS
 from decentra.identity import Keypair
 from decentra.ids import Digest, digest_of
 
@@ -283,5 +284,22 @@ def test_heartbeats_get_through_a_bulk_transfer(tmp_path: Path) -> None:
             writer.close()
             quarters = {beat * 4 // len(big) for beat in progress_bytes if 0 < beat < len(big)}
             assert quarters == {0, 1, 2, 3}, "heartbeats return in every quarter of the transfer, not before or after it"
+
+    asyncio.run(main())
+
+
+def test_what_a_peer_says_in_public_reaches_the_others_in_some_turn(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with world(tmp_path) as w:
+            first = await w.node("first")
+            second = await w.node("second", initial_peers=first.addresses)
+            saying, hearing = await w.exchange(first), await w.exchange(second)
+            await saying.tell(b"older")
+            await saying.tell(b"newer")
+            await hearing.tell(b"of its own, which it need not hear")
+            heard = [one for turn in range(NUM_HEARD_KEYS, 2 * NUM_HEARD_KEYS) for one in await hearing.hear(turn)]
+            assert heard == [(first.peer_id, b"newer")]
+            await saying.tell(bytes(MAX_RECORD_BYTES))  # best effort: said to its own events, and nothing else
+            assert [one for turn in range(NUM_HEARD_KEYS) for one in await hearing.hear(turn)] == [(first.peer_id, b"newer")]
 
     asyncio.run(main())

@@ -106,8 +106,8 @@ def test_nodes_exchange_records_and_ignore_forged_ones(tmp_path: Path) -> None:
             first = await w.node("first")
             second = await w.node("second", initial_peers=first.addresses, events=events)
             third = await w.node("third", initial_peers=first.addresses)
-            key = records.members_key(RUN, first.peer_id)
-            assert key in records.all_members_keys(RUN)
+            key = records.heard_key(RUN, first.peer_id)
+            assert key in records.heard_keys(RUN)
             for node, body in ((first, b"one"), (second, b"two"), (third, b"old")):
                 assert await records.publish(node, key, body, 30)
             assert await records.publish(third, key, b"three", 60), "a later expiry replaces"

@@ -46,6 +46,12 @@ class HabitExchange:
     async def read(self, digest: Digest) -> bytes | None:
         return None
 
+    async def tell(self, body: bytes) -> None:
+        return None
+
+    async def hear(self, turn: int) -> list[tuple[PeerId, bytes]]:
+        return []
+
     async def providers(self, digest: Digest) -> list[tuple[PeerId, tuple[str, ...]]]:
         return self.advertised
 

@@ -1,0 +1,143 @@
+"""A service that tells two stories is found out by what members say in public; one that tells one is not, whatever others make up."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from dataclasses import replace
+from random import Random
+from typing import Any
+
+import pytest
+
+from decentra.errors import IntegrityError
+from decentra.identity import Keypair
+from decentra.ids import Digest, FragmentId, PeerId, RunId
+from decentra.peer.stories import EVIDENCE_FILE, FIRST_TELL_S, NUM_KEPT, NUM_TOLD, TELL_S, Stories
+from decentra.protocol.messages import FragmentView, Heard, Phase, Told
+from decentra.sim.adapters import InlineCompute, SimClock, SimDisk, SimEvents, SimExchange, SimNet
+from decentra.sim.loop import run_virtual
+from decentra.wire.convert import encode
+from decentra.wire.frames import is_told, sign_told
+
+RUN = RunId("a" * 64)
+SERVICE, MALLORY = (Keypair.from_seed(bytes([n]) * 32) for n in (1, 2))
+TRUNK = FragmentId("trunk/0")
+GENESIS = Digest("0" * 64)
+A, B = PeerId("a"), PeerId("b")
+
+
+def word(seq: int, anchor: str, *, term: int = 1, fragment: FragmentId = TRUNK, by: Keypair = SERVICE) -> Told:
+    return sign_told(by, RUN, Told(fragment, term, seq, Digest(anchor * 64), seq, Digest(anchor * 64)))
+
+
+def view(told: Told | None, fragment: FragmentId = TRUNK) -> FragmentView:
+    height, anchor = (0, GENESIS) if told is None else (told.height, told.anchor)
+    return FragmentView(fragment, 1, height, anchor, 1, Phase.IDLE, "", told=told)
+
+
+class Swarm:
+    """Members that hear each other, without any service."""
+
+    def __init__(self, *peers: PeerId, term: int = 1) -> None:
+        self.net, self.exchanges = SimNet(Random(1)), dict[PeerId, SimExchange]()
+        self.log: list[tuple[float, str, str, dict[str, Any]]] = []
+        self.disks = {p: SimDisk(Random(2)) for p in peers}
+        self.stories = {p: self._member(p, term) for p in peers}
+
+    def _member(self, peer: PeerId, term: int) -> Stories:
+        exchange = SimExchange(peer, self.disks[peer], self.net, self.exchanges)
+        fragments = {TRUNK: GENESIS} | {FragmentId(f"expert.{n}/0"): GENESIS for n in range(20)}
+        return Stories(
+            peer, fragments, exchange, self.disks[peer], SimClock(), InlineCompute(Random(3)), SimEvents(peer, self.log),
+            lambda told: told.term == term and is_told(told, RUN, SERVICE.public),
+        )  # fmt: skip
+
+    def ends(self, within_s: float = 10 * TELL_S) -> dict[PeerId, str]:
+        """Who ends within that time, and why."""
+
+        async def story() -> dict[PeerId, str]:
+            tasks = {p: asyncio.create_task(s.run()) for p, s in self.stories.items()}
+            await asyncio.wait(tasks.values(), timeout=within_s)
+            ended = {p: str(t.exception()) for p, t in tasks.items() if t.done()}
+            for task in tasks.values():
+                task.cancel()
+            return ended
+
+        return run_virtual(story())
+
+
+def test_two_members_that_were_told_differently_both_find_out_and_have_the_proof() -> None:
+    swarm = Swarm(A, B)
+    for peer, last in ((A, "e"), (B, "f")):
+        for told in (word(3, "d"), word(6, last)):
+            swarm.stories[peer].saw(view(told))
+    ended = swarm.ends()
+    assert ended.keys() == {A, B}
+    assert all("told two stories: line 6 of trunk/0" in why and "ask the organiser" in why.lower() for why in ended.values())
+    evidence = json.loads(swarm.disks[A].read(EVIDENCE_FILE) or b"")
+    words = [Told(**{**one, "proof": bytes.fromhex(one["proof"])}) for one in evidence["told"]]
+    assert {w.anchor[0] for w in words} == {"e", "f"}
+    assert {w.seq for w in words} == {6}
+    assert all(is_told(w, RUN, SERVICE.public) for w in words), "anybody who knows the service's key can check it"
+    assert set(evidence["heard_by"]) == {A, B}
+
+
+def test_a_service_that_came_back_with_an_older_ledger_is_found_out_by_one_member_alone() -> None:
+    swarm = Swarm(A)
+    for told in (word(3, "d"), word(6, "e"), word(6, "f")):
+        swarm.stories[A].saw(view(told))
+    assert "this peer, earlier" in swarm.ends()[A]
+
+
+def test_a_service_that_tells_one_story_is_believed_by_members_of_different_speed() -> None:
+    swarm = Swarm(A, B)
+    for seq in range(3, 3 * 400, 3):
+        swarm.stories[A].saw(view(word(seq, f"{seq % 10}")))
+        if seq % 9 == 0:
+            swarm.stories[B].saw(view(word(seq, f"{seq % 10}")))
+    assert swarm.ends() == {}
+    assert len(swarm.stories[A]._words[TRUNK]) == NUM_KEPT
+
+
+def test_another_machine_may_say_otherwise_in_a_later_term_and_words_of_earlier_ones_count_for_nothing() -> None:
+    swarm = Swarm(A, B, term=2)
+    swarm.stories[A].saw(view(word(6, "e")))
+    swarm.stories[A].saw(view(word(6, "f", term=2)))
+    swarm.stories[A].saw(view(word(6, "d")))  # arrived late
+    swarm.stories[B].saw(view(word(6, "e")))  # B never heard of the second machine
+    assert swarm.ends() == {}
+
+
+@pytest.mark.parametrize(
+    "lie", [word(6, "f", by=MALLORY), replace(word(6, "e"), anchor=Digest("f" * 64)), replace(word(6, "f"), proof=b"")]
+)
+def test_a_member_cannot_make_up_a_second_story(lie: Told) -> None:
+    swarm = Swarm(A, B)
+    swarm.stories[A].saw(view(word(6, "e")))
+    swarm.exchanges[B].said = encode(Heard((lie, word(6, "e"))))
+    assert swarm.ends().keys() == set()
+    swarm.exchanges[B].said = b"\xff no words"
+    assert swarm.ends().keys() == set()
+    assert any(event == "record-ignored" for _, _, event, _ in swarm.log)
+
+
+def test_all_fragments_have_their_turn_and_nothing_is_said_before_there_is_something() -> None:
+    swarm = Swarm(A)
+    assert swarm.ends(10 * FIRST_TELL_S) == {}
+    assert swarm.exchanges[A].said == b""
+    fragments = [FragmentId(f"expert.{n}/0") for n in range(20)]
+    for fragment in fragments:
+        swarm.stories[A].saw(view(word(3, "d", fragment=fragment), fragment))
+    said = [swarm.stories[A]._newest(turn) for turn in range(3)]
+    assert {told.fragment for words in said for told in words} == set(fragments)
+    assert max(map(len, said)) == NUM_TOLD
+
+
+def test_a_beginning_that_is_not_the_manifests_is_refused() -> None:
+    swarm = Swarm(A)
+    swarm.stories[A].saw(view(None))
+    with pytest.raises(IntegrityError, match="begins with anchor dddd"):
+        swarm.stories[A].saw(replace(view(None), anchor=Digest("d" * 64)))
+    with pytest.raises(IntegrityError, match="has no such fragment"):
+        swarm.stories[A].saw(view(word(3, "d"), FragmentId("trunk/7")))
