@@ -61,6 +61,22 @@ class Refused(DecentraError):
     exit_code = ExitCode.REFUSED
 
 
+class RunOver(Refused):
+    """The run has ended; its result can be pulled."""
+
+
+class NotAMember(Refused):
+    """The service does not know this peer: it never joined, or another machine took over from a copy that lacks its admission."""
+
+
+class AlreadyHere(Refused):
+    """A process of the same identity is in the run; if it was killed, that is forgotten within seconds."""
+
+
+class Expired(Refused):
+    """Papers or an order that held until some time ago."""
+
+
 class IntegrityError(DecentraError):
     """Bytes are not what their digest or signature says, or this machine computes different bits."""
 

@@ -14,12 +14,11 @@ from decentra.averaging import link as links
 from decentra.averaging import rpc
 from decentra.averaging.link import Link, LinkRules, RunDescription, describe_over, open_link
 from decentra.averaging.mapping import calling, ending_of
-from decentra.errors import DecentraError, IntegrityError, Refused, RejectedPayload, Unreachable
+from decentra.errors import DecentraError, IntegrityError, NotAMember, Refused, RejectedPayload, Unreachable
 from decentra.identity import Keypair
 from decentra.ids import FragmentId
 from decentra.pb import averaging_pb2 as pb
 from decentra.ports import Events
-from decentra.protocol.membership import NOT_A_MEMBER
 from decentra.protocol.messages import FragmentView, Hello, MemberMessage, Outcome, Role, ServiceMessage, SwarmView
 from decentra.wire import limits, trust
 from decentra.wire.convert import digest_bytes, dump, from_wire, parse, role_to_wire
@@ -218,8 +217,8 @@ class AveragingClient:
         """
         try:
             return await self._attend(hello)
-        except Refused as error:
-            if NOT_A_MEMBER not in str(error) or not self._token:
+        except NotAMember:
+            if not self._token:
                 raise
         await self.join(hello.role, hello.nonce, hello.name)
         return await self._attend(hello)

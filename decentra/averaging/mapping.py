@@ -9,7 +9,19 @@ from typing import Any
 
 import grpc
 
-from decentra.errors import DecentraError, IntegrityError, ManifestMismatch, Refused, RejectedPayload, Unreachable, VersionMismatch
+from decentra.errors import (
+    AlreadyHere,
+    DecentraError,
+    Expired,
+    IntegrityError,
+    ManifestMismatch,
+    NotAMember,
+    Refused,
+    RejectedPayload,
+    RunOver,
+    Unreachable,
+    VersionMismatch,
+)
 
 MAX_DETAIL_CHARS = 1000
 ERROR_KEY, REASON_KEY, OURS_KEY, THEIRS_KEY, WHAT_KEY = (f"decentra-{name}" for name in ("error", "reason", "ours", "theirs", "what"))
@@ -23,6 +35,7 @@ _CODES: tuple[tuple[type[DecentraError], grpc.StatusCode], ...] = (
     (IntegrityError, grpc.StatusCode.DATA_LOSS),
     (Unreachable, grpc.StatusCode.UNAVAILABLE),
 )
+_REFUSALS: dict[str, type[Refused]] = {cls.__name__: cls for cls in (RunOver, NotAMember, AlreadyHere, Expired)}  # on which callers act
 
 
 @asynccontextmanager
@@ -86,7 +99,7 @@ def error_of(code: Any, details: str | None, metadata: Any, address: str) -> Dec
     if name == ManifestMismatch.__name__:
         return ManifestMismatch(told.get(THEIRS_KEY, "?"), told.get(OURS_KEY, "?"))
     if code in (grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.UNAUTHENTICATED):
-        return Refused(f"the averaging service at {address} refused: {detail}")
+        return _REFUSALS.get(name or "", Refused)(f"the averaging service at {address} refused: {detail}")
     if code in (grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.UNIMPLEMENTED):
         return VersionMismatch(f"the averaging service at {address}: {detail}; update decentra on both sides")
     if code == grpc.StatusCode.INVALID_ARGUMENT:

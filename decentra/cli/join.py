@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import AsyncExitStack, nullcontext, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from decentra.cli.wiring import (
     state_dir,
 )
 from decentra.config import Manifest, PeerConfig
-from decentra.errors import ExitCode, NoRoomNow, Refused
+from decentra.errors import ExitCode, NoRoomNow, Refused, RunOver
 from decentra.gossip.exchange import HivemindExchange
 from decentra.ids import short
 from decentra.invite import Invite
@@ -44,6 +45,22 @@ PROGRESS_S = 10.0
 NO_ROOM_S = 30.0  # until memory that others have is looked at again
 PAUSED = "paused: "  # begins why a peer left that comes back by itself
 OVER_FILE = "over"  # why the run ended, once it has
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One member's part in one run: what its owner asked for, and where it is kept."""
+
+    invite: Invite
+    config: PeerConfig
+    root: Path
+    permit: Permit
+    stop: StopRequest
+    events: LogEvents
+    patience_s: float  # at the door
+    genesis: Path | None  # the first anchors as files
+    make_inner: MakeInner | None
+    is_following: bool  # it was in the run that this one goes on from
 
 
 async def run_member(
@@ -79,14 +96,11 @@ async def _follow(
     runs, base, permit = [invite.run_id], config.dir, Permit(config, first)
     while True:
         root, events = state_dir(invite.run_id, config), LogEvents(run=invite.run_id[:8], peer=config.name)
+        part = _Part(invite, config, root, permit, stop, events, patience_s, genesis, make_inner, is_following=len(runs) > 1)
         try:
             with nullcontext() if root == first else locked_dir(root):
-                result = await _run_member(
-                    invite, config, root, permit, stop, events, patience_s, genesis, make_inner, is_following=len(runs) > 1
-                )
-        except Refused as error:
-            if not _is_over(error):
-                raise
+                result = await _run_member(part)
+        except RunOver as error:
             way = await _way_on(invite, root, stop, events)
             if way is None and not stop.event.is_set():
                 raise
@@ -101,10 +115,6 @@ async def _follow(
         runs.append(invite.run_id)
 
 
-def _is_over(error: Refused) -> bool:
-    return "run is over" in str(error)
-
-
 async def _way_on(invite: Invite, root: Path, stop: StopRequest, events: Events) -> Invite | None:
     """Where a run that is over goes on; None: nowhere, or Ctrl-C came first."""
     asking, stopped = asyncio.create_task(successor_of(invite, root, events)), asyncio.create_task(stop.event.wait())
@@ -117,23 +127,12 @@ async def _way_on(invite: Invite, root: Path, stop: StopRequest, events: Events)
         await asyncio.gather(asking, stopped, return_exceptions=True)
 
 
-async def _run_member(
-    invite: Invite,
-    config: PeerConfig,
-    root: Path,
-    permit: Permit,
-    stop: StopRequest,
-    events: Events,
-    patience_s: float,
-    genesis: Path | None,
-    make_inner: MakeInner | None,
-    *,
-    is_following: bool,
-) -> dict[str, Any]:
+async def _run_member(part: _Part) -> dict[str, Any]:
     """In one run. ``is_over`` in what it returns: it saw the run's end."""
+    permit, stop, events = part.permit, part.stop, part.events
     tx_bytes = rx_bytes = 0
-    if (over := RealDisk(root).read(OVER_FILE)) is not None:
-        raise Refused(f"this run is over ({over.decode(errors='replace')[:200]}); 'decentra pull' gets its result")
+    if (over := RealDisk(part.root).read(OVER_FILE)) is not None:
+        raise RunOver(f"this run is over ({over.decode(errors='replace')[:200]}); 'decentra pull' gets its result")
     result: dict[str, Any] = {"ok": True, "num_steps": 0, "num_tokens": 0}
     while not stop.event.is_set():
         if why := permit.refusal():
@@ -141,10 +140,9 @@ async def _run_member(
             await _until(lambda: not permit.refusal(), stop)
             continue
         try:
-            first_anchors = None if "peer" in result else genesis
-            stay = await _one_stay(invite, config, root, permit, stop, events, patience_s, first_anchors, make_inner, is_following)
-        except Refused as error:
-            if "peer" not in result or not _is_over(error):
+            stay = await _one_stay(part, brings_genesis="peer" not in result)
+        except RunOver as error:
+            if "peer" not in result:
                 raise
             result |= {"why": str(error), "is_over": True}  # it ended while this peer was paused
             break
@@ -178,23 +176,12 @@ async def _until(holds: Callable[[], bool], stop: StopRequest) -> None:
                 return
 
 
-async def _one_stay(
-    invite: Invite,
-    config: PeerConfig,
-    root: Path,
-    permit: Permit,
-    stop: StopRequest,
-    events: Events,
-    patience_s: float,
-    genesis: Path | None,
-    make_inner: MakeInner | None,
-    is_following: bool,
-) -> dict[str, Any]:
+async def _one_stay(part: _Part, *, brings_genesis: bool) -> dict[str, Any]:
     """From the door until the peer leaves: the run is over, Ctrl-C, its steps are done, or its owner's rules make it pause."""
+    invite, config, root, permit, stop, events = part.invite, part.config, part.root, part.permit, part.stop, part.events
     async with AsyncExitStack() as stack:
-        opening = open_door(
-            invite, config, root, events, patience_s=patience_s, check=functools.partial(check_fit, config, is_following=is_following)
-        )
+        check = functools.partial(check_fit, config, is_following=part.is_following)
+        opening = open_door(invite, config, root, events, patience_s=part.patience_s, check=check)
         door = await _or_stop(opening, stop, permit)
         if door is None:
             return {"ok": True, "why": stop.why or f"{PAUSED}{permit.refusal()}", "num_steps": 0, "num_tokens": 0}
@@ -203,14 +190,14 @@ async def _one_stay(
         node, exchange = await stack.enter_async_context(
             gossip(root, invite.bootstrap, config, door.trust, lambda: door.client.credentials, events)
         )
-        if genesis is not None:
-            await _bring_genesis(genesis, door.manifest, exchange)
-        tokenizer = await _or_stop(tokenizer_for(door.manifest, root, door.client, exchange, events, patience_s), stop, permit)
+        if part.genesis is not None and brings_genesis:
+            await _bring_genesis(part.genesis, door.manifest, exchange)
+        tokenizer = await _or_stop(tokenizer_for(door.manifest, root, door.client, exchange, events, part.patience_s), stop, permit)
         if tokenizer is None:
             return {"ok": True, "why": stop.why or f"{PAUSED}{permit.refusal()}", "num_steps": 0, "num_tokens": 0}
         runtime = member_runtime(door, config, root, node, exchange, events, tokenizer)
-        if make_inner is not None:
-            runtime.make_inner = make_inner
+        if part.make_inner is not None:
+            runtime.make_inner = part.make_inner
         stop.on_stop(runtime.leave)
         tasks = [
             asyncio.create_task(watch_loop(events)),

@@ -21,7 +21,7 @@ from decentra.averaging.journal_sqlite import SqliteJournal
 from decentra.cli.members import KNOWN_FILE
 from decentra.cli.rundir import RunDir
 from decentra.cli.running import StopRequest, locked_dir
-from decentra.errors import ConfigError, IntegrityError, ManifestMismatch, Refused, Unreachable, VersionMismatch
+from decentra.errors import ConfigError, Expired, IntegrityError, ManifestMismatch, Refused, Unreachable, VersionMismatch
 from decentra.identity import Keypair, load_key
 from decentra.peer.disk import RealDisk, write_atomic
 from decentra.ports import Events
@@ -236,9 +236,7 @@ async def _follow(copy: Copy, events: Events) -> None:
             if time.monotonic() > learned_at + ADDRESSES_S:
                 await copy.learn_addresses()
                 learned_at = time.monotonic()
-        except (Unreachable, Refused) as error:
-            if isinstance(error, Refused) and "expire" not in str(error):
-                raise
+        except (Unreachable, Expired) as error:  # an order that is too old: the clock was set, or the machine slept
             await copy.client.close()  # also where a clock was set: a new link compares them again
             copy.fell_behind()
             was_in_step = False

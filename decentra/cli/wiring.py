@@ -23,7 +23,7 @@ from decentra.cli.ranks import check_ranks, num_ranks
 from decentra.config import Manifest, PeerConfig, manifest_from_bytes
 from decentra.data.tokens import BYTES, Tokenizer
 from decentra.data.windows import source_for, texts_for
-from decentra.errors import ConfigError, DataError, DecentraError, Refused, Unreachable
+from decentra.errors import AlreadyHere, ConfigError, DataError, DecentraError, Expired, Unreachable
 from decentra.gossip import records
 from decentra.gossip.blobs import BlobStore
 from decentra.gossip.exchange import HivemindExchange
@@ -109,12 +109,14 @@ async def open_door(
                 if time.monotonic() + retry_s > deadline:
                     raise
                 events.emit("waiting", why=f"{error}; trying again in {retry_s:g} s")
-            except Refused as error:
-                if stored is not None and credentials and "expired" in str(error):
-                    # the invite was for coming in; this peer is in, and its admission still holds. Whether it may stay is decided at the stream
-                    unfinished.pop_all()
-                    return Door(stored, key, trust, client, nonce, is_admitted=True)
-                if "is in use by" not in str(error) or time.monotonic() + retry_s > deadline:
+            except Expired:
+                if stored is None or not credentials:
+                    raise
+                # the invite was for coming in; this peer is in, and its admission still holds. Whether it may stay is decided at the stream
+                unfinished.pop_all()
+                return Door(stored, key, trust, client, nonce, is_admitted=True)
+            except AlreadyHere as error:
+                if time.monotonic() + retry_s > deadline:
                     raise
                 events.emit("waiting", why=f"{error}; trying again in {retry_s:g} s")
             await asyncio.sleep(retry_s)

@@ -9,12 +9,11 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from decentra.config import Manifest
-from decentra.errors import ConfigError, Refused
+from decentra.errors import AlreadyHere, ConfigError, NotAMember, Refused
 from decentra.ids import PeerId, short
 from decentra.protocol import placement
 from decentra.protocol.messages import Counters, Hello, Role
 
-NOT_A_MEMBER = "is not a member of this run"
 PLACE_KEPT_S = 86_400.0  # an absent member's place is given away after this
 Members = Mapping[PeerId, "Member"]
 
@@ -68,10 +67,10 @@ def num_counted(members: Members, revoked: Collection[str], now: float) -> int:
 
 
 def check_alone(manifest: Manifest, known: Member, nonce: str, now: float) -> None:
-    """Raise Refused while another process with the same identity is heard of."""
+    """Raise AlreadyHere while another process with the same identity is heard of."""
     patience_s = manifest.rounds.heartbeat_s * 2
     if known.is_live and known.nonce and known.nonce != nonce and now - known.heard_at < patience_s:
-        raise Refused(
+        raise AlreadyHere(
             f"identity {short(known.peer)} is in use by a running process ({known.name}); every machine needs a state directory of its own"
             f" (a copied key file shows like this). If the old process was killed, this clears by itself in {patience_s:g} s"
         )
@@ -86,12 +85,12 @@ def check_hello(manifest: Manifest, members: Members, revoked: Collection[str], 
     """Raise Refused for a Hello that cannot be taken."""
     member = members.get(hello.peer)
     if member is None or hello.peer in revoked:
-        raise Refused(f"{short(hello.peer)} {NOT_A_MEMBER}; join with an invite")
+        raise NotAMember(f"{short(hello.peer)} is not a member of this run; join with an invite")
     if member.role is not hello.role:
         raise Refused(f"{short(hello.peer)} was admitted as {member.role}, not as {hello.role}")
     is_copy = member.nonce and member.nonce != hello.nonce
     if is_copy and member.is_live and member.has_greeted and now - member.heard_at < manifest.rounds.heartbeat_s * 2:
-        raise Refused(
+        raise AlreadyHere(
             f"identity {short(hello.peer)} is in use by another running process; every machine needs a state directory of its own"
         )
     if hello.experts is not None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from decentra.config import Manifest
-from decentra.errors import ConfigError, IntegrityError, Refused
+from decentra.errors import ConfigError, IntegrityError, RunOver
 from decentra.ids import Digest, FragmentId, PeerId, RunId, expert_of, module_of_fragment
 from decentra.protocol import fragment as books
 from decentra.protocol import ledger, membership, placement
@@ -184,7 +184,7 @@ class RoundBook:
     def admit(self, peer: PeerId, role: Role, nonce: str, token: str | None, token_uses: int, now: float) -> list[Effect]:
         """Let a peer in, or raise Refused with the reason. Admitting somebody again is no change."""
         if self.is_over and role is not Role.WATCHER and peer not in self.revoked:
-            raise Refused(f"the run is over ({self.stopping}); 'decentra pull' gets its result")
+            raise RunOver(f"the run is over ({self.stopping}); 'decentra pull' gets its result")
         membership.check_admissible(self.manifest, self.members, self.revoked, self.token_uses, peer, role, token, token_uses, now)
         known = self.members.get(peer)
         if known is not None:

@@ -10,7 +10,7 @@ import os
 from dataclasses import dataclass
 
 from decentra.config import Manifest, manifest_from_bytes
-from decentra.errors import ConfigError, Refused, RejectedPayload
+from decentra.errors import ConfigError, Expired, Refused, RejectedPayload
 from decentra.identity import Keypair, is_signed, peer_id_of
 from decentra.ids import PeerId, RunId, digest_of
 from decentra.invite import Invite, parse_invite
@@ -161,7 +161,7 @@ class TrustChain:
         except RejectedPayload as error:
             raise Refused(f"service certificate: {error.detail}") from None
         if now_s is not None and stored.not_after_s < now_s:
-            raise Refused("the service certificate has expired; the organiser has to issue a new one with the run key")
+            raise Expired("the service certificate has expired; the organiser has to issue a new one with the run key")
         if not 0 <= stored.term < MAX_TERM:
             raise Refused(f"a service certificate is of a term below {MAX_TERM}, this one of {stored.term}")
         return ServiceCertificate(bytes.fromhex(public), bytes.fromhex(fingerprint), stored.not_after_s, max(1, stored.term))
@@ -205,7 +205,7 @@ class TrustChain:
             raise Refused(f"this token is for role number {role}, which this version does not know; update decentra")
         token = Token(head[1:9].hex(), int.from_bytes(head[9:13], "big"), int.from_bytes(head[13:21], "big"), _TOKEN_ROLES[role])
         if token.expires_at_s < now_s:
-            raise Refused("the token of this invite has expired; ask the organiser for a new invite")
+            raise Expired("the token of this invite has expired; ask the organiser for a new invite")
         if token.id in self._revoked:
             raise Refused("the organiser revoked this invite; ask for a new one")
         return token
@@ -214,7 +214,7 @@ class TrustChain:
         """Also refuses a command that would stay valid longer than ``MAX_FRESH_S``: each has to be remembered until it expires."""
         opened = self._opened(sealed, COMMAND, self.run_public, now_s)
         if not now_s <= opened.not_after_s <= now_s + limits.MAX_FRESH_S:
-            raise Refused(f"a command has to expire within {limits.MAX_FRESH_S:.0f} s; check the clocks of both machines")
+            raise Expired(f"a command has to expire within {limits.MAX_FRESH_S:.0f} s; check the clocks of both machines")
         try:
             stored = parse(pb.Command, opened.body)
             kind, argument = take_text(stored.kind, 64, "command"), take_text(stored.argument, limits.MAX_SUCCESSOR_CHARS, "argument")
@@ -275,7 +275,7 @@ class TrustChain:
         if admission.run != self.run_id:
             raise Refused(f"this admission is for run {admission.run}, not for {self.run_id}")
         if admission.expires_at_s < now_s:
-            raise Refused(f"the admission of {admission.peer} has expired; join again with a valid invite")
+            raise Expired(f"the admission of {admission.peer} has expired; join again with a valid invite")
         if admission.peer in self._revoked:
             raise Refused(f"the organiser revoked {admission.peer}")
 
@@ -286,7 +286,8 @@ class TrustChain:
         try:
             return open_sealed(sealed, kind, self.run_id, signer=signer, now_s=now_s)
         except RejectedPayload as error:
-            raise Refused(f"{kind} ({error.reason}): {error.detail}") from None
+            refusal = Expired if error.reason == "expired" else Refused
+            raise refusal(f"{kind} ({error.reason}): {error.detail}") from None
 
     def __repr__(self) -> str:
         return f"TrustChain(run {self.run_id[:8]}, key {peer_id_of(self.run_public)})"
