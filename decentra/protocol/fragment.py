@@ -170,7 +170,7 @@ def _rolled_back(book: FragmentBook, height: int, anchor: Digest, now: float) ->
     history = (*book.history, (book.anchor, book.height))[-NUM_HISTORY:]
     return replace(
         book, anchor=anchor, height=height, history=history, orphan_since=None, residual=None, may_lack=False, idle_since=now,
-        version=book.version + 1,
+        version=book.version + 1, failed_reducers=frozenset(), num_merges_missed=0,  # it was not their fault
     )  # fmt: skip
 
 

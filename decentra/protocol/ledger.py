@@ -48,7 +48,10 @@ class Revoked:
 
 @dataclass(frozen=True, slots=True)
 class Quarantined:
-    """Until the trunk has ``until_height`` confirmed rounds this member offers nothing: most holders said that its packet does not help."""
+    """Until the trunk has ``until_height`` confirmed rounds this member offers nothing: most holders said that its packet does not help.
+
+    Where the trunk goes back meanwhile, that height goes back as far.
+    """
 
     peer: PeerId
     until_height: int

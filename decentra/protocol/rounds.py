@@ -303,7 +303,7 @@ class RoundBook:
     def _put(self, name: FragmentId, step: books.Step, effects: list[Effect]) -> None:
         book, found = step
         changed = book.version != self.fragments[name].version
-        self.fragments[name] = book
+        self._set(name, book)
         effects.extend(e for e in found if not isinstance(e, DidCondemn))
         for condemned in (e for e in found if isinstance(e, DidCondemn)):
             self._quarantine(condemned, effects)
@@ -311,6 +311,17 @@ class RoundBook:
             effects.append(Write(ledger.Heads(())))  # the driver fills in the heads it has just written
         if changed:
             effects.append(ViewChanged(name))
+
+    def _set(self, name: FragmentId, book: FragmentBook) -> None:
+        """Where the trunk goes back, what counts its rounds goes back with it: a quarantine lasts as many more as before."""
+        goes_back, before = book.height < self.fragments[name].height, self.num_trunk_rounds
+        self.fragments[name] = book
+        if goes_back and (by := before - self.num_trunk_rounds) > 0:
+            self.members = {p: replace(m, quarantined_until=max(0, m.quarantined_until - by)) for p, m in self.members.items()}
+            self.orphaned_at = {
+                e: since if since.num_rounds is None else since._replace(num_rounds=since.num_rounds - by)
+                for e, since in self.orphaned_at.items()
+            }
 
     def _quarantine(self, condemned: DidCondemn, effects: list[Effect]) -> None:
         """Longer each time. Until then it follows and attests nothing: it is in no roster."""
@@ -573,7 +584,7 @@ class RoundBook:
     def _restore_fragment(self, fragment: FragmentId, record: ledger.Record, now: float) -> None:
         if fragment not in self.fragments:
             raise IntegrityError(f"the ledger speaks of fragment {fragment[:40]!r}, which the manifest does not have")
-        self.fragments[fragment] = books.restore(self.fragments[fragment], record, now, self.timing)
+        self._set(fragment, books.restore(self.fragments[fragment], record, now, self.timing))
 
     def coverage(self) -> Mapping[int, int]:
         """Present holders of each expert."""

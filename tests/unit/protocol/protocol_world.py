@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from hypothesis import strategies as st
 
 from decentra.bits import ONE_BITS, float_bits
 from decentra.config import AdmissionSpec, Manifest, ModelSpec, OuterSpec, PlacementSpec, RoundSpec
 from decentra.ids import Digest, FragmentId, PeerId, digest_of
-from decentra.protocol.messages import Abstention, Attestation, Merge, Offer, Receipt
-from decentra.protocol.round import Returned, Round, Rules, Suspected, Tick
+from decentra.protocol import ledger
+from decentra.protocol.fragment import Write
+from decentra.protocol.messages import Abstention, Attestation, Hello, Holding, Merge, Offer, Receipt, Role
+from decentra.protocol.round import Reject, Returned, Round, Rules, Suspected, Tick
+from decentra.protocol.rounds import Effect, RoundBook
 
 FRAGMENT = FragmentId("trunk/0")
 RULES = Rules(cut_off_s=10.0, grace_s=5.0, attest_s=8.0, outer=OuterSpec(lr=0.7, momentum=0.9), merge_s=3.0)
 PEERS = tuple(PeerId(f"peer-{i}") for i in range(5))
+TOKEN = "token-1"
 
 
 def digest(text: str) -> Digest:
@@ -95,3 +101,37 @@ def round_events(number: int = 1) -> st.SearchStrategy[object]:
         st.builds(Returned, peers),
         st.just(Tick()),
     )  # fmt: skip
+
+
+class House:
+    """A book with its clock and its ledger's records."""
+
+    def __init__(self, **changes: object) -> None:
+        self.manifest = manifest(**changes)  # type: ignore[arg-type]
+        self.now = 100.0
+        self.records: list[ledger.Record] = []
+        self.book, effects = RoundBook.start(self.manifest, self.now)
+        self.keep(effects)
+
+    def keep(self, effects: Sequence[Effect]) -> list[Effect]:
+        self.records += [e.record for e in effects if isinstance(e, Write)]
+        return list(effects)
+
+    def admit(self, peer: PeerId, role: Role = Role.TRAINER, nonce: str = "n", token: str | None = TOKEN, uses: int = 9) -> list[Effect]:
+        return self.keep(self.book.admit(peer, role, nonce, token, uses, self.now))
+
+    def handle(self, event: object, wait_s: float = 0.0) -> list[Effect]:
+        self.now += wait_s
+        return self.keep(self.book.handle(event, self.now))  # type: ignore[arg-type]
+
+    def enter(self, peer: PeerId, role: Role = Role.TRAINER, *, holds: bool = True, **hello: object) -> list[Effect]:
+        self.admit(peer, role)
+        holdings = tuple(Holding(peer, f, b.anchor) for f, b in self.book.fragments.items()) if holds else ()
+        return self.handle(Hello(peer, role, str(peer), "n", holdings=holdings, **hello))  # type: ignore[arg-type]
+
+    def restored(self) -> RoundBook:
+        return RoundBook.restore(self.manifest, self.records, self.now)
+
+
+def rejects(effects: Sequence[Effect]) -> list[str]:
+    return [e.reason for e in effects if isinstance(e, Reject)]

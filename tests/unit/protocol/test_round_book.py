@@ -3,61 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from protocol_world import PEERS, attestation, digest, manifest, offer, receipt
+from protocol_world import PEERS, TOKEN, House, attestation, digest, manifest, offer, receipt, rejects
 
-from decentra.config import AdmissionSpec, JudgeSpec, PlacementSpec, StopSpec
+from decentra.config import AdmissionSpec, PlacementSpec, StopSpec
 from decentra.errors import ConfigError, IntegrityError, Refused
 from decentra.ids import FragmentId, PeerId, RunId
 from decentra.protocol import ledger
 from decentra.protocol.fragment import Write
-from decentra.protocol.membership import Member
 from decentra.protocol.messages import Attestation, Counters, Goodbye, Heartbeat, Hello, Holding, Offer, Receipt, Role
-from decentra.protocol.round import Reject
 from decentra.protocol.rounds import KEEPER_S, Detached, Effect, Revoke, RoundBook, Stop, Succeed, SwarmChanged, Tick, ViewChanged
 
 A, B, C, D, E = PEERS
 TRUNK, EXPERT_0 = FragmentId("trunk/0"), FragmentId("expert.0/0")
-TOKEN = "token-1"
 GENESIS_OF_FOUR = ("expert.0/0", "expert.1/0", "expert.2/0", "expert.3/0", "trunk/0")
-
-
-class House:
-    """A book with its clock and its ledger's records."""
-
-    def __init__(self, **changes: object) -> None:
-        self.manifest = manifest(**changes)  # type: ignore[arg-type]
-        self.now = 100.0
-        self.records: list[ledger.Record] = []
-        self.book, effects = RoundBook.start(self.manifest, self.now)
-        self.keep(effects)
-
-    def keep(self, effects: Sequence[Effect]) -> list[Effect]:
-        self.records += [e.record for e in effects if isinstance(e, Write)]
-        return list(effects)
-
-    def admit(self, peer: PeerId, role: Role = Role.TRAINER, nonce: str = "n", token: str | None = TOKEN, uses: int = 9) -> list[Effect]:
-        return self.keep(self.book.admit(peer, role, nonce, token, uses, self.now))
-
-    def handle(self, event: object, wait_s: float = 0.0) -> list[Effect]:
-        self.now += wait_s
-        return self.keep(self.book.handle(event, self.now))  # type: ignore[arg-type]
-
-    def enter(self, peer: PeerId, role: Role = Role.TRAINER, *, holds: bool = True, **hello: object) -> list[Effect]:
-        self.admit(peer, role)
-        holdings = tuple(Holding(peer, f, b.anchor) for f, b in self.book.fragments.items()) if holds else ()
-        return self.handle(Hello(peer, role, str(peer), "n", holdings=holdings, **hello))  # type: ignore[arg-type]
-
-    def restored(self) -> RoundBook:
-        return RoundBook.restore(self.manifest, self.records, self.now)
-
-
-def rejects(effects: Sequence[Effect]) -> list[str]:
-    return [e.reason for e in effects if isinstance(e, Reject)]
 
 
 # ---------------------------------------------------------------- the door
@@ -216,61 +178,6 @@ def test_strangers_and_unknown_fragments_are_rejected() -> None:
     house.enter(A)
     assert rejects(house.handle(Holding(A, FragmentId("expert.9/0"), digest("x")))) == ["fragment"]
     assert rejects(house.handle(offer(A, fragment=FragmentId("nowhere/0")))) == ["fragment"]
-
-
-def test_who_was_condemned_is_in_no_roster_for_some_rounds_and_longer_the_next_time() -> None:
-    spec = JudgeSpec(share=0.2, quarantine_rounds=2)
-    house = House(judging=spec, admission=AdmissionSpec(max_members=9))
-    for peer in (A, B, C, D):
-        house.enter(peer)  # with the first a round opens at once
-
-    def next_round(objected: PeerId | None = None) -> frozenset[PeerId]:
-        """Plays one round of the trunk in which all but one object to ``objected``; who was in it."""
-        for peer in (A, B, C, D):
-            house.handle(Holding(peer, TRUNK, house.book.fragments[TRUNK].anchor))
-        house.handle(Tick(0.0), wait_s=3)
-        trunk = house.book.fragments[TRUNK]
-        assert trunk.active is not None
-        holders = trunk.active.holders
-        for peer in sorted(holders):
-            house.handle(offer(peer, trunk.number, base=trunk.anchor, fragment=TRUNK))
-        for sender in sorted(holders):
-            for judge in sorted(holders - {sender}):
-                house.handle(receipt(judge, sender, trunk.number, fragment=TRUNK, objects=sender == objected))
-        for peer in sorted(holders)[:2]:
-            house.handle(attestation(peer, digest(f"anchor {trunk.number}"), trunk.number, fragment=TRUNK))
-        return holders
-
-    assert next_round() == {A}
-    assert next_round(D) == {A, B, C, D}
-    assert "does not help; for 2 more rounds" in next(m for m in house.book.swarm().members if m.peer == D).quarantine
-    assert rejects(house.handle(offer(D, 3, fragment=TRUNK))) == ["future"]
-    before = house.book.members[D]
-    assert replace(house.restored().members[D], heard_at=before.heard_at) == replace(before, **_unrestored(before))
-    assert [next_round() for _ in range(2)] == [{A, B, C}] * 2
-    assert next_round(D) == {A, B, C, D}, "it is over by itself"
-    assert next(m for m in house.book.swarm().members if m.peer == D).quarantine
-    assert [next_round() for _ in range(5)] == [{A, B, C}] * 4 + [{A, B, C, D}], "twice as long"
-    assert [(r.peer, r.until_height) for r in house.records if isinstance(r, ledger.Quarantined)] == [(D, 4), (D, 9)]
-
-
-def _unrestored(member: Member) -> dict[str, object]:
-    """What a ledger does not hold of a member."""
-    fresh = Member(member.peer, member.role, "", heard_at=member.heard_at, is_live=True)
-    names = (
-        "name",
-        "insists",
-        "may_reduce",
-        "is_partial",
-        "max_experts",
-        "addresses",
-        "nonce",
-        "heard_at",
-        "is_live",
-        "has_greeted",
-        "counters",
-    )
-    return {name: getattr(fresh, name) for name in names}
 
 
 def confirm_trunk(house: House) -> list[Effect]:
