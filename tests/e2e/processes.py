@@ -166,6 +166,13 @@ class Lab:
         where = ("--address", "127.0.0.1", "--listen", "127.0.0.1", *ports)
         return self.command("host", "host", str(run.root), *where, "--json", "--log-json", *args)
 
+    def host_again(self, host: Command, run: RunDir, invite: str) -> None:
+        """Start a host that has ended once more, on the ports that its invite names."""
+        line = parse_invite(invite)
+        bootstrap_port, service_port = int(line.bootstrap[0].split("/")[4]), int(line.services[0].rpartition(":")[2])
+        host.args = self.host(run, bootstrap_port=bootstrap_port, service_port=service_port).args
+        host.start()
+
     def member(self, verb: str, invite: str, name: str, *args: str) -> Command:
         """``join`` or ``keep`` on loopback with a state directory of its own; not started yet."""
         where = ("--dir", str(self.root / name), "--listen", "/ip4/127.0.0.1/tcp/0")

@@ -125,21 +125,12 @@ def test_private_text_a_second_keeper_and_the_model_at_home(tmp_path: Path) -> N
 
         # the host stays for those who come late: the result can still be pulled, also after a restart
         assert ctrl_c(host)[0] == 0
-        parts = invite_parts(invite)
-        again = world.host(run, bootstrap_port=parts[0], service_port=parts[1]).start()
-        world.invite_of(again)
+        world.host_again(host, run, invite)
+        world.invite_of(host)
         code, late, err = world.run("pull", invite, str(tmp_path / "late"), "--json")
         assert code == 0, err
         assert newest.items() <= late["anchors"].items()
         code, refused, _ = world.run("join", invite, "--dir", str(tmp_path / "newcomer"), "--max-steps", "1", "--json")
         assert (code, "the run is over" in refused["error"]) == (4, True)
-        assert ctrl_c(again)[0] == 0
+        assert ctrl_c(host)[0] == 0
         world.assert_nothing_left()
-
-
-def invite_parts(invite: str) -> tuple[int, int]:
-    """Bootstrap port and service port."""
-    from decentra.invite import parse_invite
-
-    line = parse_invite(invite)
-    return int(line.bootstrap[0].split("/")[4]), int(line.services[0].split(":")[1])

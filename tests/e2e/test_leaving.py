@@ -116,14 +116,13 @@ def test_revoking_a_token_and_a_peer(tmp_path: Path) -> None:
 
         # a revocation is in the ledger: it outlives the service
         assert ctrl_c(host)[0] == 0
-        line = parse_invite(invite)
-        again = world.host(run, bootstrap_port=int(line.bootstrap[0].split("/")[4]), service_port=int(line.services[0].split(":")[1]))
-        world.invite_of(again.start())
+        world.host_again(host, run, invite)
+        world.invite_of(host)
         bad.start()
         assert bad.exit_code(60) == 4
         assert "revoked" in bad.last_json()["error"]
         assert ctrl_c(good)[0] == 0
-        assert ctrl_c(again)[0] == 0
+        assert ctrl_c(host)[0] == 0
         world.assert_nothing_left()
 
 

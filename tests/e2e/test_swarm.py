@@ -9,7 +9,6 @@ import pytest
 from processes import Command, Lab, confirmed, ctrl_c, lab, ledger_records
 
 from decentra.cli.rundir import RunDir
-from decentra.invite import parse_invite
 from decentra.protocol import ledger
 
 NUM_PEERS = 4
@@ -84,11 +83,7 @@ def kill_host_and_return(world: Lab, host: Command, run: RunDir, invite: str) ->
     """kill -9 of bootstrap node, averaging service and keeper together; the same ports afterwards. What was confirmed before."""
     host.kill()
     before = confirmed(ledger_records(run, world.root / "ledger-before"))
-    parsed = parse_invite(invite)
-    bootstrap_port, service_port = parsed.bootstrap[0].split("/")[4], parsed.services[0].split(":")[1]
-    again = world.host(run, bootstrap_port=int(bootstrap_port), service_port=int(service_port))
-    host.args = again.args
-    host.start()
+    world.host_again(host, run, invite)
     return before
 
 
