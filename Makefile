@@ -1,4 +1,4 @@
-# Six verbs, each makes the virtual environment it needs. PIP_ARGS reaches pip, PYTHON picks the interpreter, ARGS goes to demo, test and bench.
+# Seven verbs, each makes the virtual environment it needs. PIP_ARGS reaches pip, PYTHON picks the interpreter, ARGS goes to demo, test and bench.
 PYTHON ?= python3
 PIP_ARGS ?=
 ARGS ?=

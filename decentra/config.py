@@ -353,7 +353,7 @@ class PeerConfig(_Frozen):
     mode: Literal["mirror", "held"] | None = Field(
         None, description="mirror: all experts in memory; held: only those this peer trains; default: the run's"
     )
-    data: tuple[str, ...] = Field((), description="files or folders of text or JSONL; empty: embedded domains")
+    data: tuple[str, ...] = Field((), description="files or folders of text, JSONL or Parquet; empty: embedded domains")
     domain: str | None = Field(None, description="embedded domain this peer trains on; default: all of them")
     shared_fraction: float | None = Field(None, ge=0, le=1, description="overrides the manifest's share of common text")
     text_field: str = "text"

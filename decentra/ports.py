@@ -135,6 +135,6 @@ class Disk(Protocol):
 
 
 class Events(Protocol):
-    """Where protocol events go for people: logs, progress, metrics."""
+    """Where protocol events go for people: logs and progress."""
 
     def emit(self, event: str, **fields: Any) -> None: ...

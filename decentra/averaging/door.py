@@ -59,7 +59,11 @@ class ServiceDoor(Protocol[OutboxT_contra]):
         ...
 
     async def command(self, kind: str, argument: str) -> str:
-        """Carry out an order of the organiser (``stop``, ``pass-on``, ``revoke``, ``retire``) and say what was done. Raises Refused."""
+        """Carry out an order of the organiser (``stop``, ``pass-on``, ``drain``, ``retire``, ...) and say what was done. Raises Refused."""
+        ...
+
+    async def revoke(self, subject: str) -> str:
+        """Take back a token (by its id) or an admission (by peer id or name); the id that is revoked now. Raises Refused."""
         ...
 
     async def succeed(self, run: RunId, successor: str) -> str:

@@ -24,7 +24,7 @@ from decentra.errors import (
 )
 
 MAX_DETAIL_CHARS = 1000
-ERROR_KEY, REASON_KEY, OURS_KEY, THEIRS_KEY, WHAT_KEY = (f"decentra-{name}" for name in ("error", "reason", "ours", "theirs", "what"))
+ERROR_KEY, REASON_KEY, OURS_KEY, THEIRS_KEY = (f"decentra-{name}" for name in ("error", "reason", "ours", "theirs"))
 
 # The first class that fits decides; RejectedPayload is an IntegrityError and has to stand before it.
 _CODES: tuple[tuple[type[DecentraError], grpc.StatusCode], ...] = (

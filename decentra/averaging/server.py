@@ -162,15 +162,17 @@ class AveragingServer(Generic[OutboxT]):
         now_s = self._wall()
         command = self.identity.chain.check_command(data, now_s)
         self._remember(data, command.expires_at_s, now_s)
-        if command.kind == "revoke":
-            self.identity.chain.revoke(command.argument)
         if command.kind == "copy":
             raise Refused("an order to copy belongs to a reading of the ledger")
         if command.kind == "succeed":
             answer = await self.door.succeed(self.identity.chain.check_successor(command.argument).run_id, command.argument)
             self._events.emit("command", kind=command.kind, answer=answer, run=self.identity.run)  # its argument lets in who reads it
             return pb.CommandReply(answer=answer)
-        answer = await self.door.command(command.kind, command.argument)
+        if command.kind == "revoke":
+            self.identity.chain.revoke(subject := await self.door.revoke(command.argument))
+            answer = f"revoked {subject}"
+        else:
+            answer = await self.door.command(command.kind, command.argument)
         self._events.emit("command", kind=command.kind, argument=command.argument, answer=answer, run=self.identity.run)
         return pb.CommandReply(answer=answer[: limits.MAX_WHY_CHARS])
 

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from decentra.cli.app import invite_of
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -34,7 +36,7 @@ def doctor_command(
     from decentra.doctor.finding import as_json as to_json
     from decentra.doctor.finding import exit_code
 
-    line = None if invite is None else _read_invite(invite)
+    line = None if invite is None else invite_of(invite)
     findings = asyncio.run(examine(Plan(state_dir_of(line, name, state), line, port=port)))
     if as_json:
         print_json(to_json(findings))
@@ -50,14 +52,6 @@ def state_dir_of(invite: Invite | None, name: str, state: Path | None) -> Path:
 
     root = platformdirs.user_state_path("decentra")
     return state or (root if invite is None else root / invite.run_id[:16] / name)
-
-
-def _read_invite(text: str) -> Invite:
-    from decentra.invite import parse_invite
-
-    if not text.startswith("decentra") and len(text) < 4096 and (path := Path(text).expanduser()).is_file():
-        text = path.read_text()
-    return parse_invite(text)
 
 
 def _print(findings: list[Finding]) -> None:

@@ -1,4 +1,4 @@
-"""The organiser's commands: init, host, bootstrap, averager, invite, revoke, stop. Arguments in, one call out."""
+"""The organiser's commands: init, host, bootstrap, averager, invite, revoke, drain, kick, stop. Arguments in, one call out."""
 
 from __future__ import annotations
 
@@ -236,7 +236,7 @@ def _command(run_dir: Path, kind: str, argument: str, services: list[str] | None
 @app.command()
 def revoke(
     run_dir: RunDirArg,
-    subject: Annotated[str, typer.Argument(help="a token id (printed by 'invite') or a peer id")],
+    subject: Annotated[str, typer.Argument(help="a token id (printed by 'invite'), or a member's name or peer id")],
     service: Annotated[list[str] | None, typer.Option()] = None,
     as_json: JsonOpt = False,
 ) -> None:

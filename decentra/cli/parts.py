@@ -1,4 +1,4 @@
-"""The model builders' commands: import, export, verify, upcycle, moefy, expand, merge, soup, expert, route, tune, continual, forget, audit, inspect.
+"""The model builders' commands: import, export, verify, upcycle, moefy, expand, merge, soup, expert, route, tune, distil, continual, forget, audit, inspect.
 
 Arguments in, one call out; what they do is in ``workshop``.
 """
@@ -174,7 +174,7 @@ def merge(
     method: Annotated[
         str,
         typer.Option(
-            help="linear, slerp, karcher, task_arithmetic, ties, dare_linear, dare_ties, breadcrumbs, model_stock, fisher, regmean"
+            help="linear, slerp, karcher, task_arithmetic, ties, dare_linear, dare_ties, breadcrumbs, breadcrumbs_ties, model_stock, fisher, regmean"
         ),
     ] = "linear",
     base: Annotated[Path | None, typer.Option(help="their common ancestor")] = None,

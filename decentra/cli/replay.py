@@ -52,10 +52,16 @@ class Told:
         for name in names:
             ids = {PeerId(name)} & admitted or {m.peer for m in members if m.name == name} & admitted
             if len(ids) > 1:
-                raise ConfigError(f"{option} {name[:60]}: {len(ids)} members have this name; give a peer id, see 'decentra status --json'")
+                raise ConfigError(
+                    f"{option} {name[:60]}: {len(ids)} members have this name; give a peer id, see 'decentra status INVITE --json'"
+                )
             if not ids:
                 there = ", ".join(sorted({m.name for m in members}))
-                hint = f"names here: {there}" if there else "names are known while the host runs, peer ids always: 'decentra history'"
+                hint = (
+                    f"names here: {there}"
+                    if there
+                    else "names are known while the host runs, peer ids always: 'decentra history INVITE --json'"
+                )
                 raise ConfigError(f"{option} {name[:60]}: no member of this run; {hint}")
             found |= ids
         return frozenset(found)

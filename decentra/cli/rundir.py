@@ -10,7 +10,7 @@ from pathlib import Path
 
 from decentra.config import Manifest, manifest_from_bytes
 from decentra.errors import ConfigError, IntegrityError
-from decentra.identity import Keypair, load_key, load_or_create_key
+from decentra.identity import Keypair, load_key
 from decentra.ids import Digest, digest_of
 from decentra.invite import Invite
 from decentra.peer.disk import RealDisk, write_atomic
@@ -110,7 +110,3 @@ def read_genesis(folder: Path, manifest: Manifest) -> dict[Digest, bytes]:
             raise IntegrityError(f"{what}: {path} is missing or damaged; restore it from the copy you made at init")
         blobs[digest] = data
     return blobs
-
-
-def host_identity(run: RunDir) -> Keypair:
-    return load_or_create_key(run.host / "identity.key")

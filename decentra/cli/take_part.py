@@ -1,4 +1,4 @@
-"""The members' commands: join and keep. Arguments in, one call out."""
+"""The members' commands: join, keep, plan, autostart, pause, resume. Arguments in, one call out."""
 
 from __future__ import annotations
 
@@ -50,7 +50,9 @@ def join(
     mode: Annotated[
         str | None, typer.Option(help="mirror: all experts in memory; held: only those this peer trains; default: the run's")
     ] = None,
-    data: Annotated[list[Path] | None, typer.Option(help="text or JSONL file or folder; repeatable; default: embedded text")] = None,
+    data: Annotated[
+        list[Path] | None, typer.Option(help="text, JSONL or Parquet, file or folder; repeatable; default: embedded text")
+    ] = None,
     domain: Annotated[str | None, typer.Option(help="train on one embedded domain")] = None,
     shared_fraction: Annotated[float | None, typer.Option(help="share of common text; default: the run's")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:N")] = None,
@@ -126,7 +128,7 @@ def plan(
     state: DirOpt = None,
     mode: Annotated[str | None, typer.Option(help="mirror or held; default: the run's")] = None,
     num_experts: Annotated[int | None, typer.Option(min=0, help="how many experts to hold; default: the run's, as far as they fit")] = None,
-    data: Annotated[list[Path] | None, typer.Option(help="text or JSONL file or folder; repeatable")] = None,
+    data: Annotated[list[Path] | None, typer.Option(help="text, JSONL or Parquet, file or folder; repeatable")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:N")] = None,
     threads: Annotated[int | None, typer.Option(help="torch threads of the trainer")] = None,
     up: Annotated[str | None, typer.Option(help="plan with an uplink of this, such as 5mbit")] = None,

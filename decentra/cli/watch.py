@@ -1,4 +1,4 @@
-"""The watchers' commands: show, status, pull, generate, eval, demo. Arguments in, one call out."""
+"""The watchers' commands: show, status, history, pull, generate, eval, demo, simulate. Arguments in, one call out."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ def show(invite: InviteArg, as_json: JsonOpt = False) -> None:
             "run": f"{run['name']}  {run['run'][:12]}", "about": run["description"] or "-", "run by": run["organiser"], "licence": run["licence"],
             "model": f"{model['num_layers']} layers, {model['num_experts']} experts, {model['num_experts_per_token']} per token"
             + (f", {count(num)} parameters ({count(run['num_parameters_trained'])} trained here)" if num else ", own code"),
-            "data": f"{', '.join(data['domains'])}; windows of {data['seq_len']} bytes, {data['shared_fraction']:.0%} of them common text",
+            "data": f"{', '.join(data['domains'])}; windows of {data['seq_len']} {'tokens' if data['tokenizer'] else 'bytes'},"
+            f" {data['shared_fraction']:.0%} of them common text",
             "rounds": f"every {run['inner_steps']} steps, codec {run['codec']}"
             + (f" to {run['codec_sparsest']}, as each link allows" if run["codec_sparsest"] else ""),
             "each round": f"{most} {size(run['up_bytes_per_round'])} up per receiver, {size(run['down_bytes_per_round'])} down"
@@ -81,7 +82,7 @@ def history(
     invite: InviteArg,
     csv_file: Annotated[Path | None, typer.Option("--csv", help="write every confirmed round as a row")] = None,
     plot_file: Annotated[Path | None, typer.Option("--plot", help="write a PNG of tokens per expert over rounds")] = None,
-    witnesses: Annotated[bool, typer.Option("--witnesses", help="also compare it with what members say they were told")] = False,
+    compare: Annotated[bool, typer.Option("--compare", help="also compare it with what members say they were told")] = False,
     as_json: JsonOpt = False,
 ) -> None:
     """Fetch the run's ledger, check every signature and link of its chains, and show what it says: rounds, tokens per expert, contributors."""
@@ -91,7 +92,7 @@ def history(
     from decentra.cli.running import run_main
 
     line = invite_of(invite)
-    read = told.read_and_compare if witnesses else told.read_ledger
+    read = told.read_and_compare if compare else told.read_ledger
     manifest, records, num_compared = run_main(lambda _stop: read(line))
     found = told.summary(manifest, records, num_compared, csv_file, plot_file)
     print_json(found) if as_json else print(told.describe_history(found))

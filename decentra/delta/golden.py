@@ -1,6 +1,6 @@
 """The golden aggregation: a fixed small history that must give the same digest on every machine of a run. No files, no randomness.
 
-It walks the real path (account, all codecs, both merges, nesterov) over values that need carries, ties, partial blocks and subnormals, and is
+It walks the real path (account, four codecs, three merges, nesterov) over values that need carries, ties, partial blocks and subnormals, and is
 large enough for torch to use several threads.
 """
 

@@ -7,7 +7,7 @@ L layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -98,33 +98,21 @@ def own_row(card: Card, public: Card, sharpness: float = 4.0) -> Tensor:
     return torch.stack(rows)
 
 
-def arrow_directions(experts: Sequence[Mapping[str, Tensor]], base: Mapping[str, Tensor], layers: Sequence[str]) -> Tensor:
-    """[L, E, D]: the input direction that each expert's update moved most, the first right singular vector of its change (arXiv 2405.11157)."""
-    found = []
-    for layer in layers:
-        rows = []
-        for expert in experts:
-            change = torch.cat([(expert[f"{layer}.{m}.weight"] - base[f"{layer}.{m}.weight"]).float() for m in ("gate_proj", "up_proj")])
-            rows.append(torch.linalg.svd(change, full_matrices=False).Vh[0])
-        found.append(torch.stack(rows))
-    return torch.stack(found)
-
-
 # ---------------------------------------------------------------- runtime routings
 
 
 class Linear:
-    """Rows of one's own, [L, E, D]; ``absolute`` for directions without a sign (arrow). Logits are divided by ``temperature``."""
+    """Rows of one's own, [L, E, D]."""
 
-    def __init__(self, rows_LED: Tensor, *, absolute: bool = False, temperature: float = 1.0) -> None:
-        self._rows_LED, self._absolute, self._temperature = rows_LED, absolute, temperature
+    def __init__(self, rows_LED: Tensor) -> None:
+        self._rows_LED = rows_LED
 
     def start(self, tokens_BT: Tensor, num_before: int) -> None:
         del tokens_BT, num_before
 
     def logits(self, layer: int, x_TD: Tensor) -> Tensor:
-        logits_TE = x_TD.float() @ self._rows_LED[layer].T.to(x_TD.device)
-        return (logits_TE.abs() if self._absolute else logits_TE) / self._temperature
+        logits_TE: Tensor = x_TD.float() @ self._rows_LED[layer].T.to(x_TD.device)
+        return logits_TE
 
 
 class Gated:

@@ -30,7 +30,6 @@ from decentra.protocol.duties import Self
 from decentra.protocol.messages import Counters, Hello, Role, Told
 
 CHECKPOINT_S = 30.0
-PROGRESS_S = 10.0
 STATE_FILE, PREVIOUS_FILE, TRAINED_FILE = "trainer.state", "trainer.state.prev", "trained.json"
 
 STATE_MAGIC = b"DCTS"

@@ -204,15 +204,6 @@ class Driver:
         if kind in ("stop", "pass-on"):
             await self._submit(_Work(Stop(argument or "the organiser ended it", kind == "pass-on")))
             return f"stopping: {self.book.stopping}"
-        if kind == "revoke":
-            if PeerId(argument) not in self.book.members and not _is_token_id(argument):
-                raise Refused(
-                    f"{argument[:60]!r} is neither a member's peer id nor a token id (16 hex characters); 'decentra status' lists members"
-                )
-            await self._submit(_Work(Revoke(argument, "by the organiser")))
-            if (mailbox := self._mailboxes.pop(PeerId(argument), None)) is not None:
-                mailbox.close("the organiser revoked this peer")
-            return f"revoked {argument}"
         if kind == "roll-back":
             return await self._roll_back(argument)
         if kind in ("drain", "kick"):
@@ -223,7 +214,7 @@ class Driver:
             self.retire(f"another machine took the run over (term {argument}); this one's copy of it is out of date from now on")
             await self._submit(_Work(Tick(self.clock.wall())))
             return f"run {self.book.run[:12]} is no longer served here"
-        raise Refused(f"unknown command {kind[:40]!r}; known: stop, pass-on, succeed, revoke, roll-back, drain, kick, retire")
+        raise Refused(f"unknown command {kind[:40]!r}; known: stop, pass-on, roll-back, drain, kick, retire")
 
     async def _roll_back(self, argument: str) -> str:
         """``argument``: fragment, height, anchor digest and why, with spaces between them."""
@@ -234,6 +225,24 @@ class Driver:
             raise Refused("the run is over; go on from its model as another run: 'decentra init NEW --after RUN_DIR --model ...'")
         await self._submit(_Work(RollBack(FragmentId(fragment), int(height), Digest(anchor), why or "by the organiser")))
         return f"{fragment} goes on from anchor {anchor[:12]}, height {height}"
+
+    async def revoke(self, subject: str) -> str:
+        """Take back a token or an admission; the id that is revoked now. Raises Refused."""
+        name = self._to_revoke(subject)
+        await self._submit(_Work(Revoke(name, "by the organiser")))
+        if (mailbox := self._mailboxes.pop(PeerId(name), None)) is not None:
+            mailbox.close("the organiser revoked this peer")
+        return name
+
+    def _to_revoke(self, who: str) -> str:
+        """A token id, or the peer id of the member with this id or, where only one has it, this name."""
+        if PeerId(who) in self.book.members or _is_token_id(who):
+            return who
+        named = [m.peer for m in self.book.members.values() if m.name == who]
+        if len(named) != 1:
+            what = "the name of several members" if named else "neither a member's name or peer id nor a token id (16 hex characters)"
+            raise Refused(f"{who[:60]!r} is {what}; 'decentra status INVITE --json' has peer ids")
+        return named[0]
 
     async def _send_away(self, kind: str, who: str) -> str:
         """By name or peer id. Drained: the member is asked to leave, which it does like at Ctrl-C. Kicked: it is out at once."""

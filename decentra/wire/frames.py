@@ -195,12 +195,6 @@ class ProofChecker:
         recent = tuple(replace(o, settlement=self._checked(o.settlement, errors)) for o in view.recent)
         return (replace(view, offers=offers, settlement=settlement, recent=recent) if errors else view), errors
 
-    def check_settlement(self, settlement: Settlement) -> list[DecentraError]:
-        """One error for each entry that its peer did not offer."""
-        errors: list[DecentraError] = []
-        self._checked(settlement, errors)
-        return errors
-
     def _checked(self, settlement: Settlement | None, errors: list[DecentraError]) -> Settlement | None:
         if settlement is None:
             return None

@@ -208,7 +208,7 @@ def added(state: State, spec: ModelSpec, expert: Expert, *, bases: Sequence[str]
     if bases and expert.about.get("base") not in bases:
         raise ConfigError(
             f"expert '{expert.about.get('name')}' was trained beside another model ({str(expert.about.get('base'))[:12]}, this is {bases[0][:12]});"
-            " it fits only that one"
+            " it fits only that one (--any-base: add it all the same)"
         )
     grown = insert(state, expert.part)
     count = len(experts_of(grown))
@@ -218,9 +218,7 @@ def added(state: State, spec: ModelSpec, expert: Expert, *, bases: Sequence[str]
 # ---------------------------------------------------------------- routing
 
 
-def routing(
-    kind: str, cards: Sequence[Card], state: Mapping[str, Tensor] | None = None, base: Mapping[str, Tensor] | None = None
-) -> Routing | None:
+def routing(kind: str, cards: Sequence[Card]) -> Routing | None:
     """How tokens are sent among experts, by their cards in the experts' order. ``own``: the model's rows. Raises ConfigError."""
     match kind:
         case "own":
@@ -233,10 +231,6 @@ def routing(
             return route.Linear(route.lda_rows(cards))
         case "prefix":
             return route.Prefix(cards)
-        case "arrow":
-            if state is None or base is None:
-                raise ConfigError("router arrow looks at what each expert changed; give the public model")
-            return route.Linear(_arrow(state, base), absolute=True, temperature=0.25)
     raise ConfigError(f"router: expected one of {', '.join(ROUTERS)}, got {kind!r}")
 
 
@@ -256,16 +250,6 @@ def evidence_of(model: Decoder) -> route.Evidence:
         return told_BT
 
     return route.Evidence(model.spec.num_experts, predict)
-
-
-def _arrow(state: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> Tensor:
-    numbers = experts_of(state)
-    layers = sorted({k.split(".experts.")[0] for k in base if ".experts.0." in k}, key=lambda k: int(k.split(".")[2]))
-    experts = []
-    for e in numbers:
-        experts.append({f"{la}.{m}.weight": state[f"{la}.experts.{e}.{m}.weight"] for la in layers for m in ("gate_proj", "up_proj")})
-    first = {f"{la}.{m}.weight": base[f"{la}.experts.0.{m}.weight"] for la in layers for m in ("gate_proj", "up_proj")}
-    return route.arrow_directions(experts, first, layers)
 
 
 def document_routing(model: Decoder, cards: Sequence[Card], text: Tokens) -> tuple[Routing, Tensor]:

@@ -39,8 +39,8 @@ def test_plan_then_join_then_history(tmp_path: Path) -> None:
 
         peer = world.member("join", invite, "peer", "--threads", "1").start()
         world.wait_for("rounds", lambda: host.heights().get("trunk/0", 0) >= 3 and len(host.heights()) == 4, 120)
-        witnesses = "history", invite, "--witnesses", "--json"
-        world.wait_for("members say what they were told", lambda: world.run(*witnesses)[1]["num_compared"] > 0, 60)
+        asked = "history", invite, "--compare", "--json"
+        world.wait_for("members say what they were told", lambda: world.run(*asked)[1]["num_compared"] > 0, 60)
         table, picture = tmp_path / "rounds.csv", tmp_path / "experts.png"
         code, told, err = world.run("history", invite, "--csv", str(table), "--plot", str(picture), "--json")
         assert code == 0, err

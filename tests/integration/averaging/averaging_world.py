@@ -114,6 +114,10 @@ class MemoryDoor:
         self.commands.append((kind, argument))
         return f"{kind} done"
 
+    async def revoke(self, subject: str) -> str:
+        self.commands.append(("revoke", subject))
+        return subject
+
     async def succeed(self, run: RunId, successor: str) -> str:
         self.successor = successor
         return f"goes on as {run}"

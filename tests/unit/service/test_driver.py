@@ -169,7 +169,7 @@ def test_the_refused_hears_why_and_the_others_get_on() -> None:
             assert results[1] is None
             with pytest.raises(Refused, match="not a member"):
                 await driver.attend(hello(B), Mailbox())
-            with pytest.raises(Refused, match="known: stop, pass-on, succeed, revoke"):
+            with pytest.raises(Refused, match="known: stop, pass-on, roll-back"):
                 await driver.command("dance", "")
 
     run(job())
@@ -243,7 +243,9 @@ def test_a_second_stream_takes_over_and_a_revoked_peer_is_shown_out() -> None:
             assert "took over" in (first.reason or "")
             await driver.leave(A, first, "closed")
             assert driver.book.members[A].nonce == "n", "the old stream's end is not the member's"
-            await driver.command("revoke", str(A))
+            with pytest.raises(Refused, match="neither a member's name or peer id nor a token id"):
+                await driver.revoke("nobody")
+            assert await driver.revoke(driver.book.members[A].name) == A
             assert second.is_closed
             with pytest.raises(Refused):
                 await driver.join(A, Role.TRAINER, "n", "token", 1)
