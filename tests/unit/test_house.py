@@ -200,7 +200,7 @@ def test_licence_is_whole_and_the_one_pyproject_names() -> None:
 
 @pytest.mark.parametrize("name", [*DOCUMENTS, "peers/host.toml", "peers/private-data.toml"])
 def test_documents_use_the_words_of_the_glossary(name: str) -> None:
-    text = re.sub(r"\b(bootstrap|p2p|DHT) nodes?\b", "", read(ROOT / name))
+    text = re.sub(r"\b(bootstrap|p2p|DHT) nodes?\b", "", read(ROOT / name), flags=re.IGNORECASE)
     unused = r"\b(epochs?|workers?|nodes?|masters?|global model|sync_every|leecher|client-server)\b"
     found = [(m.group(), text[max(0, m.start() - 40) : m.end() + 20]) for m in re.finditer(unused, text, re.IGNORECASE)]
     assert [f for f in found if "node.py" not in f[1]] == []
