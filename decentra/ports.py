@@ -74,7 +74,7 @@ class Exchange(Protocol):
         ...
 
     async def hear(self, turn: int) -> list[tuple[PeerId, bytes]]:
-        """What some of the others say; everybody's turn comes as ``turn`` goes up. Best effort, never fails."""
+        """What some of the others say; everybody's turn comes as ``turn`` goes up, where others do not fill the place. Best effort, never fails."""
         ...
 
 

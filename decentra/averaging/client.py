@@ -56,6 +56,10 @@ class GrpcSession:
         return self._link.address
 
     @property
+    def certificate(self) -> bytes:
+        return self._link.sealed_certificate
+
+    @property
     def is_over(self) -> bool:
         return bool(self._call.done())
 
@@ -170,6 +174,11 @@ class AveragingClient:
     def credentials(self) -> bytes:
         """What this member shows at every door; empty before ``join``."""
         return self._credentials
+
+    @property
+    def certificate(self) -> bytes:
+        """Of the service of the last stream, sealed by the run key; empty before the first one."""
+        return b"" if self._session is None else self._session.certificate
 
     @property
     def addresses(self) -> tuple[str, ...]:

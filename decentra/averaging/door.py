@@ -48,7 +48,9 @@ class ServiceDoor(Protocol[OutboxT_contra]):
 
     async def outcome(self, fragment: FragmentId, round: int) -> Outcome | None: ...
 
-    def status(self) -> tuple[SwarmView, tuple[FragmentView, ...]]: ...
+    async def status(self) -> tuple[SwarmView, tuple[FragmentView, ...]]:
+        """The swarm and every fragment, nothing that is not durable. Raises Unreachable."""
+        ...
 
     async def ledger(self, after_seq: int, limit: int) -> list[bytes]:
         """At most ``limit`` sealed records after position ``after_seq`` (0: from the first)."""

@@ -20,7 +20,7 @@ from decentra.averaging.probe import Prober
 from decentra.averaging.streams import FrameCache, Stream, StreamRules
 from decentra.averaging.tls import ServerTls
 from decentra.config import Manifest
-from decentra.errors import ConfigError, ManifestMismatch, PortTaken, Refused, RejectedPayload, Unreachable, VersionMismatch
+from decentra.errors import ConfigError, Expired, ManifestMismatch, PortTaken, Refused, RejectedPayload, Unreachable, VersionMismatch
 from decentra.identity import Keypair
 from decentra.ids import RunId
 from decentra.invite import split_address
@@ -204,7 +204,7 @@ class AveragingServer(Generic[OutboxT]):
 
     async def _read_status(self, _data: bytes, metadata: Metadata, context: Any) -> None:
         is_member = self._check_reader(metadata)
-        swarm, fragments = self.door.status()
+        swarm, fragments = await self.door.status()
         await context.write(
             service_frame(swarm if is_member else replace(swarm, successor=""))
         )  # the way to the next run lets its bearer in
@@ -292,9 +292,10 @@ class AveragingServer(Generic[OutboxT]):
         except RejectedPayload as error:
             if error.reason in ("malformed", "size"):
                 raise
-            raise Refused(f"{kind} ({error.reason}): {error.detail}") from None
+            refusal = Expired if error.reason == "expired" else Refused
+            raise refusal(f"{kind} ({error.reason}): {error.detail}") from None
         if not now_s <= opened.not_after_s <= now_s + limits.MAX_FRESH_S:
-            raise Refused(f"a {kind} has to expire within {limits.MAX_FRESH_S:.0f} s; check the clocks of both machines")
+            raise Expired(f"a {kind} has to expire within {limits.MAX_FRESH_S:.0f} s; check the clocks of both machines")
         return opened
 
     def _check_contract(self, request: pb.JoinRequest) -> None:

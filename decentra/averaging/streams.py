@@ -13,7 +13,7 @@ import grpc
 from decentra.averaging import rpc
 from decentra.averaging.door import OutboxT, ServiceDoor
 from decentra.averaging.limiter import Limiter
-from decentra.errors import Refused, RejectedPayload
+from decentra.errors import Expired, Refused, RejectedPayload
 from decentra.ids import PeerId, RunId
 from decentra.ports import Events
 from decentra.protocol.messages import FragmentView, Goodbye, Hello, Rejected, ServiceMessage
@@ -98,7 +98,8 @@ class Stream(Generic[OutboxT]):
         except RejectedPayload as error:
             if error.reason in ("malformed", "size"):
                 raise
-            raise Refused(f"hello ({error.reason}): {error.detail}") from None
+            refusal = Expired if error.reason == "expired" else Refused
+            raise refusal(f"hello ({error.reason}): {error.detail}") from None
         if hello.role != self._admission.role:
             raise Refused(f"this peer was admitted as a {self._admission.role} and says hello as a {hello.role}; join again")
         return hello

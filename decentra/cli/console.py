@@ -21,7 +21,7 @@ _INFO = frozenset(
         "run-over", "run-stopping", "admitted", "placed", "service-started", "service-resumed", "rejected", "waiting", "progress",
         "leaving", "measuring", "capacity", "held-out-differs", "offer-forged", "settings-ignored", "codec", "limits-not-heard", "paused",
         "objected", "judges-nothing", "quarantined", "succession", "succeeded", "onward",
-        "damaged-anchor", "copy-in-step", "copy-behind", "taking-over", "took-over", "two-stories",
+        "damaged-anchor", "copy-in-step", "copy-behind", "taking-over", "took-over", "two-stories", "evidence-lost",
     }
 )  # fmt: skip
 _SECRET = frozenset({"token", "invite", "credentials", "seed", "run_key", "service_key", "key"})

@@ -24,8 +24,8 @@ PAGE = 2000
 ATTACH_S = 20.0
 
 
-async def read_ledger(invite: Invite, heard: Sequence[tuple[PeerId, Told]] = ()) -> tuple[Manifest, list[Record], int]:
-    """(manifest, every record, how many of ``heard`` could be compared with them).
+async def read_ledger(invite: Invite, heard: Sequence[tuple[PeerId, Told]] | None = None) -> tuple[Manifest, list[Record], int | None]:
+    """(manifest, every record, how many of ``heard`` could be compared with them; None where nothing was to be).
 
     Raises IntegrityError at the first line that its chain or the service's key does not vouch for, and where members were told otherwise.
     """
@@ -33,18 +33,18 @@ async def read_ledger(invite: Invite, heard: Sequence[tuple[PeerId, Told]] = ())
     async with watching(invite) as client:
         described = await client.describe()
         chain, where = TrustChain(invite.run_id, invite.run_public), f"the ledger from {described.address}"
-        reader = LedgerReader(chain, where, heard=heard)
+        reader = LedgerReader(chain, where, heard=heard or ())
         while page := await client.ledger(len(records), PAGE):
             records += [reader.accept(sealed) for sealed in page]
         reader.finish(described.certificate.service_public)
         reader.compare()
-    return described.manifest, records, reader.num_compared
+    return described.manifest, records, None if heard is None else reader.num_compared
 
 
 async def heard_by_members(invite: Invite) -> list[tuple[PeerId, Told]]:
     """What members say in the DHT that the service told them. Raises Unreachable."""
     from decentra.cli.wiring import gossip
-    from decentra.gossip.records import NUM_HEARD_KEYS
+    from decentra.gossip.exchange import NUM_TURNS
 
     events = LogEvents(run=invite.run_id[:8])
     with tempfile.TemporaryDirectory(prefix="decentra-history-") as scratch:
@@ -52,7 +52,7 @@ async def heard_by_members(invite: Invite) -> list[tuple[PeerId, Told]]:
         config, trust = PeerConfig(name="history", role="watcher", listen=()), TrustChain(invite.run_id, invite.run_public)
         async with gossip(Path(scratch), invite.bootstrap, config, trust, bytes, events) as (node, exchange):
             await node.wait_attached(ATTACH_S)
-            said = [one for turn in range(NUM_HEARD_KEYS) for one in await exchange.hear(turn)]
+            said = [one for turn in range(NUM_TURNS) for one in await exchange.hear(turn)]
     heard = []
     for peer, body in said:
         try:
@@ -62,12 +62,14 @@ async def heard_by_members(invite: Invite) -> list[tuple[PeerId, Told]]:
     return heard
 
 
-async def read_and_compare(invite: Invite) -> tuple[Manifest, list[Record], int]:
+async def read_and_compare(invite: Invite) -> tuple[Manifest, list[Record], int | None]:
     """The ledger, compared with what members were told before it was read."""
     return await read_ledger(invite, await heard_by_members(invite))
 
 
-def summary(manifest: Manifest, records: list[Record], num_compared: int, csv_file: Path | None, plot_file: Path | None) -> dict[str, Any]:
+def summary(
+    manifest: Manifest, records: list[Record], num_compared: int | None, csv_file: Path | None, plot_file: Path | None
+) -> dict[str, Any]:
     """Sums for people and programs; writes the files that were asked for."""
     from decentra.status.history import check_settlements, expert_curves, rounds, to_csv, tokens_per_peer
     from decentra.status.plot import experts_png
@@ -95,7 +97,9 @@ def describe_history(found: dict[str, Any]) -> str:
     from decentra.status.plot import experts_text
 
     peers = ", ".join(f"{short(peer)} {tokens}" for peer, tokens in sorted(found["tokens_per_peer"].items(), key=lambda x: -x[1])[:8])
-    compared = f"; {found['num_compared']} confirmations that members were told of are in it" if found["num_compared"] else ""
+    compared = "" if found["num_compared"] is None else (
+        f"; {found['num_compared']} confirmations that members were told of are in it" if found["num_compared"] else "; nobody said anything to compare"
+    )  # fmt: skip
     return (
         f"{experts_text(found['curves'], found['name'] + ': tokens per expert over rounds of the trunk')}\n"
         f"{found['num_records']} ledger records and {found['num_signed']} words of members checked, {found['num_unsigned']} unsigned{compared}\n"

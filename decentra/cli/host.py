@@ -175,7 +175,7 @@ async def _advertise_result(exchange: HivemindExchange, service: Service) -> Non
         if not service.driver.book.is_over:
             await asyncio.sleep(OVER_S)
             continue
-        await exchange.announce([view.anchor for view in service.driver.status()[1]])
+        await exchange.announce([book.anchor for book in service.driver.book.fragments.values()])
         await asyncio.sleep(ADVERTISE_S)
 
 

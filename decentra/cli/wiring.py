@@ -230,7 +230,7 @@ def member_runtime(
         manifest, layout, config, door.key.peer_id, door.nonce,
         Ports(door.client, exchange, RealDisk(root), SystemClock(), DeltaThread(), events),
         addresses=lambda: node.addresses, traffic=lambda: (exchange.tx_bytes, exchange.rx_bytes), on_revoked=door.trust.revoke,
-        is_told=door.trust.is_told, max_experts=most,
+        is_told=door.trust.is_told, contradicts=door.trust.contradicts, certificate=lambda: door.client.certificate, max_experts=most,
     )  # fmt: skip
     if config.role == "trainer":
         build, _ = model_for(manifest, config.model_code)

@@ -25,6 +25,7 @@ from decentra.ids import Digest, PeerId, RunId, short
 CHUNK_BYTES = 64 << 10
 READ_AHEAD_BYTES = 1 << 20  # memory of one upload
 NUM_ANNOUNCED_AT_ONCE = 8
+NUM_TURNS = 4  # of ``hear``, until everybody was heard
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,19 +190,23 @@ class HivemindExchange:
         return [(peer, _parse_addresses(body)) for peer, body in found if peer != self._node.peer_id]
 
     async def tell(self, body: bytes) -> None:
-        """Publish what this peer heard from the service for ``ttl_s``; best effort."""
+        """Publish what this peer heard from the service for ``ttl_s``; best effort, and said where nobody took it."""
         try:
-            await records.publish(self._node, records.heard_key(self._run_id, self._node.peer_id), body, self._limits.ttl_s)
+            is_taken = await records.publish(self._node, records.heard_key(self._run_id, self._node.peer_id), body, self._limits.ttl_s)
+            why = "" if is_taken else "no node took it; others may have filled its place"
         except DecentraError as error:
-            self._node.events.emit("announce-failed", why=str(error))
+            why = str(error)
+        if why:
+            self._node.events.emit("announce-failed", why=why)
 
     async def hear(self, turn: int) -> list[tuple[PeerId, bytes]]:
-        """What others heard, one of four DHT keys at a time. Empty when the DHT is silent."""
-        try:
-            found = await records.lookup(self._node, records.heard_keys(self._run_id)[turn % records.NUM_HEARD_KEYS])
-        except Unreachable as error:
-            self._node.events.emit("lookup-failed", why=str(error))
-            return []
+        """What others heard, a quarter of the DHT keys at a time. Empty when the DHT is silent."""
+        found: list[tuple[PeerId, bytes]] = []
+        for key in records.heard_keys(self._run_id)[turn % NUM_TURNS :: NUM_TURNS]:
+            try:
+                found += await records.lookup(self._node, key)
+            except DecentraError as error:
+                self._node.events.emit("lookup-failed", key=key.name, why=str(error))
         return [(peer, body) for peer, body in found if peer != self._node.peer_id]
 
     def _judge(self, peer: PeerId, digest: Digest, offset: int, reply: Reply) -> int:

@@ -32,7 +32,7 @@ MAX_RECORD_BYTES = 8 << 10
 MAX_TTL_S = 600.0
 CLOCK_SLACK_S = 60.0  # a storing node's clock may be behind the publisher's
 DHT_TIMEOUT_S = 10.0
-NUM_HEARD_KEYS = 4
+NUM_HEARD_KEYS = 16  # a node keeps 128 KiB under one: enough for a thousand members
 
 _FIELDS = {"body", "expires", "key", "peer", "run", "sig"}
 _PURPOSE = "record"

@@ -366,10 +366,12 @@ class Told(_message.Message):
     def __init__(self, fragment: _Optional[str] = ..., term: _Optional[int] = ..., seq: _Optional[int] = ..., line: _Optional[bytes] = ..., height: _Optional[int] = ..., anchor: _Optional[bytes] = ..., proof: _Optional[bytes] = ...) -> None: ...
 
 class Heard(_message.Message):
-    __slots__ = ("told",)
+    __slots__ = ("told", "certificate")
     TOLD_FIELD_NUMBER: _ClassVar[int]
+    CERTIFICATE_FIELD_NUMBER: _ClassVar[int]
     told: _containers.RepeatedCompositeFieldContainer[Told]
-    def __init__(self, told: _Optional[_Iterable[_Union[Told, _Mapping]]] = ...) -> None: ...
+    certificate: bytes
+    def __init__(self, told: _Optional[_Iterable[_Union[Told, _Mapping]]] = ..., certificate: _Optional[bytes] = ...) -> None: ...
 
 class FragmentView(_message.Message):
     __slots__ = ("fragment", "version", "height", "anchor", "round", "phase", "why", "holders", "keepers", "quorum", "cut_off_in_s", "offers", "receipts", "settlement", "attesters", "ready", "recent", "tally", "reducers", "residual", "told")

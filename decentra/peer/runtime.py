@@ -30,6 +30,7 @@ from decentra.protocol.duties import Self
 from decentra.protocol.messages import Counters, Hello, Role, Told
 
 CHECKPOINT_S = 30.0
+LEAVE_S = 5.0  # for a goodbye
 STATE_FILE, PREVIOUS_FILE, TRAINED_FILE = "trainer.state", "trainer.state.prev", "trained.json"
 
 STATE_MAGIC = b"DCTS"
@@ -98,7 +99,9 @@ class PeerRuntime:
     addresses: Callable[[], tuple[str, ...]] = tuple
     traffic: Callable[[], tuple[int, int]] = lambda: (0, 0)  # bytes sent, received
     on_revoked: Callable[[PeerId], None] = lambda _: None
-    is_told: Callable[[Told], bool] = lambda _: False  # did the run's service sign this word, which another member shows?
+    is_told: Callable[[Told], bool] = lambda _: False  # these three: see Stories
+    contradicts: Callable[[bytes], bool] = lambda _: False
+    certificate: Callable[[], bytes] = bytes
     make_model: Callable[[Sequence[int] | None], nn.Module] | None = None  # with these experts, None: all; no function at a keeper
     make_source: Callable[[], WindowSource] | None = None
     make_inner: MakeInner = InnerLoop  # where several processes train one peer's model, the one that leads them
@@ -116,7 +119,7 @@ class PeerRuntime:
         self.rate = RateControl(spec, self.layout, limits_of(spec, self.config), self.peer)
 
     async def run(self) -> str:
-        """Raises Refused, IntegrityError (golden check, layout), TrainingError, DataError."""
+        """Raises Refused, IntegrityError (golden check, layout, two stories of the service), TrainingError, DataError."""
         if self.rate.limits.cap_bytes_per_day is not None and not self.rate.has_choice:
             why = f"the run has one codec, {self.manifest.codec.name}; --cap changes nothing"
             self.ports.events.emit("limits-not-heard", why=why)
@@ -226,7 +229,10 @@ class PeerRuntime:
         num_steps = self.trainer.totals().num_steps if self.trainer is not None else 0
         role = Role(self.config.role)
         p = self.ports
-        stories = Stories(self.peer, self.manifest.genesis, p.exchange, p.disk, p.clock, p.compute, p.events, self.is_told)
+        stories = Stories(
+            self.peer, self.manifest.genesis, p.exchange, p.disk, p.clock, p.compute, p.events, self.is_told, self.contradicts, self.certificate
+        )  # fmt: skip
+        await stories.load()
         self.loop = PeerLoop(
             Self(self.peer, role, self.manifest.rounds.inner_steps), self._hello, self.manifest.rounds.heartbeat_s, self.ports.service,
             self.ports.exchange, self.replicas, self.ports.clock, self.ports.events, counters=self.counters, on_trained=self._on_trained,
@@ -247,10 +253,14 @@ class PeerRuntime:
         try:
             await asyncio.wait([loop, *chores], return_when=asyncio.FIRST_COMPLETED)
             if not loop.done():
+                self.loop.leave("it cannot go on")
+                await asyncio.wait([loop], timeout=LEAVE_S)
                 for chore in chores:
                     if chore.done():
                         chore.result()
-            return await loop
+            why = await loop
+            await stories.check()
+            return why
         finally:
             for task in (loop, *chores):
                 task.cancel()

@@ -78,6 +78,7 @@ class PeerLoop:
     _group: asyncio.TaskGroup = field(init=False)
     _finished: asyncio.Future[str] | None = field(init=False, default=None)
     _why_left: str | None = field(init=False, default=None)
+    _has_believed: bool = field(init=False, default=False)  # a view of this stream
     _has_said_goodbye: bool = field(init=False, default=False)  # a word after it would bring this member back
     _jobs: set[asyncio.Task[None]] = field(init=False, default_factory=set)
     _seq: int = field(init=False, default=0)
@@ -155,8 +156,8 @@ class PeerLoop:
         while True:
             try:
                 session = await self.service.attend(self._full_hello())
-                backoff_s = FIRST_BACKOFF_S
                 self.events.emit("service-connected")
+                self._has_believed = False
                 await self._attend(session)
                 why = "the service closed the stream"
             except (Refused, VersionMismatch):
@@ -164,6 +165,8 @@ class PeerLoop:
             except (Unreachable, DecentraError) as error:
                 why = str(error)
             self._outbox = None
+            if self._has_believed:  # who tells what nobody can believe is asked less and less often
+                backoff_s = FIRST_BACKOFF_S
             if self.rate is not None:
                 self.rate.disconnected()
             self._inbox.put_nowait(m.Disconnected(why))
@@ -181,6 +184,7 @@ class PeerLoop:
                     case FragmentView():
                         if self.stories is not None:
                             self.stories.saw(message)
+                        self._has_believed = True
                         if self.rate is not None:
                             self.rate.saw(message, self.clock.now())
                         self._inbox.put_nowait(m.Viewed(message))

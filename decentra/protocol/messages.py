@@ -242,7 +242,8 @@ class Tally:
 class Told:
     """The service's signed word for a confirmed anchor: line ``seq`` of the fragment's chain in the ledger, with this digest, made it so.
 
-    In one term a service gives one word for each place. Who has two different ones can prove to anybody that it tells two stories.
+    ``seq`` 0, a digest of zeros and height 0: the manifest's own anchor, before any line. In one term a service gives one word for each place. Who has
+    two different ones can prove to anybody that it tells two stories.
     """
 
     fragment: FragmentId
@@ -256,9 +257,10 @@ class Told:
 
 @dataclass(frozen=True, slots=True)
 class Heard:
-    """What one member was told, for others to compare with what they were told."""
+    """What one member was told, for others to compare with what they were told. ``certificate``: of the service that told it, sealed."""
 
     told: tuple[Told, ...]
+    certificate: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,7 +287,7 @@ class FragmentView:
     tally: Tally = field(default_factory=Tally)
     reducers: tuple[PeerId, ...] = ()  # of the roster: they alone fetch the offered packets; none: everybody does
     residual: Digest | None = None  # which their merge starts with
-    told: Told | None = None  # of ``anchor``; None before the first confirmed round
+    told: Told | None = None  # of ``anchor``
 
 
 @dataclass(frozen=True, slots=True)

@@ -53,9 +53,13 @@ NUM_PUSHED_OUTCOMES = 3  # confirmed ones, enough for whoever follows closely; a
 MAX_BATCH = 256
 MAX_OUTCOMES = 4096  # of the newest rounds, answered from memory; older ones are in the ledger
 SENT_AWAY = "the organiser sent this peer away; it may come again, as long as its admission is not revoked"
+LOOK_S = 10.0  # for an answer about the status
 RETIRED_S = 5.0  # a service that was told to go still lets its ledger be read for so long
 
 Seal = Callable[[bytes], bytes]  # 64-byte signature of the service key over a ledger line
+
+
+Status = tuple[SwarmView, tuple[FragmentView, ...]]
 
 
 @dataclass
@@ -65,6 +69,7 @@ class _Work:
     event: Event | None
     admission: tuple[PeerId, Role, str, str | None, int] | None = None
     newcomer: Mailbox | None = None  # gets every view when the event's records are durable
+    looks: asyncio.Future[Status] | None = None  # gets every view then, too
     done: asyncio.Future[None] | None = None
 
 
@@ -112,7 +117,6 @@ class Driver:
             self._note(records[-1])
             if isinstance(newest := records[-1], Confirmed | RolledBack):
                 self._told[newest.fragment] = self._word(newest)
-        self._told = {fragment: self.vow(told) for fragment, told in self._told.items()}
         self.on_read()
         if records:
             self.book = RoundBook.restore(self.manifest, records, now)
@@ -127,6 +131,9 @@ class Driver:
             if 0 < before < term:
                 self.events.emit("took-over", term=term, num_records=len(records))
         self._copies.num_records += len(records)
+        term = self._term
+        first = {f: Told(f, term, 0, ledger.FIRST, 0, anchor) for f, anchor in self.manifest.genesis.items()}
+        self._told = {f: self.vow(told) for f, told in (first | self._told).items()}
 
     async def run(self) -> None:
         """Pump until cancelled. Raises Refused when another service took over."""
@@ -150,6 +157,9 @@ class Driver:
                 self._note(record)
             self._publish(effects, now)
             self._welcome([work.newcomer for work in batch if work.newcomer is not None], now)
+            for work in batch:
+                if work.looks is not None and not work.looks.done():
+                    work.looks.set_result((self.book.swarm(), tuple(self._view(f, now) for f in sorted(self.book.fragments))))
             for work, refusal in refusals:
                 if work.done is not None and not work.done.done():
                     work.done.set_exception(refusal)
@@ -187,9 +197,18 @@ class Driver:
     async def outcome(self, fragment: FragmentId, round: int) -> Outcome | None:
         return self._outcomes.get((fragment, round))
 
-    def status(self) -> tuple[SwarmView, tuple[FragmentView, ...]]:
-        now = self.clock.now()
-        return self.book.swarm(), tuple(self._view(f, now) for f in sorted(self.book.fragments))
+    async def status(self) -> Status:
+        """Every view, when what it says is durable: it carries signed words. Raises Unreachable."""
+        if self._retired:
+            raise Unreachable(f"{self._retired}; nothing is decided here any more")
+        work = _Work(None, looks=asyncio.get_running_loop().create_future())
+        assert work.looks is not None
+        self._queue.put_nowait(work)
+        try:
+            async with asyncio.timeout(LOOK_S):
+                return await work.looks
+        except TimeoutError:
+            raise Unreachable(f"the averaging service wrote no record for {LOOK_S:g} s; its disk may be full or slow") from None
 
     async def ledger(self, after_seq: int, limit: int) -> list[bytes]:
         """Sealed journal records from position ``after_seq`` (0 = all) on."""
@@ -238,7 +257,7 @@ class Driver:
         """A token id, or the peer id of the member with this id or, where only one has it, this name."""
         if PeerId(who) in self.book.members or _is_token_id(who):
             return who
-        named = [m.peer for m in self.book.members.values() if m.name == who]
+        named = [m.peer for m in self.book.members.values() if who and m.name == who and m.peer not in self.book.revoked]
         if len(named) != 1:
             what = "the name of several members" if named else "neither a member's name or peer id nor a token id (16 hex characters)"
             raise Refused(f"{who[:60]!r} is {what}; 'decentra status INVITE --json' has peer ids")
@@ -283,6 +302,8 @@ class Driver:
     async def _retire(self, batch: Sequence[_Work]) -> None:
         """Nothing is written any more; whoever takes over gets the time to read the last records."""
         for work in batch:
+            if work.looks is not None and not work.looks.done():
+                work.looks.set_exception(Unreachable(f"{self._retired}; nothing is decided here any more"))
             if work.done is not None and not work.done.done():
                 if isinstance(work.event, Tick):  # the order itself
                     work.done.set_result(None)
@@ -319,6 +340,8 @@ class Driver:
         if work.admission is not None:
             peer, role, nonce, token, uses = work.admission
             return self.book.admit(peer, role, nonce, token, uses, now)
+        if work.looks is not None:
+            return []
         assert work.event is not None
         return self.book.handle(work.event, now)
 
@@ -346,8 +369,11 @@ class Driver:
     def _word(self, record: Confirmed | RolledBack) -> Told:
         """What this record, the newest line of its chain, makes of the fragment's anchor."""
         seq, line = self._ledger.heads[record.fragment]
-        term = 1 if self.certificate is None else self.certificate[0]
-        return Told(record.fragment, term, seq, line, record.height, record.anchor)
+        return Told(record.fragment, self._term, seq, line, record.height, record.anchor)
+
+    @property
+    def _term(self) -> int:
+        return 1 if self.certificate is None else self.certificate[0]
 
     def _view(self, fragment: FragmentId, now: float) -> FragmentView:
         return replace(self.book.view(fragment, now), told=self._told.get(fragment))

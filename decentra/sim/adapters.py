@@ -255,7 +255,7 @@ class SimService:
     driver_now: Callable[[], Driver | None]
     watch: Callable[[MemberMessage], None]
     is_alive: Callable[[], bool] = lambda: True
-    on_told: Callable[[Told], None] = lambda _: None
+    on_told: Callable[[PeerId, Told], None] = lambda *_: None
 
     async def attend(self, hello: Hello) -> Session:
         await self.net.delay()
@@ -309,7 +309,7 @@ class _SimSession:
                 raise Unreachable(self._mailbox.reason or "closed")
             for message in messages:
                 if isinstance(message, FragmentView) and message.told is not None:
-                    self._service.on_told(message.told)
+                    self._service.on_told(self._service.me, message.told)
                 yield message
 
     async def close(self) -> None:

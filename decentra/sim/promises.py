@@ -7,7 +7,7 @@ The promises:
 3. From then on a disk that exists holds the anchor durably, until the next one is confirmed.
 4. A peer moves only to a confirmed anchor.
 5. One (peer, fragment, round) has one packet for ever, restarts included.
-6. In one term members are told one line for a place in the ledger, and one anchor.
+6. In one term members are told one line for a place in the ledger, and one anchor; nobody is told an earlier one after a later one.
 7. What a peer trained is exactly once in the anchors, in its residual or in its live weights (``AuditedReplica``).
 """
 
@@ -50,6 +50,7 @@ class Promises:
     _num_roster: dict[tuple[FragmentId, int], int] = field(default_factory=dict)
     _used: set[tuple[FragmentId, Digest]] = field(default_factory=set)
     _told: dict[tuple[int, FragmentId, int], Told] = field(default_factory=dict)
+    _heard: dict[tuple[PeerId, int, FragmentId], int] = field(default_factory=dict)
     _confirmed: set[tuple[FragmentId, Digest]] = field(init=False)
     _current: dict[FragmentId, tuple[Digest, bool]] = field(init=False)  # anchor, is it thin
 
@@ -68,8 +69,11 @@ class Promises:
             known = self._offers.setdefault(key, message.packet)
             self.expect(known == message.packet, f"{key} was offered with two digests: {known[:12]} and {message.packet[:12]}")
 
-    def on_told(self, told: Told) -> None:
-        """The service told somebody of a confirmed anchor."""
+    def on_told(self, peer: PeerId, told: Told) -> None:
+        """The service told a member of a confirmed anchor."""
+        before = self._heard.get((peer, told.term, told.fragment), 0)
+        self.expect(before <= told.seq, f"{peer} was told of line {before} of {told.fragment} and then of line {told.seq}")
+        self._heard[peer, told.term, told.fragment] = told.seq
         known = self._told.setdefault((told.term, told.fragment, told.seq), told)
         self.expect(known == told, f"two stories of line {told.seq} of {told.fragment}: {known.anchor[:12]} and {told.anchor[:12]}")
 

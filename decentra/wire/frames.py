@@ -75,8 +75,6 @@ def is_told(told: Told, run: RunId, service_public: bytes) -> bool:
 
 def check_told(view: FragmentView, run: RunId, term: int, service_public: bytes) -> None:
     """Raise IntegrityError for a view whose confirmed anchor is not the signed word of the service of this term."""
-    if view.told is None and view.height == 0:
-        return
     told, shown = view.told, (view.fragment, term, view.height, view.anchor)
     if told is not None and (told.fragment, told.term, told.height, told.anchor) == shown and is_told(told, run, service_public):
         return

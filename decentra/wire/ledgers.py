@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from decentra.errors import IntegrityError, Refused, RejectedPayload
 from decentra.identity import is_signed
 from decentra.ids import FragmentId, PeerId, RunId, short
-from decentra.protocol.ledger import Certified, Confirmed, Ledger, Record, RolledBack, Settled
+from decentra.protocol.ledger import FIRST, Certified, Confirmed, Ledger, Record, RolledBack, Settled, Started
 from decentra.protocol.messages import Attestation, Merge, Offer, Told
 from decentra.wire.frames import is_proven, is_told, offer_of, open_fact
 from decentra.wire.signed import purpose_of
@@ -48,6 +48,8 @@ class LedgerReader:
         signature, line = open_record(sealed)
         record = self.ledger.accept(line)
         self.vouch(line, signature, record)
+        if self.heard and isinstance(record, Started):
+            self._lines |= {(f, 0): Told(f, 0, 0, FIRST, 0, anchor) for f, anchor in record.genesis}
         if self.heard and isinstance(record, Confirmed | RolledBack):
             seq, digest = self.ledger.heads[record.fragment]
             self._lines[record.fragment, seq] = Told(record.fragment, 0, seq, digest, record.height, record.anchor)

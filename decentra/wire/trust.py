@@ -183,6 +183,16 @@ class TrustChain:
         """Whether the run's service of now gave this word for a confirmed anchor."""
         return self.service_public is not None and told.term == self.term and is_told(told, self.run_id, self.service_public)
 
+    def contradicts(self, sealed: bytes) -> bool:
+        """Whether a certificate that another member shows is of another service of this very term. A later term is noted, as if its service was met."""
+        try:
+            certificate = self.check_certificate(sealed, None)
+        except Refused:
+            return False
+        if certificate.term > self.term:
+            self.note(certificate)
+        return certificate.term == self.term and self.service_public not in (None, certificate.service_public)
+
     def check_credentials(self, credentials: bytes, peer: PeerId, now_s: float) -> Admission:
         """The admission of ``peer``, whose identity the caller knows already (a stream's authenticated id, a signature)."""
         admission = self._admission(credentials, now_s)

@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from decentra.averaging.client import AveragingClient
@@ -14,12 +14,13 @@ from decentra.averaging.server import AveragingServer, ServiceIdentity
 from decentra.averaging.streams import StreamRules
 from decentra.averaging.tls import ServerTls, create_tls
 from decentra.config import AdmissionSpec, Manifest
-from decentra.errors import Refused
+from decentra.errors import AlreadyHere, Refused
 from decentra.identity import Keypair
 from decentra.ids import Digest, FragmentId, PeerId, RunId
-from decentra.protocol.messages import FragmentView, Hello, MemberMessage, Outcome, Phase, Role, SwarmView
+from decentra.protocol.messages import FragmentView, Hello, MemberMessage, Outcome, Phase, Role, SwarmView, Told
 from decentra.service.mailbox import Mailbox
 from decentra.wire import trust
+from decentra.wire.frames import sign_told
 from decentra.wire.trust import ServiceCertificate, Token, TrustChain
 
 T = TypeVar("T")
@@ -87,7 +88,7 @@ class MemoryDoor:
 
     async def attend(self, hello: Hello, mailbox: Mailbox) -> None:
         if self.nonces.get(hello.peer, hello.nonce) != hello.nonce:
-            raise Refused("this identity is in use by another process")
+            raise AlreadyHere("this identity is in use by another process")
         self.nonces[hello.peer], self.mailboxes[hello.peer] = hello.nonce, mailbox
         mailbox.put(SwarmView(1, ()))
 
@@ -102,7 +103,7 @@ class MemoryDoor:
     async def outcome(self, fragment: FragmentId, round: int) -> Outcome | None:
         return self.outcomes.get((fragment, round))
 
-    def status(self) -> tuple[SwarmView, tuple[FragmentView, ...]]:
+    async def status(self) -> tuple[SwarmView, tuple[FragmentView, ...]]:
         return SwarmView(7, (), successor=self.successor), self.views
 
     async def ledger(self, after_seq: int, limit: int) -> list[bytes]:
@@ -181,16 +182,22 @@ def hello(key: Keypair = ALICE, **changes: Any) -> Hello:
 
 
 def view(version: int = 1, **changes: Any) -> FragmentView:
+    """With the word of the service of an invited run for its anchor."""
     usual = {"height": 0, "anchor": HASH, "round": 1, "phase": Phase.OPEN, "why": "waiting"}
-    return FragmentView(FRAGMENT, version, **{**usual, **changes})
+    shown = FragmentView(FRAGMENT, version, **{**usual, **changes})
+    told = Told(FRAGMENT, 1, shown.height, HASH, shown.height, shown.anchor)
+    return replace(shown, told=sign_told(SERVICE_KEY, manifest_of("invited").run_id(), told))
+
+
+def manifest_of(mode: str) -> Manifest:
+    return Manifest(name="test", admission=AdmissionSpec(mode=mode))  # type: ignore[arg-type]
 
 
 @asynccontextmanager
 async def world(
     *, mode: str = "invited", rules: StreamRules | None = None, keepalive_s: float = 30.0, is_started: bool = True
 ) -> AsyncIterator[World]:
-    manifest = Manifest(name="test", admission=AdmissionSpec(mode=mode))  # type: ignore[arg-type]
-    one = World(manifest, create_tls(), MemoryDoor(), Recorder(), rules or StreamRules(), keepalive_s)
+    one = World(manifest_of(mode), create_tls(), MemoryDoor(), Recorder(), rules or StreamRules(), keepalive_s)
     if is_started:
         await one.start()
     try:

@@ -16,9 +16,9 @@ from gossip_world import LOOPBACK, TICKET, Recorder, eventually, fetch, world
 
 from decentra.errors import Refused, RejectedPayload, Unreachable
 from decentra.gossip.address import claim_ports
-from decentra.gossip.exchange import ExchangeLimits
+from decentra.gossip.exchange import NUM_TURNS, ExchangeLimits
 from decentra.gossip.frames import Request, Status, pack_request, read_reply
-from decentra.gossip.records import MAX_RECORD_BYTES, NUM_HEARD_KEYS
+from decentra.gossip.records import MAX_RECORD_BYTES
 from decentra.identity import Keypair
 from decentra.ids import Digest, digest_of
 
@@ -297,9 +297,9 @@ def test_what_a_peer_says_in_public_reaches_the_others_in_some_turn(tmp_path: Pa
             await saying.tell(b"older")
             await saying.tell(b"newer")
             await hearing.tell(b"of its own, which it need not hear")
-            heard = [one for turn in range(NUM_HEARD_KEYS, 2 * NUM_HEARD_KEYS) for one in await hearing.hear(turn)]
+            heard = [one for turn in range(NUM_TURNS, 2 * NUM_TURNS) for one in await hearing.hear(turn)]
             assert heard == [(first.peer_id, b"newer")]
             await saying.tell(bytes(MAX_RECORD_BYTES))  # best effort: said to its own events, and nothing else
-            assert [one for turn in range(NUM_HEARD_KEYS) for one in await hearing.hear(turn)] == [(first.peer_id, b"newer")]
+            assert [one for turn in range(NUM_TURNS) for one in await hearing.hear(turn)] == [(first.peer_id, b"newer")]
 
     asyncio.run(main())

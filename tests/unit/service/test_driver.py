@@ -12,7 +12,7 @@ import pytest
 
 from decentra.bits import ONE_BITS
 from decentra.config import Manifest, ModelSpec, RoundSpec
-from decentra.errors import IntegrityError, Refused
+from decentra.errors import IntegrityError, Refused, Unreachable
 from decentra.ids import Digest, FragmentId, PeerId, digest_of
 from decentra.protocol import ledger
 from decentra.protocol.messages import (
@@ -309,5 +309,44 @@ def test_an_order_to_go_back_is_looked_at_and_everybody_is_told() -> None:
             await until(mailbox, lambda v: isinstance(v, SwarmView) and v.is_stopped)
             with pytest.raises(Refused, match="the run is over; go on from its model as another run"):
                 await driver.command("roll-back", f"{TRUNK} 0 {GENESIS} too late")
+
+    run(job())
+
+
+def test_nobody_is_shown_a_word_that_a_kill_could_take_back() -> None:
+    """Words are signed: one that was shown and is not in the ledger would make the service a liar after its restart."""
+
+    async def job() -> None:
+        other = digest_of(b"another anchor")
+        async with running(SimJournal()) as driver:
+            await enter(driver, A)
+            _, (first, *_) = await driver.status()
+            assert first.told is not None
+            assert (first.told.seq, first.told.anchor) == (0, GENESIS)
+            order = asyncio.create_task(driver.command("roll-back", f"{TRUNK} 3 {other} why"))
+            while driver.book.fragments[TRUNK].anchor != other:  # noqa: ASYNC110  (on virtual time looking is free)
+                await asyncio.sleep(0.01)
+            assert not order.done(), "the record is on its way to the disk"
+            _, (view, *_) = await driver.status()
+            assert order.done()
+            assert view.told is not None
+            assert (view.anchor, view.told.anchor) == (other, other)
+            assert any(isinstance(r, ledger.RolledBack) for r in records_of(driver.journal))  # type: ignore[arg-type]
+
+    run(job())
+
+
+def test_a_status_that_waits_for_a_stuck_disk_says_so() -> None:
+    async def job() -> None:
+        async with running(SimJournal()) as driver:
+            await enter(driver, A)
+            assert isinstance(driver.compute, SlowCompute)
+            driver.compute.delay_s = 1e6
+            await driver.deliver(Goodbye(A, "bye"))
+            order = asyncio.create_task(driver.command("stop", "enough"))
+            await asyncio.sleep(5)
+            with pytest.raises(Unreachable, match="its disk may be full or slow"):
+                await driver.status()
+            order.cancel()
 
     run(job())

@@ -34,18 +34,17 @@ def test_a_signed_word_travels_and_holds() -> None:
     there = decode(FragmentView, encode(view(signed)))
     assert there.told == signed
     check_told(there, RUN, 2, SERVICE.public)
-    check_told(view(None, height=0, anchor=Digest("d" * 64)), RUN, 2, SERVICE.public)  # nothing confirmed yet
 
 
 @pytest.mark.parametrize(
     "wrong",
     [
-        view(None), view(WORD), view(sign_told(OTHER, RUN, WORD)), view(sign_told(SERVICE, RunId("e" * 64), WORD)),
+        view(None), view(None, height=0), view(WORD), view(sign_told(OTHER, RUN, WORD)), view(sign_told(SERVICE, RunId("e" * 64), WORD)),
         view(sign_told(SERVICE, RUN, replace(WORD, term=3))), view(sign_told(SERVICE, RUN, WORD), height=8),
         view(sign_told(SERVICE, RUN, WORD), anchor=Digest("d" * 64)), view(replace(sign_told(SERVICE, RUN, WORD), seq=6)),
         view(replace(sign_told(SERVICE, RUN, WORD), line=Digest("d" * 64))), view(sign_told(SERVICE, RUN, replace(WORD, fragment=FragmentId("router/0")))),
     ],
-    ids=["missing", "unsigned", "another key", "another run", "another term", "height", "anchor", "place", "line", "fragment"],
+    ids=["missing", "missing at first", "unsigned", "another key", "another run", "another term", "height", "anchor", "place", "line", "fragment"],
 )  # fmt: skip
 def test_a_view_whose_anchor_is_not_the_services_word_is_not_believed(wrong: FragmentView) -> None:
     with pytest.raises(IntegrityError, match="does not sign that; nothing it says is believed"):
@@ -82,6 +81,10 @@ def compared(sealed: list[bytes], heard: list[Told]) -> int:
 def test_words_that_the_ledger_holds_are_counted() -> None:
     sealed, words = shown("b", "c", "d")
     assert compared(sealed, words) == 3
+    first = Told(TRUNK, 1, 0, ledger.FIRST, 0, Digest("0" * 64))
+    assert compared(sealed, [sign_told(SERVICE, RUN, first)]) == 1
+    with pytest.raises(IntegrityError, match="line 0 of trunk/0 made anchor 0000"):
+        compared(sealed, [sign_told(SERVICE, RUN, replace(first, anchor=Digest("e" * 64)))])
     assert compared(sealed, [replace(words[0], anchor=Digest("e" * 64)), sign_told(OTHER, RUN, words[1])]) == 0  # nobody's, or another's
 
 
