@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from averaging_world import ALICE, BOB, FRAGMENT, HASH, MALLORY, RUN_KEY, SERVICE_KEY, World, hello, run, until, within, world
+from averaging_world import ALICE, BOB, FRAGMENT, HASH, MALLORY, RUN_KEY, SERVICE_KEY, World, hello, run, until, view, within, world
 
 from decentra.averaging import client as client_module
 from decentra.averaging import rpc
@@ -379,5 +379,24 @@ def test_a_hello_is_never_sent_without_credentials() -> None:
         async with world() as w:
             with pytest.raises(Refused, match="join the run first"):
                 await w.client().attend(Hello(ALICE.peer_id, Role.TRAINER, "a", "n"))
+
+    run(story())
+
+
+def test_an_anchor_that_the_service_does_not_sign_for_is_not_believed() -> None:
+    """Else it could tell everybody another one, and nobody could prove it."""
+
+    async def story() -> None:
+        async with world() as w:
+            for forged in (replace(view(), told=None), replace(view(), anchor=Digest("b" * 64)), replace(view(), height=3)):
+                client = await w.member()
+                session = await client.attend(hello())
+                w.door.mailboxes[ALICE.peer_id].put(forged)
+                with pytest.raises(IntegrityError, match="does not sign that"):
+                    [message async for message in session.messages()]
+                await session.close()
+                w.door.views = (forged,)
+                with pytest.raises(IntegrityError, match="does not sign that"):
+                    await client.status()
 
     run(story())
