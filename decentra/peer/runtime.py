@@ -29,7 +29,8 @@ from decentra.ports import AveragingService, Clock, Compute, Disk, Events, Excha
 from decentra.protocol.duties import Self
 from decentra.protocol.messages import Counters, Hello, Role, Told
 
-CHECKPOINT_S = 30.0
+MIN_CHECKPOINT_S, MAX_CHECKPOINT_S = 10.0, 300.0  # between two checkpoints
+CHECKPOINT_BYTES_PER_S = 2e6  # a home disk is written to for years; what a kill costs is the time between two
 LEAVE_S = 5.0  # for a goodbye
 STATE_FILE, PREVIOUS_FILE, TRAINED_FILE = "trainer.state", "trainer.state.prev", "trained.json"
 
@@ -362,14 +363,16 @@ class PeerRuntime:
     # ------------------------------------------------------------ checkpoints
 
     async def _checkpoints(self) -> None:
-        saved = -1
+        saved, pause_s = -1, MIN_CHECKPOINT_S
         while True:
-            await self.ports.clock.sleep(CHECKPOINT_S)
+            await self.ports.clock.sleep(pause_s)
             if self.trainer is not None and self.trainer.totals().num_steps != saved:
                 saved = self.trainer.totals().num_steps
-                await self._checkpoint()
+                num_bytes = await self._checkpoint()
+                pause_s = min(MAX_CHECKPOINT_S, max(MIN_CHECKPOINT_S, num_bytes / CHECKPOINT_BYTES_PER_S))
 
-    async def _checkpoint(self) -> None:
+    async def _checkpoint(self) -> int:
+        """The bytes of it."""
         assert self.trainer is not None
         try:
             before = self._places()
@@ -379,6 +382,8 @@ class PeerRuntime:
             await self.ports.compute.run(self._write_state, _framed(places, state))
         except OSError as error:
             self.ports.events.emit("checkpoint-failed", why=f"{error.strerror}; training goes on, free some space")
+            return 0
+        return len(state)
 
     def _places(self) -> Places:
         return {f: place for f, r in self.replicas.items() if (place := r.place) is not None}
