@@ -68,7 +68,9 @@ class SqliteJournal:
             for found, body, is_packed in rows:
                 seq += 1
                 if found != seq or not isinstance(body, bytes):
-                    raise IntegrityError(f"ledger {self._path}: record {seq} is missing; restore the file from your backup")
+                    raise IntegrityError(
+                        f"ledger {self._path}: record {seq} is missing; restore the file from your backup and start with --take-over"
+                    )
                 yield self._unpacked(seq, body, is_packed)
             if len(rows) < _PAGE_ROWS:
                 return
@@ -115,7 +117,7 @@ class SqliteJournal:
                 return record
         except zlib.error:
             pass
-        raise IntegrityError(f"ledger {self._path}: record {seq} is damaged; restore the file from your backup")
+        raise IntegrityError(f"ledger {self._path}: record {seq} is damaged; restore the file from your backup and start with --take-over")
 
     def _check_kind(self) -> int:
         """The format that the file has; 0: it is new."""
@@ -146,7 +148,9 @@ class SqliteJournal:
             return ConfigError(f"ledger {self._path}: the disk is full; free space and start again, nothing was lost")
         if code in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_IOERR):
             return ConfigError(f"ledger {self._path} cannot be opened or written ({error}); check the folder, its permissions and the disk")
-        return IntegrityError(f"ledger {self._path} is damaged ({error}); restore the file from your backup, and check the disk")
+        return IntegrityError(
+            f"ledger {self._path} is damaged ({error}); check the disk, restore the file from your backup and start with --take-over"
+        )
 
 
 def _packed(record: bytes) -> tuple[bytes, int]:

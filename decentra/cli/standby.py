@@ -21,7 +21,7 @@ from decentra.averaging.journal_sqlite import SqliteJournal
 from decentra.cli.members import KNOWN_FILE
 from decentra.cli.rundir import RunDir
 from decentra.cli.running import StopRequest, locked_dir
-from decentra.errors import ConfigError, Expired, IntegrityError, ManifestMismatch, Refused, Unreachable, VersionMismatch
+from decentra.errors import ConfigError, DecentraError, Expired, IntegrityError, ManifestMismatch, Refused, Unreachable, VersionMismatch
 from decentra.identity import Keypair, load_key
 from decentra.peer.disk import RealDisk, write_atomic
 from decentra.ports import Events
@@ -61,10 +61,12 @@ def verify_ledger(run: RunDir) -> tuple[LedgerReader, list[Record]]:
         journal.close()
     if not records or not isinstance(records[0], Started):
         raise IntegrityError(
-            f"{path} has {len(records)} records and does not begin with the run's first one: it was emptied or cut; restore it"
+            f"{path} has {len(records)} records and does not begin with the run's first one: it was emptied or cut; restore it and serve it with --take-over"
         )
     if len(records) < (noted := _noted(run).num_records):
-        raise IntegrityError(f"{path} has {len(records)} records, this copy had {noted} once: some were taken away; restore it")
+        raise IntegrityError(
+            f"{path} has {len(records)} records, this copy had {noted} once: some were taken away; restore it and serve it with --take-over"
+        )
     if reader.newest is None:  # begun before services wrote their certificates down
         sealed = disk.read("certificate")
         if sealed is None:
@@ -226,16 +228,31 @@ async def run_standby(run: RunDir, *, services: Sequence[str] | None, stop: Stop
 
 
 async def _follow(copy: Copy, events: Events) -> None:
-    answered_at, learned_at, was_in_step, said = time.monotonic(), 0.0, False, ""
+    learning = asyncio.create_task(
+        _keep_learning(copy)
+    )  # beside: an answer about the status waits for copies that are in step, this one too
+    try:
+        await _keep_in_step(copy, events)
+    finally:
+        learning.cancel()
+        await asyncio.gather(learning, return_exceptions=True)
+
+
+async def _keep_learning(copy: Copy) -> None:
+    while True:
+        with suppress(DecentraError):  # the line to the service is watched by who copies
+            await copy.learn_addresses()
+        await asyncio.sleep(ADDRESSES_S)
+
+
+async def _keep_in_step(copy: Copy, events: Events) -> None:
+    answered_at, was_in_step, said = time.monotonic(), False, ""
     while True:
         try:
             await copy.step(WAIT_S)
             if copy.is_in_step and not was_in_step:
                 events.emit("copy-in-step", num_records=copy.reader.num_records, why="what members hear from now on is on this disk, too")
             was_in_step, answered_at, said = copy.is_in_step, time.monotonic(), ""
-            if time.monotonic() > learned_at + ADDRESSES_S:
-                await copy.learn_addresses()
-                learned_at = time.monotonic()
         except (Unreachable, Expired) as error:  # an order that is too old: the clock was set, or the machine slept
             await copy.client.close()  # also where a clock was set: a new link compares them again
             copy.fell_behind()
@@ -260,9 +277,9 @@ async def take_over(run: RunDir, services: Sequence[str] | None, events: Events)
     async with copying(run, services, events) as copy:
         why_not, term = await _why_nobody_there(copy), 0
         if why_not is None:
+            await copy.learn_addresses()  # first: an answer about the status waits for copies that are in step
             while await copy.step(0.0) > MAX_LAG:  # the service goes on writing meanwhile
                 pass
-            await copy.learn_addresses()
             term = max(copy.term + 1, int(time.time()))
             why = await copy.client.command(copy.key, "retire", str(term))
             await _complete_at_last(copy)

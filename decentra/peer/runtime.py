@@ -259,7 +259,11 @@ class PeerRuntime:
                 for chore in chores:
                     if chore.done():
                         chore.result()
-            why = await loop
+            try:
+                why = await loop
+            except DecentraError:
+                await stories.check()  # a service that is found out may turn this peer away
+                raise
             await stories.check()
             return why
         finally:

@@ -40,6 +40,7 @@ class _Finding:
     told: tuple[Told, ...] = ()
     certificates: tuple[bytes, ...] = ()
     heard_by: PeerId | None = None
+    is_written: bool = False
 
 
 @dataclass
@@ -62,6 +63,7 @@ class Stories:
     certificate: Callable[[], bytes] = bytes
     _term: int = field(init=False, default=0)
     _words: dict[FragmentId, dict[int, Told]] = field(init=False, default_factory=dict)  # by place in the fragment's chain, oldest first
+    _earlier: tuple[int, str] | None = field(init=False, default=None)  # (term, what an earlier process found)
     _saved: bytes = field(init=False, default=b"")
     _found: asyncio.Future[_Finding] | None = field(init=False, default=None)
     _finding: _Finding | None = field(init=False, default=None)
@@ -69,14 +71,11 @@ class Stories:
     # ------------------------------------------------------------ what this peer is told
 
     async def load(self) -> None:
-        """What an earlier process was told last. Raises IntegrityError where it found two stories, and the same service serves the run on."""
+        """What an earlier process was told last, and whether it found two stories: then this one ends as soon as the same term speaks to it."""
         evidence, words = await self.compute.run(self._read)
         try:
             raw: dict[str, Any] = json.loads(evidence)
-            told = [Told(**{**one, "proof": bytes.fromhex(one["proof"])}) for one in raw["told"]]
-            certificates = [bytes.fromhex(one) for one in raw["certificates"]]
-            if (told and all(map(self.is_told, told))) or any(map(self.contradicts, certificates)):
-                raise IntegrityError(f"an earlier process of this peer found out: {raw['why']}. {_WHAT_TO_DO}")
+            self._earlier = int(raw["term"]), str(raw["why"])
         except (ValueError, TypeError, KeyError) as error:
             if evidence != b"null":
                 self.events.emit("damaged-file", file=EVIDENCE_FILE, why=f"{type(error).__name__}: {error}")
@@ -90,7 +89,7 @@ class Stories:
         return self.disk.read(EVIDENCE_FILE) or b"null", self.disk.read(WORDS_FILE) or b""
 
     def saw(self, view: FragmentView) -> None:
-        """The service told this peer of a confirmed anchor. Raises IntegrityError for what is no word at all."""
+        """The service told this peer of a confirmed anchor. Raises IntegrityError for what is no word at all, and for a second story."""
         first, told = self.genesis.get(view.fragment), view.told
         if first is None or told is None or (told.seq == 0 and told.anchor != first):
             says = "has no such fragment" if first is None else f"says {first[:12]}"
@@ -98,11 +97,15 @@ class Stories:
                 f"the averaging service says that {view.fragment} begins with anchor {view.anchor[:12]}, the manifest {says}; nothing it says is believed,"
                 " tell the organiser"
             )
+        if self._earlier is not None and told.term == self._earlier[0]:
+            self._find(_Finding(f"an earlier process of this peer found out: {self._earlier[1]}", is_written=True))
         newest = self._newest_of(view.fragment)
         if newest is not None and newest.term == told.term and told.seq < newest.seq:
             why = f"line {newest.seq} of {told.fragment} made anchor {newest.anchor[:12]} the confirmed one, and now line {told.seq} is said to be the newest"
             self._find(_Finding(why, (newest, told)))
         self._take(told)
+        if self._finding is not None:
+            raise IntegrityError(f"the averaging service told two stories: {self._finding.why}")  # and this one is not followed
 
     # ------------------------------------------------------------ what others are told
 
@@ -133,12 +136,13 @@ class Stories:
             return
         self.events.emit("two-stories", why=finding.why)
         evidence = {
-            "why": finding.why, "told": [asdict(told) | {"proof": told.proof.hex()} for told in finding.told],
+            "term": self._term, "why": finding.why, "told": [asdict(told) | {"proof": told.proof.hex()} for told in finding.told],
             "certificates": [one.hex() for one in (self.certificate(), *finding.certificates) if one],
             "heard_by": [self.peer, finding.heard_by or self.peer],
         }  # fmt: skip
         try:
-            await self.compute.run(write_atomic, self.disk, EVIDENCE_FILE, json.dumps(evidence, indent=1).encode())
+            if not finding.is_written:
+                await self.compute.run(write_atomic, self.disk, EVIDENCE_FILE, json.dumps(evidence, indent=1).encode())
         except OSError as error:
             self.events.emit("evidence-lost", why=f"{EVIDENCE_FILE}: {error.strerror}")
         raise IntegrityError(f"the averaging service told two stories: {finding.why}. {_WHAT_TO_DO}")
@@ -171,7 +175,10 @@ class Stories:
             self.events.emit("record-ignored", peer=short(peer), reason=error.reason, why=error.detail)
             return
         if heard.certificate and self.contradicts(heard.certificate):
-            why = f"{short(peer)} listens to another service of term {self._term}; of two services in one term nobody knows which one is the run's"
+            why = (
+                f"{short(peer)} listens to another service of term {self._term}; of two in one term nobody knows which one is the run's, until the right one is"
+                " started with --take-over"
+            )
             self._find(_Finding(why, certificates=(heard.certificate,), heard_by=peer))
         for told in heard.told[:NUM_TOLD]:
             mine = self._words.get(told.fragment, {}).get(told.seq)

@@ -157,9 +157,10 @@ class Driver:
                 self._note(record)
             self._publish(effects, now)
             self._welcome([work.newcomer for work in batch if work.newcomer is not None], now)
-            for work in batch:
-                if work.looks is not None and not work.looks.done():
-                    work.looks.set_result((self.book.swarm(), tuple(self._view(f, now) for f in sorted(self.book.fragments))))
+            if lookers := [work.looks for work in batch if work.looks is not None and not work.looks.done()]:
+                shown = self.book.swarm(), tuple(self._view(f, now) for f in sorted(self.book.fragments))
+                for looker in lookers:
+                    looker.set_result(shown)
             for work, refusal in refusals:
                 if work.done is not None and not work.done.done():
                     work.done.set_exception(refusal)
@@ -301,7 +302,8 @@ class Driver:
 
     async def _retire(self, batch: Sequence[_Work]) -> None:
         """Nothing is written any more; whoever takes over gets the time to read the last records."""
-        for work in batch:
+        queued = [self._queue.get_nowait() for _ in range(self._queue.qsize())]
+        for work in (*batch, *queued):
             if work.looks is not None and not work.looks.done():
                 work.looks.set_exception(Unreachable(f"{self._retired}; nothing is decided here any more"))
             if work.done is not None and not work.done.done():
