@@ -454,7 +454,7 @@ class Driver:
     def _push(self, view: FragmentView, audience: frozenset[PeerId] | None) -> None:
         """Whole to who acts on offers, to others with what concerns their own."""
         hears_all = frozenset((*view.reducers, *view.keepers, *filter(None, [witness_of(view)]))) if view.reducers else None
-        for peer in self._mailboxes if audience is None else (audience | (hears_all or frozenset())) & self._mailboxes.keys():
+        for peer in self._mailboxes if audience is None else sorted((audience | (hears_all or frozenset())) & self._mailboxes.keys()):
             is_whole = hears_all is None or peer in hears_all
             self._mailboxes[peer].put(view if is_whole else _of_own(view, peer))
 
