@@ -67,6 +67,11 @@ def _is_held(fragment: FragmentId, held: tuple[int, ...]) -> bool:
     return (expert := expert_of(module_of_fragment(fragment))) is None or expert in held
 
 
+def checkpoint_pause_s(num_bytes: int) -> float:
+    """Seconds between two checkpoints of this size."""
+    return min(MAX_CHECKPOINT_S, max(MIN_CHECKPOINT_S, num_bytes / CHECKPOINT_BYTES_PER_S))
+
+
 def check_layout(manifest: Manifest, layout: Layout) -> None:
     """The model built here must have the manifest's fragments. Raises ManifestMismatch."""
     ours, theirs = {f.id for f in layout.fragments}, set(manifest.genesis)
@@ -373,7 +378,7 @@ class PeerRuntime:
             if self.trainer is not None and self.trainer.totals().num_steps != saved:
                 saved = self.trainer.totals().num_steps
                 num_bytes = await self._checkpoint()
-                pause_s = min(MAX_CHECKPOINT_S, max(MIN_CHECKPOINT_S, num_bytes / CHECKPOINT_BYTES_PER_S))
+                pause_s = checkpoint_pause_s(num_bytes)
 
     async def _checkpoint(self) -> int:
         """The bytes of it."""

@@ -13,7 +13,7 @@ from decentra.ids import Digest, FragmentId, PeerId, RunId, is_digest, short
 from decentra.ports import Clock, Compute, Events, Journal
 from decentra.protocol import ledger
 from decentra.protocol.duties import witness_of
-from decentra.protocol.fragment import FragmentBook, Write
+from decentra.protocol.fragment import Write
 from decentra.protocol.ledger import Confirmed, Ledger, Record, RolledBack
 from decentra.protocol.messages import (
     DRAINED,
@@ -45,6 +45,7 @@ from decentra.protocol.rounds import (
 )
 from decentra.service.copies import Copies
 from decentra.service.mailbox import Mailbox
+from decentra.service.news import News, of_own
 from decentra.wire.ledgers import open_record
 
 MAX_TICK_S = 1.0
@@ -94,7 +95,7 @@ class Driver:
     _told: dict[FragmentId, Told] = field(init=False, default_factory=dict)
     _outcomes: dict[tuple[FragmentId, int], Outcome] = field(init=False, default_factory=dict)
     _mailboxes: dict[PeerId, Mailbox] = field(init=False, default_factory=dict)
-    _pushed: dict[FragmentId, _News] = field(init=False, default_factory=dict)
+    _pushed: dict[FragmentId, News] = field(init=False, default_factory=dict)
     _waiting: dict[FragmentId, None] = field(init=False, default_factory=dict)
     _refreshed_at: float = field(init=False, default=0.0)
     _queue: asyncio.Queue[_Work] = field(init=False, default_factory=asyncio.Queue)
@@ -433,7 +434,7 @@ class Driver:
         due: list[tuple[FragmentId, frozenset[PeerId] | None]] = []
         for fragment in changed:
             book = self.book.fragments[fragment]
-            before, news = self._pushed.get(fragment), _News.of(book)
+            before, news = self._pushed.get(fragment), News.of(book)
             self._pushed[fragment] = news
             if before is not None and before.to_all == news.to_all:
                 self._waiting[fragment] = None
@@ -456,7 +457,7 @@ class Driver:
         hears_all = frozenset((*view.reducers, *view.keepers, *filter(None, [witness_of(view)]))) if view.reducers else None
         for peer in self._mailboxes if audience is None else sorted((audience | (hears_all or frozenset())) & self._mailboxes.keys()):
             is_whole = hears_all is None or peer in hears_all
-            self._mailboxes[peer].put(view if is_whole else _of_own(view, peer))
+            self._mailboxes[peer].put(view if is_whole else of_own(view, peer))
 
     def _short_view(self, fragment: FragmentId, now: float) -> FragmentView:
         view = self._view(fragment, now)
@@ -492,31 +493,3 @@ class Driver:
 
 def _is_token_id(text: str) -> bool:
     return len(text) == 16 and all(c in "0123456789abcdef" for c in text)
-
-
-def _of_own(view: FragmentView, peer: PeerId) -> FragmentView:
-    """What a member needs that fetches no offered packets: its own offer, and who has it."""
-    return replace(view, offers=tuple(o for o in view.offers if o.peer == peer), receipts=tuple(r for r in view.receipts if r[0] == peer))
-
-
-@dataclass(frozen=True, slots=True)
-class _News:
-    """The part of a fragment's state that makes members do something."""
-
-    to_all: tuple[object, ...]
-    offers: tuple[object, ...]
-    arrived: frozenset[PeerId]  # senders whose packets somebody has
-    audience: frozenset[PeerId]  # who acts on offers; none: everybody
-
-    @staticmethod
-    def of(book: FragmentBook) -> _News:
-        one = book.round
-        is_held = any(digest == book.anchor for digest in book.holdings.values())
-        if one is None:
-            return _News((book.anchor, book.number, Phase.IDLE, is_held), (), frozenset(), frozenset())
-        merging = one.settlement is not None and one.settlement.is_final
-        reducers = one.live_reducers
-        return _News(
-            (book.anchor, book.number, one.phase, reducers, merging, is_held), one.offers, frozenset(sender for sender, _ in one.receipts),
-            frozenset(reducers),
-        )  # fmt: skip

@@ -7,6 +7,7 @@ from typing import Any
 
 from decentra.bits import ONE_BITS
 from decentra.ids import Digest, FragmentId, PeerId
+from decentra.peer.runtime import checkpoint_pause_s
 from decentra.peer.sync import PeerLoop
 from decentra.protocol import member as m
 from decentra.protocol.duties import Encode, FragmentLife, Self
@@ -70,3 +71,7 @@ def test_without_overlap_no_step_begins_while_a_round_is_out() -> None:
     assert machine.step_limit == 50, "out"
     machine.handle(m.Committed(name, Digest("2" * 64)), 0.0)
     assert machine.step_limit == 60, "the next ten may begin"
+
+
+def test_checkpoints_come_often_where_they_are_small_and_wear_no_disk_out_where_they_are_large() -> None:
+    assert [checkpoint_pause_s(n) for n in (0, 20_000_000, 100_000_000, 600_000_000, 10**12)] == [10, 10, 50, 300, 300]
